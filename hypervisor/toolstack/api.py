@@ -1,0 +1,380 @@
+"""What a node can do with domains: the one API over every driver.
+
+A *driver* (``embedded``, ``fake``, later ``xl``) implements `Toolstack`. The
+agent and its plugins know only this module. All data is frozen and has a JSON
+form (`to_json`/`from_json`), because specs are journalled and cross sockets.
+
+Rules every driver keeps (``tests/contract`` runs them against each one):
+
+* A domain's identity is its UUID. A domid is shown, never accepted.
+* `Toolstack.create` builds a domain *paused* and marks it as owned by
+  ``spec.owner`` before it can run; if it raises, nothing is left behind.
+* A verb that finds its goal already reached returns quietly where that is
+  provable (pause of a paused domain) and raises `WrongState` where it is not.
+* "cannot be read" is state ``UNKNOWN``; it never means stopped.
+* Every failure is a `hypervisor.errors.ToolstackError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import uuid as uuid_module
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+from hypervisor.errors import SpecInvalid
+
+API_VERSION = (1, 0)
+
+MAX_VCPUS = 32
+"""Most vCPUs of one domain (the white paper's bound; the legacy vcpu_info slots of shared_info)."""
+MAX_NAME = 63
+
+
+class DomainType(enum.StrEnum):
+    PV = "pv"
+    PVH = "pvh"
+    HVM = "hvm"
+
+
+class DomainState(enum.StrEnum):
+    RUNNING = "running"
+    PAUSED = "paused"
+    SHUTDOWN = "shutdown"  # ended by itself, still holds its resources until destroyed
+    CRASHED = "crashed"  # ended by a fault of its own, likewise
+    DYING = "dying"
+    UNKNOWN = "unknown"  # exists, but cannot be read just now
+
+
+class ShutdownReason(enum.StrEnum):
+    """SCHEDOP_shutdown reasons (public/sched.h)."""
+
+    POWEROFF = "poweroff"
+    REBOOT = "reboot"
+    SUSPEND = "suspend"
+    CRASH = "crash"
+    WATCHDOG = "watchdog"
+
+
+class OnEvent(enum.StrEnum):
+    """What happens when a guest ends by itself."""
+
+    DESTROY = "destroy"
+    RESTART = "restart"
+    PRESERVE = "preserve"
+
+
+class Capability(enum.StrEnum):
+    """What a driver can do beyond create, destroy, list, pause, unpause, shutdown."""
+
+    PV = "pv"
+    PV32 = "pv32"
+    PVH = "pvh"
+    HVM = "hvm"
+    SMP = "smp"
+    CONSOLE = "console"
+    REBOOT = "reboot"
+    RESIZE = "resize"
+    SAVE = "save"
+    LIVE_MIGRATION = "live-migration"
+    ADOPTION = "adoption"  # domains survive a restart of the host process
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KernelBoot:
+    """Direct kernel boot.
+
+    :ivar kernel: path of an ELF or bzImage kernel on this host.
+    :ivar ramdisk: path of an initial ramdisk, or None.
+    :ivar cmdline: kernel command line, at most 1023 bytes (MAX_GUEST_CMDLINE - 1).
+    """
+
+    kernel: str
+    ramdisk: str | None = None
+    cmdline: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DomainSpec:
+    """Everything needed to build a domain. Immutable; checked by `validate`.
+
+    :ivar uuid: canonical lower-case text form.
+    :ivar name: unique on the host, 1..63 characters of ``[A-Za-z0-9._-]``, starting with a letter or digit.
+    :ivar memory_mib: memory at boot, MiB, >= 1.
+    :ivar max_memory_mib: static maximum, MiB, >= memory_mib; 0 means the same as memory_mib.
+    :ivar vcpus: vCPUs online at boot, 1..32.
+    :ivar max_vcpus: most vCPUs, >= vcpus; 0 means the same as vcpus.
+    :ivar owner: marker that proves the domain is the agent's (ours); empty means foreign.
+    """
+
+    uuid: str
+    name: str
+    boot: KernelBoot
+    memory_mib: int
+    vcpus: int = 1
+    max_vcpus: int = 0
+    max_memory_mib: int = 0
+    type: DomainType = DomainType.PV
+    on_poweroff: OnEvent = OnEvent.DESTROY
+    on_reboot: OnEvent = OnEvent.RESTART
+    on_crash: OnEvent = OnEvent.PRESERVE
+    owner: str = ""
+    metadata: tuple[tuple[str, str], ...] = ()
+
+    def validate(self) -> None:
+        """:raises SpecInvalid: with the field, what is wrong and what would be right."""
+        _check_uuid(self.uuid)
+        _check_name(self.name)
+        if not 1 <= self.vcpus <= MAX_VCPUS:
+            raise SpecInvalid(f"vcpus is {self.vcpus}: give 1 to {MAX_VCPUS}")
+        if self.max_vcpus and not self.vcpus <= self.max_vcpus <= MAX_VCPUS:
+            raise SpecInvalid(
+                f"max_vcpus is {self.max_vcpus}: give {self.vcpus} (vcpus) to {MAX_VCPUS}, or 0 for vcpus"
+            )
+        if self.memory_mib < 1:
+            raise SpecInvalid(f"memory_mib is {self.memory_mib}: give at least 1")
+        if self.max_memory_mib and self.max_memory_mib < self.memory_mib:
+            raise SpecInvalid(
+                f"max_memory_mib is {self.max_memory_mib}: give at least memory_mib ({self.memory_mib}), or 0"
+            )
+        if not self.boot.kernel:
+            raise SpecInvalid("boot.kernel is empty: give the path of a kernel image")
+        if len(self.boot.cmdline.encode()) > 1023:
+            raise SpecInvalid("boot.cmdline is longer than 1023 bytes: Xen's start_info holds no more")
+        if "\0" in self.boot.cmdline:
+            raise SpecInvalid("boot.cmdline holds a NUL byte: remove it")
+
+    @property
+    def effective_max_vcpus(self) -> int:
+        return self.max_vcpus or self.vcpus
+
+    @property
+    def effective_max_memory_mib(self) -> int:
+        return self.max_memory_mib or self.memory_mib
+
+    def to_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        data["metadata"] = dict(self.metadata)
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> DomainSpec:
+        """:raises SpecInvalid: for a missing, unknown or ill-typed field."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise SpecInvalid(f"unknown field {unknown[0]!r}: known are {', '.join(sorted(known))}")
+        fields = dict(data)
+        try:
+            fields["boot"] = KernelBoot(**fields["boot"])
+            fields["type"] = DomainType(fields.get("type", DomainType.PV))
+            for name in ("on_poweroff", "on_reboot", "on_crash"):
+                if name in fields:
+                    fields[name] = OnEvent(fields[name])
+            metadata = fields.get("metadata", {})
+            fields["metadata"] = tuple(sorted((str(k), str(v)) for k, v in dict(metadata).items()))
+            spec = cls(**fields)
+        except (KeyError, TypeError, ValueError) as exc:
+            raise SpecInvalid(f"domain spec is not usable: {exc}") from exc
+        for name, kind in (
+            ("uuid", str),
+            ("name", str),
+            ("owner", str),
+            ("memory_mib", int),
+            ("vcpus", int),
+            ("max_vcpus", int),
+            ("max_memory_mib", int),
+        ):
+            value = getattr(spec, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise SpecInvalid(f"{name} is {value!r}: give a {'number' if kind is int else 'string'}")
+        for name in ("kernel", "cmdline"):
+            if not isinstance(getattr(spec.boot, name), str):
+                raise SpecInvalid(f"boot.{name} is not a string")
+        if spec.boot.ramdisk is not None and not isinstance(spec.boot.ramdisk, str):
+            raise SpecInvalid("boot.ramdisk is not a string")
+        return spec
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DomainInfo:
+    """What is known of a domain now.
+
+    :ivar cpu_time_ns: CPU time used by its vCPUs, nanoseconds.
+    :ivar shutdown_reason: set when state is SHUTDOWN or CRASHED.
+    :ivar created_at: seconds since the epoch.
+    :ivar detail: one line for a human, for example why it crashed.
+    """
+
+    uuid: str
+    name: str
+    domid: int
+    state: DomainState
+    vcpus: int
+    memory_mib: int
+    owner: str = ""
+    type: DomainType = DomainType.PV
+    cpu_time_ns: int = 0
+    shutdown_reason: ShutdownReason | None = None
+    created_at: float = 0.0
+    detail: str = ""
+    metadata: tuple[tuple[str, str], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        data["metadata"] = dict(self.metadata)
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> DomainInfo:
+        fields = dict(data)
+        fields["state"] = DomainState(fields["state"])
+        fields["type"] = DomainType(fields.get("type", DomainType.PV))
+        reason = fields.get("shutdown_reason")
+        fields["shutdown_reason"] = ShutdownReason(reason) if reason else None
+        fields["metadata"] = tuple(sorted(dict(fields.get("metadata", {})).items()))
+        return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HostInfo:
+    """The node's capacity.
+
+    :ivar memory_total_mib: what domains may use altogether, MiB.
+    :ivar memory_free_mib: of that, not yet given out.
+    :ivar cpus: host CPUs that vCPUs may run on.
+    """
+
+    hostname: str
+    driver: str
+    driver_version: str
+    cpus: int
+    memory_total_mib: int
+    memory_free_mib: int
+    domains: int
+    capabilities: tuple[str, ...] = ()
+    detail: tuple[tuple[str, str], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        data["detail"] = dict(self.detail)
+        data["capabilities"] = list(self.capabilities)
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> HostInfo:
+        fields = dict(data)
+        fields["capabilities"] = tuple(fields.get("capabilities", ()))
+        fields["detail"] = tuple(sorted(dict(fields.get("detail", {})).items()))
+        return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DomainEvent:
+    """A state change, as it happened.
+
+    :ivar kind: ``created``, ``paused``, ``unpaused``, ``shutdown``, ``crashed``, ``rebooted``, ``destroyed``.
+    :ivar time: seconds since the epoch.
+    """
+
+    kind: str
+    uuid: str
+    time: float
+    detail: str = ""
+
+
+class Console(Protocol):
+    """An attached guest console (hvc0): bytes in both directions."""
+
+    def read(self, size: int = 65536, timeout: float | None = None) -> bytes:
+        """Bytes the guest printed; ``b""`` when `timeout` seconds passed without any.
+
+        :raises EOFError: the domain is gone.
+        """
+
+    def write(self, data: bytes) -> None: ...
+
+    def fileno(self) -> int:
+        """A descriptor that polls readable when `read` would return bytes."""
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Toolstack(Protocol):
+    """A driver. Every method may raise `ToolstackError`; methods are safe to call from several threads."""
+
+    name: str
+
+    def capabilities(self) -> frozenset[Capability]: ...
+
+    def host_info(self) -> HostInfo: ...
+
+    def list_domains(self) -> list[DomainInfo]:
+        """Every domain on the host, foreign ones included, ordered by domid."""
+
+    def get_domain(self, uuid: str) -> DomainInfo:
+        """:raises DomainNotFound: no such domain."""
+
+    def get_spec(self, uuid: str) -> DomainSpec:
+        """The spec the domain was made from. :raises DomainNotFound: no such domain."""
+
+    def create(self, spec: DomainSpec) -> DomainInfo:
+        """Build a domain, paused and marked.
+
+        :raises SpecInvalid, DomainExists, NameInUse, InsufficientMemory, InsufficientVcpus,
+            MemoryTooSmall, KernelInvalid, RamdiskInvalid, Unsupported: nothing is left behind.
+        """
+
+    def unpause(self, uuid: str) -> None:
+        """Let a paused domain run. No effect on a running one. :raises WrongState: it has ended."""
+
+    def pause(self, uuid: str) -> None:
+        """Stop its vCPUs before their next instruction. No effect on a paused one. :raises WrongState: it has ended."""
+
+    def shutdown(self, uuid: str) -> None:
+        """Ask the guest to power off (control/shutdown). Returns at once; see `wait`."""
+
+    def reboot(self, uuid: str) -> None:
+        """Ask the guest to reboot (control/shutdown). The UUID stays, the domid changes."""
+
+    def reset(self, uuid: str) -> None:
+        """End it and build it anew from its spec, without asking the guest. It runs afterwards."""
+
+    def destroy(self, uuid: str) -> None:
+        """End it now and free what it held. :raises DomainNotFound: no such domain."""
+
+    def wait(self, uuid: str, states: frozenset[DomainState], timeout: float) -> DomainInfo | None:
+        """Wait until the domain is in one of `states`; None when it is gone instead.
+
+        :param timeout: seconds. :raises OperationTimeout: still in another state.
+        """
+
+    def console_log(self, uuid: str, max_bytes: int = 65536) -> bytes:
+        """The last `max_bytes` the guest printed; kept until destroy."""
+
+    def open_console(self, uuid: str) -> Console: ...
+
+    def subscribe(self, listener: Callable[[DomainEvent], None]) -> Callable[[], None]:
+        """Call `listener` (in a thread of the driver) for each event; returns the unsubscribe function."""
+
+    def close(self) -> None:
+        """Release the connection; domains are not touched."""
+
+
+def _check_uuid(text: str) -> None:
+    try:
+        canonical = str(uuid_module.UUID(text))
+    except (ValueError, AttributeError, TypeError):
+        canonical = ""
+    if canonical != text:
+        raise SpecInvalid(f"uuid {text!r} is not a UUID in canonical form: give one like {uuid_module.UUID(int=1)}")
+
+
+def _check_name(name: str) -> None:
+    allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+    if not name or len(name) > MAX_NAME or not set(name) <= allowed or not name[0].isalnum():
+        raise SpecInvalid(
+            f"name {name!r} is not usable: give 1 to {MAX_NAME} letters, digits, '.', '_' or '-', a letter or digit first"
+        )
