@@ -1,0 +1,126 @@
+"""The engine seam: what executes guest instructions.
+
+An engine knows x86, never Xen. It runs one vCPU at a time until an event that
+it cannot handle, calls the `TrapHandler`, and goes on with whatever state the
+handler left. No call of the handler is ever made inside an instruction: the
+state it sees is architectural.
+
+Threads: `Engine.kick` may be called from any thread, all else only from the
+thread that calls `Engine.run` (or from a handler, which runs there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableSequence
+from typing import Protocol
+
+
+class EngineError(Exception):
+    """The engine cannot go on: a fault of the engine or of how it was set up, not of the guest."""
+
+
+class TrapHandler(Protocol):
+    """What the machine does with an exit. Each call may rewrite all registers."""
+
+    def syscall(self) -> None:
+        """A `syscall` instruction; RIP is the address after it, RCX and R11 are untouched."""
+
+    def exception(self, vector: int, error_code: int, software: bool) -> None:
+        """A fault or trap.
+
+        :param vector: 0..255. For #PF the address is in ``regs.cr2``.
+        :param error_code: as the processor would push it; 0 for vectors without one.
+        :param software: made by ``int n``, ``int3`` or ``into``; RIP is then behind the instruction.
+        """
+
+    def invalid_opcode(self) -> None:
+        """#UD; RIP is at the instruction."""
+
+
+class Registers(Protocol):
+    """The running vCPU's registers, as of now.
+
+    Selectors set here change no hidden segment state; use the engine's
+    `Engine.load_flat64` and `Engine.load_segment` for that.
+    """
+
+    gpr: MutableSequence[int]
+    """General registers by encoding number (`hypervisor.engines.x86`), unsigned 64-bit."""
+
+    rip: int
+    rflags: int
+    """Reads as RFLAGS; writing keeps bit 1 set."""
+    cr2: int
+    cr3: int
+    cs: int
+    ss: int
+    ds: int
+    es: int
+    fs: int
+    gs: int
+    fs_base: int
+    gs_base: int
+    task_switched: bool
+    """CR0.TS: the next FPU instruction raises #NM."""
+    long_mode_code: bool
+    """The code segment is a 64-bit one (read only)."""
+
+
+class Engine(Protocol):
+    name: str
+    regs: Registers
+
+    def map_memory(self, mpa: int, size: int, address: int) -> None:
+        """Back machine physical [mpa, mpa+size) by host memory at `address`. Called once, before `run`."""
+
+    def set_handler(self, handler: TrapHandler) -> None: ...
+
+    def reset_pv64(self, cr3: int, gdt_base: int, gdt_limit: int) -> None:
+        """Long mode, paging on, CPL 3, flat 64-bit segments, interrupts on."""
+
+    def run(self) -> None:
+        """Execute from ``regs.rip`` until a kick or `stop`. :raises EngineError: the engine broke."""
+
+    def stop(self) -> None:
+        """From a handler: leave `run` when the handler returns."""
+
+    def kick(self) -> None:
+        """From any thread: leave `run` soon, between two instructions. Lost if `run` is not running."""
+
+    def kick_target(self) -> tuple[int, int]:
+        """(C function, argument) that does what `kick` does, for timers that must not wait for Python."""
+
+    def load_cr3(self, mpa: int) -> None:
+        """Switch the page-table root and drop all cached translations of addresses."""
+
+    def flush_all(self) -> None: ...
+
+    def flush_page(self, va: int) -> None: ...
+
+    @property
+    def flush_epoch(self) -> int:
+        """Grows with each complete flush; lets a caller know whether one happened since."""
+
+    def memory_written(self, mpa: int, size: int) -> None:
+        """The host changed memory that may hold translated code."""
+
+    def load_flat64(self, cs: int, ss: int) -> None:
+        """CS and SS become flat 64-bit segments at CPL 3 with these selectors."""
+
+    def load_segment(self, index: int, selector: int, descriptor: int) -> None:
+        """Load a segment register's hidden state from a descriptor (0: a null segment)."""
+
+    def set_gdt(self, base: int, limit: int) -> None: ...
+
+    def set_ldt(self, selector: int, base: int, limit: int) -> None: ...
+
+    def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        """EAX, EBX, ECX, EDX of the engine's own CPU model."""
+
+    def read_tsc(self) -> int:
+        """What the guest's RDTSC would return now."""
+
+    def save_cpu(self) -> bytes:
+        """The whole register state, FPU included, for `restore_cpu` of the same engine build."""
+
+    def restore_cpu(self, state: bytes) -> None: ...
