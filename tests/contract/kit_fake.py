@@ -1,0 +1,45 @@
+"""The fake driver under the contract suite: two connections share one state folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import kit
+
+from hypervisor.toolstack.api import KernelBoot
+from hypervisor.toolstack.drivers import load
+from hypervisor.toolstack.drivers.fake import FakeToolstack
+
+LINE = "contract-guest-is-up"
+
+
+def make_kit(folder: Path) -> kit.Kit:
+    kernel = folder / "kernel"
+    kernel.write_bytes(b"\x7fELF" + bytes(2000))
+    settings = {"state_dir": str(folder / "state"), "cpus": "4", "memory_mib": "1024"}
+
+    def guest(words: str = "") -> KernelBoot:
+        return KernelBoot(kernel=str(kernel), cmdline=f"fake.print={LINE} {words}".strip())
+
+    def add_foreign(spec: object) -> None:
+        host = FakeToolstack(settings["state_dir"], cpus=4, memory_mib=1024)
+        host.add_foreign(spec)
+        host.close()
+
+    return kit.Kit(
+        name="fake",
+        connect=lambda: load("fake", settings),
+        guests={
+            kit.WAITS: guest("fake.shutdown=ignore"),
+            kit.OBEYS: guest(),
+            kit.POWEROFF: guest("fake.boot=poweroff"),
+            kit.REBOOTS: guest("fake.boot=reboot"),
+            kit.CRASHES: guest("fake.boot=crash"),
+            kit.ECHOES: guest(),
+        },
+        line=LINE.encode(),
+        memory_mib=16,
+        boot_timeout=5.0,
+        add_foreign=add_foreign,
+        restart_host=lambda: None,  # it has no process: every verb ends with its state on disk
+    )
