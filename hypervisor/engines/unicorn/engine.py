@@ -1,0 +1,368 @@
+"""`UnicornEngine`: the engine protocol over one Unicorn instance.
+
+Two paths share this class. On the *direct* path hooks call the handler right
+inside the run (0.8 µs) and registers are memory. On the *public* path every
+hook only notes what happened and stops the run; the handler is called between
+two runs, on registers read through the API. Set-up is the same on both and
+uses public calls alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from hypervisor.engines import x86
+from hypervisor.engines.base import EngineError, TrapHandler
+from hypervisor.engines.unicorn.direct import HF_CS64, DirectRegisters
+from hypervisor.engines.unicorn.library import uc_const, uc_x86, unicorn
+from hypervisor.engines.unicorn.private import LIBRARY_PATH, Layout, handle_of
+from hypervisor.engines.unicorn.public import PublicRegisters
+
+LOG = logging.getLogger(__name__)
+
+_PTR = ctypes.c_void_p
+_INTR_CB = ctypes.CFUNCTYPE(None, _PTR, ctypes.c_uint32, _PTR)
+_INVALID_CB = ctypes.CFUNCTYPE(ctypes.c_bool, _PTR, _PTR)
+_INSN_CB = ctypes.CFUNCTYPE(None, _PTR, _PTR)
+_BLOCK_CB = ctypes.CFUNCTYPE(None, _PTR, ctypes.c_uint64, ctypes.c_uint32, _PTR)
+_KICK_CB = ctypes.CFUNCTYPE(None, _PTR)
+
+# uc_ctl control words (public unicorn.h: UC_CTL_WRITE(type, number of arguments)).
+_CTL_WRITE = 1 << 30
+_CTL_TLB_FLUSH = _CTL_WRITE | uc_const.UC_CTL_TLB_FLUSH
+
+# Westmere: no XSAVE, AVX or FSGSBASE, which the engine cannot do, and a baseline that real hosts can offer too.
+CPU_MODEL = uc_x86.UC_CPU_X86_WESTMERE
+
+_TRAMPOLINE = 0x1000  # machine frames below layout.FIRST_MFN belong to nobody
+_SLOT_LDT, _SLOT_GDT = 6, 8
+
+
+class UnicornEngine:
+    """See `hypervisor.engines.base.Engine`.
+
+    :param layout: verified private layout, or None for the public path.
+    """
+
+    def __init__(self, layout: Layout | None) -> None:
+        self.name = "unicorn" if layout else "unicorn-public"
+        self.layout = layout
+        self._lib = ctypes.CDLL(LIBRARY_PATH)  # releases the interpreter lock: for running the guest
+        self._leaf = ctypes.PyDLL(LIBRARY_PATH)  # keeps it: for leaf calls of less than a microsecond
+        self._uc: Any = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+        self._uc.ctl_set_cpu_model(CPU_MODEL)
+        self._uc.ctl_set_tlb_mode(uc_const.UC_TLB_CPU)
+        self._uc.reg_read(uc_x86.UC_X86_REG_RIP)  # the library builds the machine at the first use
+        self._handle = handle_of(self._uc)
+        self._handler: TrapHandler | None = None
+        self._error: BaseException | None = None
+        self._stopping = False
+        self._epoch = 0
+        self._code_stale = False
+        self._pending: Callable[[], None] | None = None
+        self._kicked = False
+        self._map_base = 0
+        self._hooks: list[Any] = []
+        self._start = self._lib.uc_emu_start
+        self._start.argtypes = [_PTR, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t]
+        self._stop = self._leaf.uc_emu_stop
+        self._stop.argtypes = [_PTR]
+        self._public: PublicRegisters | None = None
+        self._direct: DirectRegisters | None = None
+        if layout:
+            self._init_direct(layout)
+        else:
+            self._public = PublicRegisters(self._uc)
+        self.regs: Any = self._direct or self._public
+
+    def _init_direct(self, layout: Layout) -> None:
+        cpu = ctypes.c_uint64.from_address(self._handle + layout.uc_cpu).value
+        env = ctypes.c_uint64.from_address(cpu + layout.cpu_env).value
+        self._cpu, self._env = _PTR(cpu), _PTR(env)
+        # A stop request ends the run at a block boundary, never inside an instruction; memory accesses get faster too.
+        ctypes.c_uint8.from_address(self._handle + layout.uc_no_exit_request).value = 1
+        self._direct = DirectRegisters(env, layout, self._leaf)
+        leaf = self._leaf
+        self._f_flush = leaf.tlb_flush_x86_64
+        self._f_flush.argtypes = [_PTR]
+        self._f_flush_page = leaf.tlb_flush_page_x86_64
+        self._f_flush_page.argtypes = [_PTR, ctypes.c_uint64]
+        self._f_cr3 = leaf.cpu_x86_update_cr3_x86_64
+        self._f_cr3.argtypes = [_PTR, ctypes.c_uint64]
+        self._f_invalidate = leaf.tb_invalidate_phys_range_x86_64
+        self._f_invalidate.argtypes = [_PTR, ctypes.c_uint64, ctypes.c_uint64]
+        self._f_cpuid = leaf.cpu_x86_cpuid_x86_64
+        self._f_cpuid.argtypes = [_PTR, ctypes.c_uint32, ctypes.c_uint32, _PTR, _PTR, _PTR, _PTR]
+
+    # -- set-up
+
+    def map_memory(self, mpa: int, size: int, address: int) -> None:
+        self._uc.mem_map_ptr(mpa, size, unicorn.UC_PROT_ALL, address)
+        self._map_base, self._map_size, self._map_address = mpa, size, address
+
+    def set_handler(self, handler: TrapHandler) -> None:
+        self._handler = handler
+        if self._direct:
+            self._add_hook(unicorn.UC_HOOK_INTR, _INTR_CB, self._direct_intr)
+            self._add_hook(unicorn.UC_HOOK_INSN_INVALID, _INVALID_CB, self._direct_invalid)
+            self._add_hook(unicorn.UC_HOOK_INSN, _INSN_CB, self._direct_syscall, uc_x86.UC_X86_INS_SYSCALL)
+        else:
+            self._add_hook(unicorn.UC_HOOK_INTR, _INTR_CB, self._public_intr)
+            self._add_hook(unicorn.UC_HOOK_INSN_INVALID, _INVALID_CB, self._public_invalid)
+            self._add_hook(unicorn.UC_HOOK_INSN, _INSN_CB, self._public_syscall, uc_x86.UC_X86_INS_SYSCALL)
+            self._add_hook(unicorn.UC_HOOK_BLOCK, _BLOCK_CB, self._public_block)
+
+    def _add_hook(self, kind: int, prototype: Any, function: Callable[..., Any], *extra: int) -> None:
+        callback = prototype(function)
+        handle = ctypes.c_size_t()
+        add = ctypes.CDLL(LIBRARY_PATH).uc_hook_add
+        arguments: list[Any] = [_PTR, _PTR, ctypes.c_int, _PTR, _PTR, ctypes.c_uint64, ctypes.c_uint64]
+        add.argtypes = arguments + [ctypes.c_int] * len(extra)
+        code = add(self._handle, ctypes.byref(handle), kind, ctypes.cast(callback, _PTR), None, 1, 0, *extra)
+        if code:
+            raise EngineError(f"the engine refuses hook {kind}: {unicorn.UcError(code)}")
+        self._hooks.append((callback, handle))
+
+    def reset_pv64(self, cr3: int, gdt_base: int, gdt_limit: int) -> None:
+        uc = self._uc
+        self._enter_ring3()
+        uc.msr_write(0xC000_0080, x86.EFER_SCE | x86.EFER_LME | x86.EFER_LMA | x86.EFER_NX)
+        cr4 = x86.CR4_PAE | x86.CR4_PGE | x86.CR4_OSFXSR | x86.CR4_OSXMMEXCPT | x86.CR4_DE
+        uc.reg_write(uc_x86.UC_X86_REG_CR4, cr4)
+        uc.reg_write(uc_x86.UC_X86_REG_CR3, cr3)
+        cr0 = x86.CR0_PE | x86.CR0_MP | x86.CR0_ET | x86.CR0_NE | x86.CR0_WP | x86.CR0_AM | x86.CR0_PG
+        uc.reg_write(uc_x86.UC_X86_REG_CR0, cr0)
+        uc.reg_write(uc_x86.UC_X86_REG_IDTR, (0, 0, 0, 0))
+        self.set_gdt(gdt_base, gdt_limit)
+        # The empty set of exits: no address ends a run, not even 0, where a guest may well jump to.
+        uc.ctl_exits_enabled(True)
+        if self._public:
+            self._public.remember_clean()
+        self._epoch += 1
+
+    def _enter_ring3(self) -> None:
+        """Run one `iretq` without paging from a page of our own: the public way to change the privilege level."""
+        uc = self._uc
+        uc.mem_map(_TRAMPOLINE, 0x1000)
+        gdt = struct.pack("<3Q", 0, 0x00AF_FB00_0000_FFFF, 0x00CF_F300_0000_FFFF)
+        target = _TRAMPOLINE + 0x20
+        frame = struct.pack("<5Q", target, 0x08 | 3, 0x202, _TRAMPOLINE + 0x800, 0x10 | 3)
+        uc.mem_write(_TRAMPOLINE, b"\x48\xcf".ljust(0x20, b"\x90") + b"\x90" * 16)
+        uc.mem_write(_TRAMPOLINE + 0x100, gdt)
+        uc.mem_write(_TRAMPOLINE + 0x200, frame)
+        uc.reg_write(uc_x86.UC_X86_REG_GDTR, (0, _TRAMPOLINE + 0x100, len(gdt) - 1, 0))
+        uc.reg_write(uc_x86.UC_X86_REG_RSP, _TRAMPOLINE + 0x200)
+        uc.emu_start(_TRAMPOLINE, target)
+        if uc.reg_read(uc_x86.UC_X86_REG_CS) != 0x0B:
+            raise EngineError("the engine did not enter ring 3: this build of the library is not usable")
+        uc.mem_unmap(_TRAMPOLINE, 0x1000)
+
+    # -- running
+
+    def run(self) -> None:
+        self._stopping = False
+        while True:
+            code = self._start(self._handle, self.regs.rip, 0, 0, 0)
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise error
+            if code:
+                raise EngineError(f"{unicorn.UcError(code)} at rip {self.regs.rip:#x}")
+            if self._pending is None:
+                break
+            pending, self._pending = self._pending, None
+            pending()
+            if self._code_stale:
+                self._code_stale = False
+                self._uc.ctl_flush_tb()
+            if self._stopping or self._kicked:
+                break
+        self._kicked = False
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._stop(self._handle)
+
+    def kick(self) -> None:
+        if self._direct:
+            self._stop(self._handle)
+        else:
+            self._kicked = True
+
+    def kick_target(self) -> tuple[int, int]:
+        if self._direct:
+            return ctypes.cast(self._lib.uc_emu_stop, _PTR).value or 0, self._handle
+        if not hasattr(self, "_kick_callback"):
+            self._kick_callback = _KICK_CB(lambda _argument: self.kick())
+        return ctypes.cast(self._kick_callback, _PTR).value or 0, 0
+
+    def _fail(self, error: BaseException) -> None:
+        # An exception must not cross the library's C frames: keep it, stop, raise it in run().
+        self._error = error
+        self._stop(self._handle)
+
+    # -- direct hooks
+
+    def _direct_intr(self, _uc: int, number: int, _data: int) -> None:
+        try:
+            error_code, software = self._direct.take_exception()  # type: ignore[union-attr]
+            self._handler.exception(number, error_code, software)  # type: ignore[union-attr]
+        except BaseException as exc:
+            self._fail(exc)
+
+    def _direct_invalid(self, _uc: int, _data: int) -> bool:
+        try:
+            self._direct.take_exception()  # type: ignore[union-attr]
+            self._handler.invalid_opcode()  # type: ignore[union-attr]
+        except BaseException as exc:
+            self._fail(exc)
+        return True
+
+    def _direct_syscall(self, _uc: int, _data: int) -> None:
+        regs = self._direct
+        try:
+            regs.rip += 2  # type: ignore[union-attr]
+            self._handler.syscall()  # type: ignore[union-attr]
+        except BaseException as exc:
+            self._fail(exc)
+        # The library adds the length of `syscall` to whatever RIP is now.
+        regs.rip = (regs.rip - 2) & x86.MASK64  # type: ignore[union-attr]
+
+    # -- public hooks: note and stop
+
+    def _public_intr(self, _uc: int, number: int, _data: int) -> None:
+        self._pending = lambda: self._public_exception(number)
+        self._stop(self._handle)
+
+    def _public_exception(self, number: int) -> None:
+        public, handler = self._public, self._handler
+        assert public is not None and handler is not None
+        error_code, software = public.classify(number, self._walk, self._peek)
+        public.forget_exception()
+        handler.exception(number, error_code, software)
+
+    def _public_invalid(self, _uc: int, _data: int) -> bool:
+        self._pending = self._handler.invalid_opcode  # type: ignore[union-attr]
+        self._stop(self._handle)
+        return True
+
+    def _public_syscall(self, _uc: int, _data: int) -> None:
+        self._pending = self._handler.syscall  # type: ignore[union-attr]
+        self._stop(self._handle)
+
+    def _public_block(self, _uc: int, _address: int, _size: int, _data: int) -> None:
+        if self._kicked:
+            self._stop(self._handle)
+
+    def _entry(self, mpa: int) -> int:
+        offset = mpa - self._map_base
+        if not 0 <= offset <= self._map_size - 8:
+            return 0
+        return ctypes.c_uint64.from_address(self._map_address + offset).value
+
+    def _walk(self, va: int) -> tuple[int, int]:
+        """(leaf entry, machine address) of `va` in the current tables; (0, 0) when it is not mapped."""
+        table = self.regs.cr3 & x86.PTE_ADDR
+        for shift in (39, 30, 21, 12):
+            entry = self._entry(table + ((va >> shift) & 511) * 8)
+            if not entry & x86.PTE_P:
+                return 0, 0
+            if shift == 12 or (shift != 39 and entry & x86.PTE_PSE):
+                mask = (1 << shift) - 1
+                return entry, (entry & x86.PTE_ADDR & ~mask) + (va & mask)
+            table = entry & x86.PTE_ADDR
+        return 0, 0
+
+    def _peek(self, va: int) -> int:
+        """The byte at `va`, or -1."""
+        entry, mpa = self._walk(va)
+        offset = mpa - self._map_base
+        if not entry or not 0 <= offset < self._map_size:
+            return -1
+        return ctypes.c_uint8.from_address(self._map_address + offset).value
+
+    # -- address translation and code
+
+    @property
+    def flush_epoch(self) -> int:
+        return self._epoch
+
+    def load_cr3(self, mpa: int) -> None:
+        self._epoch += 1
+        if self._direct:
+            self._f_cr3(self._env, mpa)
+        else:
+            self._uc.reg_write(uc_x86.UC_X86_REG_CR3, mpa)
+
+    def flush_all(self) -> None:
+        self._epoch += 1
+        if self._direct:
+            self._f_flush(self._cpu)
+        else:
+            self._leaf.uc_ctl(_PTR(self._handle), ctypes.c_int(_CTL_TLB_FLUSH))
+
+    def flush_page(self, va: int) -> None:
+        if self._direct:
+            self._f_flush_page(self._cpu, va)
+        else:
+            self.flush_all()
+
+    def memory_written(self, mpa: int, size: int) -> None:
+        if self._direct:
+            start = mpa - self._map_base
+            self._f_invalidate(self._handle, start, start + size)
+        else:
+            self._code_stale = True
+
+    # -- segments
+
+    def load_flat64(self, cs: int, ss: int) -> None:
+        self.regs.load_flat64(cs, ss)
+
+    def load_segment(self, index: int, selector: int, descriptor: int) -> None:
+        self.regs.load_segment(index, selector, descriptor)
+
+    def set_gdt(self, base: int, limit: int) -> None:
+        self._uc.reg_write(uc_x86.UC_X86_REG_GDTR, (0, base, limit, 0))
+
+    def set_ldt(self, selector: int, base: int, limit: int) -> None:
+        attributes = 0x8200 if selector else 0
+        if self._direct:
+            self._direct.set_hidden(_SLOT_LDT, selector, base, limit, attributes)
+        else:
+            self._uc.reg_write(uc_x86.UC_X86_REG_LDTR, (selector, base, limit, attributes))
+
+    # -- identification, whole state
+
+    def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        if not self._direct:
+            return self._public.cpuid(leaf, subleaf)  # type: ignore[union-attr]
+        out = [ctypes.c_uint32() for _ in range(4)]
+        self._f_cpuid(self._env, leaf, subleaf, *[ctypes.byref(v) for v in out])
+        return out[0].value, out[1].value, out[2].value, out[3].value
+
+    def read_tsc(self) -> int:
+        from hypervisor.engines.tsc import read_tsc
+
+        return read_tsc()
+
+    def save_cpu(self) -> bytes:
+        return bytes(self.regs.save())
+
+    def restore_cpu(self, state: bytes) -> None:
+        self.regs.restore(state)
+        if self._direct:
+            assert self.layout is not None
+            self._f_cr3(self._env, self._direct.cr3)
+        self._epoch += 1
+
+    @property
+    def long_mode(self) -> bool:
+        return bool(self.regs.long_mode_code)
+
+
+__all__ = ["CPU_MODEL", "HF_CS64", "UnicornEngine"]
