@@ -1,0 +1,226 @@
+"""All that a plugin may import from the agent.
+
+A *plugin* gives one verb a meaning. It turns checked arguments into a `Plan`:
+a tuple of `Step`s, plain data with a JSON form. The agent journals the plan
+before the first step and a line before and after each step. After a crash it
+rebuilds the plan and asks the interrupted step to `Step.check` the world:
+
+* ``DONE``      the step is taken as done and the plan goes on;
+* ``NOT_DONE``  the step is run (again);
+* ``UNKNOWN``   nobody can say just now; asked again later. Unknown is never taken for either.
+
+When a step fails, the failed step and then the done ones, newest first, are
+undone. `Step.undo` looks at the world too: it is called for steps that may
+have run wholly, partly or not at all, and perhaps twice.
+
+A new verb is one module with a `Plugin` subclass and one line in the
+entry-point group ``reeve.instructions``; ``docs/instructions.md`` describes
+the verbs of this distribution.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, Self
+
+from agent.errors import InstructionError
+from hypervisor.errors import NotOurs
+from hypervisor.toolstack.api import DomainInfo, Toolstack
+
+__all__ = [
+    "API_VERSION",
+    "Check",
+    "Claims",
+    "Context",
+    "Host",
+    "InstructionError",
+    "JsonDict",
+    "Plan",
+    "Plugin",
+    "Step",
+    "own_domain",
+]
+
+API_VERSION = (1, 0)
+"""Same major: compatible. A plugin built for another major is reported and skipped."""
+
+JsonDict = dict[str, Any]
+
+
+class Check(enum.StrEnum):
+    """What `Step.check` found when it looked at the world."""
+
+    NOT_DONE = "not_done"
+    DONE = "done"
+    UNKNOWN = "unknown"
+
+
+class Claims(Protocol):
+    """Memory and vCPUs set aside for domains that do not exist yet. Journalled: a claim survives a crash."""
+
+    def take(self, instruction: str, domain: str, memory_mib: int, vcpus: int) -> None:
+        """Set aside resources; taking the same claim again changes nothing.
+
+        :raises InsufficientMemory, InsufficientVcpus: with what is left.
+        """
+
+    def holds(self, instruction: str) -> bool: ...
+
+    def release(self, instruction: str) -> None:
+        """Give the claim back; no effect when there is none."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Host:
+    """What a plugin sees of its node.
+
+    :ivar name: the host's name, as instructions address it.
+    :ivar owner: the marker that makes a domain ours (`DomainSpec.owner`); never changes for a node,
+        not even when its hostname does.
+    :ivar settings: strings from the configuration; ``image_dir`` is the image store.
+    """
+
+    name: str
+    owner: str
+    toolstack: Toolstack
+    claims: Claims
+    settings: Mapping[str, str]
+
+
+class Context(Protocol):
+    """What a step sees while it runs."""
+
+    @property
+    def host(self) -> Host: ...
+
+    @property
+    def instruction(self) -> str:
+        """The instruction's id."""
+
+    @property
+    def outputs(self) -> Mapping[str, JsonDict]:
+        """What earlier steps returned, by step name."""
+
+    def seconds_left(self, at_most: float) -> float:
+        """Seconds a step may still wait: `at_most`, or less when the instruction's deadline is nearer."""
+
+    def poll(self, ready: Callable[[float], Any], at_most: float) -> Any:
+        """Call ``ready(seconds)`` with short waits until it returns something true; None when `at_most` seconds passed.
+
+        Use it for every wait: it ends at the deadline and gives way when the agent is stopped
+        (the instruction then resumes at the next start).
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Step(abc.ABC):
+    """One thing to do. Subclasses are frozen dataclasses whose fields are JSON values.
+
+    :cvar name: unique in its plugin and stable: it is stored in journals.
+    :cvar title: what it does, for a human.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str] = ""
+
+    @abc.abstractmethod
+    def run(self, ctx: Context) -> JsonDict | None:
+        """Do it; what it returns is journalled and shown to later steps in `Context.outputs`.
+
+        :raises InstructionError, ToolstackError: it failed; the plan is undone.
+        """
+
+    @abc.abstractmethod
+    def check(self, ctx: Context) -> Check:
+        """Look at the world: has this step happened?"""
+
+    def undo(self, ctx: Context) -> None:  # noqa: B027 - nothing to undo is the common case
+        """Take it back as far as the world shows that it is ours; must be repeatable."""
+
+    def to_json(self) -> JsonDict:
+        return {"step": self.name, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(**{key: value for key, value in data.items() if key != "step"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """What an instruction will do, as data.
+
+    :ivar domain: UUID of the domain it concerns, or "".
+    """
+
+    steps: tuple[Step, ...]
+    domain: str = ""
+
+    def to_json(self) -> JsonDict:
+        return {"domain": self.domain, "steps": [step.to_json() for step in self.steps]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], kinds: Sequence[type[Step]]) -> Plan:
+        """:raises InstructionError: a step that this version of the plugin does not have."""
+        known = {kind.name: kind for kind in kinds}
+        steps = []
+        for item in data["steps"]:
+            kind = known.get(item["step"])
+            if kind is None:
+                raise InstructionError(
+                    "plugin.failed",
+                    f"the journalled plan has a step {item['step']!r} this plugin lacks: install the version it had",
+                )
+            steps.append(kind.from_json(item))
+        return cls(tuple(steps), data.get("domain", ""))
+
+
+class Plugin(abc.ABC):
+    """One verb.
+
+    :cvar verb: the name in messages, ``[a-z][a-z0-9_]*``.
+    :cvar api_version: the `API_VERSION` it was written for.
+    :cvar summary: one line for humans.
+    :cvar args_schema: JSON Schema (2020-12) of ``args``; give ``additionalProperties: false``.
+    :cvar step_kinds: every Step class a plan of this plugin may hold; plans are rebuilt from it.
+    :cvar read_only: changes nothing, so its steps are not journalled and simply run again after a crash.
+    """
+
+    verb: ClassVar[str]
+    api_version: ClassVar[tuple[int, int]] = API_VERSION
+    summary: ClassVar[str] = ""
+    args_schema: ClassVar[Mapping[str, Any]]
+    step_kinds: ClassVar[tuple[type[Step], ...]] = ()
+    read_only: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def plan(self, args: Mapping[str, Any], host: Host) -> Plan:
+        """Turn checked arguments into a plan. Changes nothing.
+
+        :raises InstructionError, ToolstackError: refused; nothing was begun.
+        """
+
+    def result(self, args: Mapping[str, Any], plan: Plan, ctx: Context) -> JsonDict:
+        """What the sender gets when every step is done; by default the last step's output."""
+        return dict(ctx.outputs.get(plan.steps[-1].name, {})) if plan.steps else {}
+
+    def domain_of(self, args: Mapping[str, Any]) -> str:
+        """The key that orders instructions: those with the same key run one after another, "" with no other."""
+        return str(args.get("uuid", ""))
+
+
+def own_domain(host: Host, uuid: str) -> DomainInfo:
+    """The domain, if it is provably ours.
+
+    :raises DomainNotFound: no such domain.
+    :raises NotOurs: it lacks this node's marker.
+    """
+    info = host.toolstack.get_domain(uuid)
+    if not host.owner or info.owner != host.owner:
+        raise NotOurs(
+            f"domain {uuid} ({info.name}) was not made by this agent (owner {info.owner or 'none'!r}): "
+            "use the tool that made it"
+        )
+    return info

@@ -1,0 +1,191 @@
+"""The scheduler's side: send instructions, wait for replies, listen to reports.
+
+For ``reeve instruct``, tests and anyone who speaks the native form from Python::
+
+    with Client("amqp://guest:guest@127.0.0.1/", "node1") as client:
+        reply = client.call("create", {"name": "web", ...}, timeout=60)
+        if not reply.ok:
+            print(reply.error["code"], reply.error["message"])
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import kombu
+
+from agent import wire
+from agent.errors import BrokerError, MessageError, ReplyTimeout
+from agent.rpc import connection as broker
+
+LOG = logging.getLogger(__name__)
+
+
+class Client:
+    """One sender with a reply queue of its own. Not for several threads at once.
+
+    :param broker_url: ``amqp://…`` or ``filesystem:///folder``.
+    :param host: the host whose agent is addressed.
+    :raises ConfigError: the URL is not usable.
+    :raises BrokerError: the broker cannot be reached.
+    """
+
+    def __init__(
+        self,
+        broker_url: str,
+        host: str,
+        *,
+        poll_seconds: float = broker.POLL_SECONDS,
+        max_message_bytes: int = wire.MAX_BYTES,
+    ) -> None:
+        self.host = wire.check_host_name(host)
+        self.reply_to = f"{broker.REPLY_PREFIX}{uuid.uuid4().hex}"
+        self._max_message_bytes = max_message_bytes
+        self._replies: dict[str, wire.Reply] = {}
+        self._listeners: list[Any] = []
+        self._connection = broker.connect(broker_url, poll_seconds=poll_seconds)
+        self._errors = broker.broker_errors(self._connection)
+        self._url = broker_url
+        try:
+            self._connection.connect()
+            self._channel = self._connection.channel()
+            self._queue = broker.reply_queue(self.reply_to)(self._channel)
+            self._queue.declare()
+            broker.instruction_queue(self.host)(self._channel).declare()
+            self._producer = kombu.Producer(self._channel)
+            self._consumer = kombu.Consumer(self._channel, [self._queue], on_message=self._on_reply)
+            self._consumer.consume()
+        except self._errors as exc:
+            raise self._unreachable(exc) from exc
+
+    def call(
+        self, verb: str, args: Mapping[str, Any] | None = None, timeout: float = 60.0, *, expire: bool = True
+    ) -> wire.Reply:
+        """Send one instruction and wait for its reply.
+
+        :param timeout: seconds to wait; also the instruction's deadline unless `expire` is false.
+        :raises ReplyTimeout: no reply in time. The instruction may still have been carried out.
+        :raises BrokerError, MessageError: it was not sent.
+        """
+        deadline = time.time() + timeout if expire else None
+        return self.wait(self.send(verb, args, deadline=deadline), timeout)
+
+    def send(
+        self,
+        verb: str,
+        args: Mapping[str, Any] | None = None,
+        *,
+        instruction_id: str | None = None,
+        deadline: float | None = None,
+    ) -> str:
+        """Send and do not wait; returns the instruction's id. Sending an id again asks for its reply again."""
+        ident = instruction_id or str(uuid.uuid4())
+        instruction = wire.Instruction(ident, verb, self.host, dict(args or {}), self.reply_to, deadline)
+        body = wire.encode_instruction(instruction)
+        if len(body) > self._max_message_bytes:
+            raise MessageError(
+                f"the instruction has {len(body)} bytes: at most {self._max_message_bytes} are accepted",
+                code="message.too_large",
+            )
+        self.send_raw(body, correlation_id=ident)
+        return ident
+
+    def send_raw(self, body: bytes, *, correlation_id: str = "", headers: Mapping[str, Any] | None = None) -> None:
+        """Send bytes as they are to the host's queue (for tests of hostile input)."""
+        try:
+            self._producer.publish(
+                body,
+                exchange="",
+                routing_key=wire.queue_name(self.host),
+                content_type=wire.CONTENT_TYPE,
+                content_encoding="utf-8",
+                delivery_mode=2,
+                reply_to=self.reply_to,
+                correlation_id=correlation_id or None,
+                headers=dict(headers or {}),
+            )
+        except self._errors as exc:
+            raise self._unreachable(exc) from exc
+
+    def wait(self, instruction_id: str, timeout: float) -> wire.Reply:
+        """The reply to one instruction, from this or an earlier `send`. :raises ReplyTimeout: none in time."""
+        end = time.monotonic() + timeout
+        while instruction_id not in self._replies:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise ReplyTimeout(
+                    f"no reply from host {self.host!r} within {timeout:g} s: is reeve-agent running there with this "
+                    f"broker ({broker.redact(self._url)})? Ask again with the same id, {instruction_id}"
+                )
+            self._drain(min(left, 1.0))
+        return self._replies.pop(instruction_id)
+
+    def listen(self, on_report: Callable[[wire.Report], None], pattern: str = "#") -> None:
+        """From now on pass reports whose routing key (``kind.host``) matches `pattern`; they come during `drain`."""
+
+        def receive(message: Any) -> None:
+            message.ack()
+            try:
+                on_report(wire.Report.from_json(wire.parse(_body(message))))
+            except (MessageError, KeyError, TypeError, ValueError) as exc:
+                LOG.warning("a report that cannot be read was dropped: %s", exc)
+
+        name = f"{broker.REPORT_PREFIX}{uuid.uuid4().hex}"
+        try:
+            channel = self._connection.channel()
+            queue = broker.report_queue(name, pattern)(channel)
+            queue.declare()
+            kombu.Consumer(channel, [queue], on_message=receive).consume()
+        except self._errors as exc:
+            raise self._unreachable(exc) from exc
+        self._listeners.append(queue)
+
+    def drain(self, seconds: float) -> None:
+        """Take in what arrives within `seconds`; returns after the first message."""
+        self._drain(seconds)
+
+    def close(self) -> None:
+        try:
+            for queue in (self._queue, *self._listeners):
+                queue.delete()
+        except self._errors as exc:
+            LOG.debug("reply queue not removed (it expires by itself): %s", exc)
+        self._connection.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _drain(self, seconds: float) -> None:
+        try:
+            self._connection.drain_events(timeout=seconds)
+            self._connection.heartbeat_check()
+        except TimeoutError:
+            self._connection.heartbeat_check()
+        except self._errors as exc:
+            raise self._unreachable(exc) from exc
+
+    def _on_reply(self, message: Any) -> None:
+        message.ack()
+        try:
+            reply = wire.Reply.from_json(wire.parse(_body(message), max_bytes=64 << 20))
+        except (MessageError, KeyError, TypeError) as exc:
+            LOG.warning("a reply that cannot be read was dropped: %s", exc)
+            return
+        self._replies[reply.id or str(message.properties.get("correlation_id") or "")] = reply
+
+    def _unreachable(self, exc: BaseException) -> BrokerError:
+        reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+        return BrokerError(f"the broker {broker.redact(self._url)} cannot be used ({reason}): is it running?")
+
+
+def _body(message: Any) -> bytes:
+    body = message.body
+    return body.encode() if isinstance(body, str) else bytes(body or b"")

@@ -1,0 +1,119 @@
+"""A broker's URL as a kombu connection, the queues on it, and the errors it may raise.
+
+``amqp://user:password@host:port/vhost`` (RabbitMQ) or ``filesystem:///folder`` (no broker: one folder that
+sender and agent share). Queue and exchange arguments live here only: sender and agent must agree on them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import kombu
+from kombu.exceptions import KombuError
+
+from agent.errors import ConfigError
+from agent.wire import MAX_BYTES, REPORT_EXCHANGE, queue_name
+
+POLL_SECONDS = 0.02
+HEARTBEAT_SECONDS = 30
+CONNECT_SECONDS = 5
+REPLY_EXPIRES_SECONDS = 1800.0
+REPLY_PREFIX = "reeve.reply."
+REPORT_PREFIX = "reeve.listener."
+
+REPORTS = kombu.Exchange(REPORT_EXCHANGE, type="topic", durable=True)
+
+_TRANSPORTS = {
+    "filesystem": "agent.rpc.filesystem:Transport",
+    "amqp": "agent.rpc.amqp:Transport",
+    "pyamqp": "agent.rpc.amqp:Transport",
+    "amqps": "agent.rpc.amqp:SSLTransport",
+}
+
+
+def connect(url: str, *, poll_seconds: float = POLL_SECONDS, max_message_bytes: int = MAX_BYTES) -> kombu.Connection:
+    """A connection, not yet opened.
+
+    :raises ConfigError: the URL is not usable.
+    """
+    scheme = urlsplit(url).scheme
+    transport = _TRANSPORTS.get(scheme)
+    if transport is None:
+        raise ConfigError(
+            f"broker URL {redact(url)!r} has scheme {scheme!r}: give amqp://user:password@host/vhost or filesystem:///folder"
+        )
+    if scheme == "filesystem":
+        root = folder(url)
+        options: dict[str, Any] = {
+            "data_folder_in": str(root / "data"),
+            "data_folder_out": str(root / "data"),
+            "unacked_folder": str(root / "unacked"),
+            "control_folder": str(root / "control"),
+            "polling_interval": poll_seconds,
+            "max_message_bytes": max_message_bytes,
+        }
+        return kombu.Connection("filesystem://", transport=transport, transport_options=options)
+    return kombu.Connection(
+        url,
+        transport=transport,
+        connect_timeout=CONNECT_SECONDS,
+        heartbeat=HEARTBEAT_SECONDS,
+        transport_options={"confirm_publish": True, "read_timeout": None, "write_timeout": 30},
+    )
+
+
+def folder(url: str) -> Path:
+    """The folder of a ``filesystem`` URL, made with its sub-folders.
+
+    :raises ConfigError: no folder named, or it cannot be made.
+    """
+    parts = urlsplit(url)
+    root = Path(unquote(parts.path))
+    if parts.netloc or not root.is_absolute() or root == Path("/"):
+        raise ConfigError(
+            f"broker URL {url!r} names no folder: give three slashes and a full path, filesystem:///var/lib/reeve/broker"
+        )
+    try:
+        for name in ("data", "unacked", "control"):
+            (root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"the message folder {root} cannot be made: {exc.strerror}") from exc
+    if not os.access(root / "data", os.W_OK):
+        raise ConfigError(f"the message folder {root} is not writable: run as its owner or choose another broker URL")
+    return root
+
+
+def is_filesystem(url: str) -> bool:
+    return urlsplit(url).scheme == "filesystem"
+
+
+def redact(url: str) -> str:
+    """The URL without its password, for logs."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    return parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")).geturl()
+
+
+def instruction_queue(host: str) -> kombu.Queue:
+    """Durable: instructions wait there while the agent is away."""
+    name = queue_name(host)
+    return kombu.Queue(name, exchange=kombu.Exchange(""), routing_key=name, durable=True)
+
+
+def reply_queue(name: str) -> kombu.Queue:
+    return kombu.Queue(name, exchange=kombu.Exchange(""), routing_key=name, durable=True, expires=REPLY_EXPIRES_SECONDS)
+
+
+def report_queue(name: str, pattern: str) -> kombu.Queue:
+    return kombu.Queue(
+        name, exchange=REPORTS, routing_key=pattern, durable=True, expires=REPLY_EXPIRES_SECONDS, max_length=10000
+    )
+
+
+def broker_errors(connection: kombu.Connection) -> tuple[type[BaseException], ...]:
+    """What a broken or refusing broker raises."""
+    return (*connection.connection_errors, *connection.channel_errors, KombuError, OSError, TimeoutError)
