@@ -1,0 +1,183 @@
+"""A guest kernel, checked: from a file to what the domain builder needs.
+
+Accepts ELF, gzipped ELF and bzImage. What is refused, and how:
+
+* no kernel, or damaged: `KernelInvalid`; a kernel without Xen's notes: `KernelNotXen`;
+* a kernel with the PVH entry alone: `KernelPvhOnly`; 32-bit, or needing a feature we lack: `Unsupported`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import stat
+
+from hypervisor import abi
+from hypervisor.errors import KernelInvalid, KernelNotXen, KernelPvhOnly, Unsupported
+from hypervisor.toolstack.builder import bzimage, elf
+from hypervisor.toolstack.builder.notes import XenNotes, find_notes
+from hypervisor.toolstack.builder.unpack import compression_of, unpack
+from hypervisor.types import PAGE_SIZE
+
+MAX_FILE = 512 << 20
+"""Largest kernel file read, bytes."""
+MAX_UNPACKED = 512 << 20
+"""Largest unpacked kernel, bytes."""
+
+_LOW_END = 1 << 47
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kernel:
+    """A 64-bit PV kernel ready to be placed in a domain.
+
+    :ivar name: how messages call it (its path).
+    :ivar segments: what to load; ``paddr - paddr_offset`` is the offset in the domain's memory.
+    :ivar virt_base: virtual address of pfn 0 in the initial mapping.
+    :ivar start: first byte of the image, as an offset in the domain's memory.
+    :ivar end: end of the image, likewise.
+    :ivar p2m_base: where the kernel wants its p2m list mapped, or None for inside the initial mapping.
+    """
+
+    name: str
+    data: memoryview = dataclasses.field(repr=False)
+    segments: tuple[elf.Segment, ...]
+    notes: XenNotes
+    virt_base: int
+    paddr_offset: int
+    entry: int
+    start: int
+    end: int
+    p2m_base: int | None
+
+    @property
+    def hypercall_page(self) -> int | None:
+        return self.notes.hypercall_page
+
+
+def read_file(path: str | os.PathLike[str], limit: int = MAX_FILE) -> bytes:
+    """Read a regular file once.
+
+    :raises KernelInvalid: missing, unreadable, not a regular file, empty, or longer than `limit` bytes.
+    """
+    name = os.fspath(path)
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(fd, "rb") as file:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode):
+                raise KernelInvalid(f"kernel {name} is not a regular file: give the path of a kernel image")
+            if info.st_size > limit:
+                raise KernelInvalid(
+                    f"kernel {name} has {info.st_size >> 20} MiB: more than {limit >> 20} is not accepted"
+                )
+            data = file.read(limit + 1)
+    except (OSError, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+        raise KernelInvalid(f"kernel {name} cannot be read ({reason}): check the path and its permissions") from exc
+    if not data or len(data) > limit:
+        raise KernelInvalid(f"kernel {name} is {'empty' if not data else 'too large'}: copy or download it again")
+    return data
+
+
+def unpack_kernel(data: bytes, name: str, limit: int = MAX_UNPACKED) -> bytes:
+    """The ELF image in a kernel file; `data` itself when it is an ELF file already.
+
+    :raises KernelInvalid, Unsupported: see the module.
+    """
+    view = memoryview(data)
+    if bytes(view[:4]) == elf.MAGIC:
+        return data
+    if bzimage.is_bzimage(view):
+        return bzimage.unpack_bzimage(view, limit, name)
+    if compression_of(view) == "gzip":
+        return unpack(view, limit, name)
+    raise KernelInvalid(f"{name} is not a kernel image: give a Linux bzImage (vmlinuz) or an ELF kernel")
+
+
+def parse_kernel(image: bytes, name: str) -> Kernel:
+    """Check an ELF image and gather what the builder needs. Reads headers and notes only.
+
+    :raises KernelInvalid, KernelNotXen, KernelPvhOnly, Unsupported: see the module.
+    """
+    parsed = elf.parse_elf(memoryview(image), name)
+    notes = find_notes(parsed, name)
+    if notes is None:
+        raise KernelNotXen(f"{name} has no Xen notes: give a kernel built with Xen PV support (Linux: CONFIG_XEN_PV)")
+    _check_notes(notes, name)
+    if parsed.bits == 32:
+        raise Unsupported(f"{name} is a 32-bit (PAE) kernel, which is not supported yet: use a 64-bit one")
+    return _place(parsed, notes, name)
+
+
+def load_kernel(path: str | os.PathLike[str]) -> Kernel:
+    """Read, unpack and check a kernel file. See `KernelCache.load` for the way that unpacks once.
+
+    :raises KernelInvalid, KernelNotXen, KernelPvhOnly, Unsupported: see the module.
+    """
+    name = os.fspath(path)
+    return parse_kernel(unpack_kernel(read_file(name), name), name)
+
+
+def _check_notes(notes: XenNotes, name: str) -> None:
+    generic = notes.loader.startswith("generic") or notes.guest_os.startswith("linux")
+    pv = notes.entry is not None or notes.virt_base is not None or notes.hypercall_page is not None
+    if notes.phys32_entry is not None and not (pv and generic):
+        raise KernelPvhOnly(
+            f"{name} has only a PVH entry, no PV one: use a kernel with Xen PV support (Linux: CONFIG_XEN_PV)"
+        )
+    if not generic:
+        raise KernelNotXen(
+            f"{name} is for loader {notes.loader[:32]!r} and system {notes.guest_os[:32]!r}: "
+            "Xen loads Linux or the loader 'generic'"
+        )
+    if not notes.xen_version.startswith("xen-3.0"):
+        raise KernelNotXen(f"{name} is for Xen interface {notes.xen_version[:32]!r}: a kernel for 'xen-3.0' is needed")
+
+
+def _place(parsed: elf.ElfImage, notes: XenNotes, name: str) -> Kernel:
+    if notes.paddr_offset is not None and notes.virt_base is None:
+        raise KernelInvalid(f"{name} is damaged: Xen note PADDR_OFFSET without VIRT_BASE; copy or download it again")
+    virt_base = notes.virt_base or 0
+    # The older string interface had physical addresses that include VIRT_BASE.
+    offset = notes.paddr_offset if notes.paddr_offset is not None else virt_base if notes.legacy else 0
+    start, end = parsed.pstart - offset, parsed.pend - offset
+    entry = notes.entry if notes.entry is not None else parsed.entry
+    if start < 0 or end > elf.MAX_EXTENT or not virt_base + start <= entry <= virt_base + end:
+        raise KernelInvalid(
+            f"{name} is damaged: its entry or load addresses are out of bounds; copy or download it again"
+        )
+    if virt_base % PAGE_SIZE or not usable_virtual(virt_base, virt_base + end):
+        raise KernelInvalid(
+            f"{name} is damaged: its VIRT_BASE {virt_base:#x} cannot be mapped; copy or download it again"
+        )
+    hypercall = notes.hypercall_page
+    if hypercall is not None and (hypercall % PAGE_SIZE or not virt_base + start <= hypercall < virt_base + end):
+        raise KernelInvalid(f"{name} is damaged: its hypercall page {hypercall:#x} is outside the image; copy it again")
+    p2m_base = notes.init_p2m
+    if p2m_base is not None and virt_base + start <= p2m_base < virt_base + end:
+        raise KernelInvalid(f"{name} is damaged: its p2m list would lie in the image; copy or download it again")
+    if p2m_base is not None and (p2m_base >= virt_base or p2m_base % PAGE_SIZE):
+        p2m_base = None  # as Xen's domain builder does
+    return Kernel(
+        name=name,
+        data=parsed.data,
+        segments=parsed.segments,
+        notes=notes,
+        virt_base=virt_base,
+        paddr_offset=offset,
+        entry=entry,
+        start=start,
+        end=end,
+        p2m_base=p2m_base,
+    )
+
+
+def usable_virtual(start: int, end: int) -> bool:
+    """Whether a 64-bit PV guest may map ``start .. end-1``: canonical, and not Xen's own."""
+    if end <= _LOW_END:
+        return start >= 0
+    if start < abi.HYPERVISOR_VIRT_START:
+        return False
+    return end <= 1 << 64 and (start >= abi.HYPERVISOR_VIRT_END or end <= abi.HYPERVISOR_VIRT_START)
