@@ -376,5 +376,5 @@ def _check_name(name: str) -> None:
     allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
     if not name or len(name) > MAX_NAME or not set(name) <= allowed or not name[0].isalnum():
         raise SpecInvalid(
-            f"name {name!r} is not usable: give 1 to {MAX_NAME} letters, digits, '.', '_' or '-', a letter or digit first"
+            f"name {name!r} is not usable: give 1 to {MAX_NAME} letters, digits, '.', '_' or '-', letter or digit first"
         )
