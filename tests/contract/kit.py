@@ -8,9 +8,17 @@ differs is a capability of the driver or a guest that the kit has or has not.
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
+import uuid
 from collections.abc import Callable
 
-from hypervisor.toolstack.api import DomainSpec, KernelBoot, Toolstack
+import pytest
+
+from hypervisor.errors import ToolstackError
+from hypervisor.toolstack.api import Capability, DomainInfo, DomainSpec, KernelBoot, Toolstack
+
+OWNER = "contract"
 
 # Guests a kit may have. Each prints LINE once while booting, unless stated otherwise.
 WAITS = "waits"  # then waits for ever, and does not answer shutdown requests
@@ -57,3 +65,75 @@ def newc(name: str, content: bytes) -> bytes:
         return head + bytes(-len(head) % 4) + content + bytes(-len(content) % 4)
 
     return entry(1, 0o100644, name, content) + entry(0, 0, "TRAILER!!!", b"")
+
+
+@dataclasses.dataclass(slots=True)
+class Bench:
+    """What a test works with: a connection and short ways to make domains."""
+
+    toolstack: Toolstack
+    kit: Kit
+
+    def spec(self, guest: str = WAITS, **fields: object) -> DomainSpec:
+        ident = str(uuid.uuid4())
+        values: dict[str, object] = {
+            "uuid": ident,
+            "name": f"c-{ident[:8]}",
+            "boot": self.boot(guest),
+            "memory_mib": self.kit.memory_mib,
+            "owner": OWNER,
+        }
+        return DomainSpec(**{**values, **fields})  # type: ignore[arg-type]
+
+    def boot(self, guest: str) -> object:
+        if guest not in self.kit.guests:
+            pytest.skip(f"the {self.kit.name} kit has no guest that {guest}")
+        return self.kit.guests[guest]
+
+    def start(self, guest: str = WAITS, **fields: object) -> DomainInfo:
+        """A domain that was let run."""
+        info = self.toolstack.create(self.spec(guest, **fields))
+        self.toolstack.unpause(info.uuid)
+        return info
+
+    def booted(self, guest: str = WAITS, **fields: object) -> DomainInfo:
+        """A domain whose guest has printed its line."""
+        info = self.start(guest, **fields)
+        self.until(lambda: self.kit.line in self.toolstack.console_log(info.uuid), f"{guest} guest to boot")
+        return info
+
+    def until(self, condition: Callable[[], bool], what: str, timeout: float | None = None) -> None:
+        deadline = time.monotonic() + (timeout or self.kit.boot_timeout)
+        while not condition():
+            assert time.monotonic() < deadline, f"waited too long for {what}"
+            time.sleep(0.01)  # a poll with a deadline, not a guess
+
+    def needs(self, capability: Capability) -> None:
+        if capability not in self.toolstack.capabilities():
+            pytest.skip(f"the {self.kit.name} driver has no capability {capability.value}")
+
+    def refused(self, error: type[ToolstackError], spec: DomainSpec) -> ToolstackError:
+        """`create` fails with exactly `error` and leaves nothing behind."""
+        before = self.toolstack.list_domains()
+        free = self.toolstack.host_info().memory_free_mib
+        with pytest.raises(ToolstackError) as caught:
+            self.toolstack.create(spec)
+        assert type(caught.value) is error, repr(caught.value)
+        assert_readable(caught.value)
+        assert [info.uuid for info in self.toolstack.list_domains()] == [info.uuid for info in before]
+        assert self.toolstack.host_info().memory_free_mib == free
+        return caught.value
+
+
+def assert_readable(error: ToolstackError) -> None:
+    """One line, a code, and a JSON form."""
+    assert error.message and "\n" not in error.message
+    assert error.to_json() == {"code": type(error).code, "message": error.message, "retryable": type(error).retryable}
+    assert "." in error.code
+
+
+def unavailable(reason: str) -> None:
+    """For kits: skip with a plain reason, but fail where everything must be there (CI=true)."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)

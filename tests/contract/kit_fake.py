@@ -6,7 +6,7 @@ from pathlib import Path
 
 import kit
 
-from hypervisor.toolstack.api import KernelBoot
+from hypervisor.toolstack.api import DomainSpec, KernelBoot
 from hypervisor.toolstack.drivers import load
 from hypervisor.toolstack.drivers.fake import FakeToolstack
 
@@ -21,7 +21,7 @@ def make_kit(folder: Path) -> kit.Kit:
     def guest(words: str = "") -> KernelBoot:
         return KernelBoot(kernel=str(kernel), cmdline=f"fake.print={LINE} {words}".strip())
 
-    def add_foreign(spec: object) -> None:
+    def add_foreign(spec: DomainSpec) -> None:
         host = FakeToolstack(settings["state_dir"], cpus=4, memory_mib=1024)
         host.add_foreign(spec)
         host.close()

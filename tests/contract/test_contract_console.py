@@ -7,7 +7,7 @@ import time
 
 import kit
 import pytest
-from conftest import Bench
+from kit import Bench
 
 from hypervisor.toolstack.api import Capability, Console, OnEvent
 

@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import OWNER, Bench
-from kit import newc
+from kit import OWNER, Bench, newc
 
 from hypervisor import errors
 from hypervisor.toolstack.api import MAX_VCPUS, Capability, DomainSpec, DomainState, DomainType, KernelBoot

@@ -6,7 +6,7 @@ import threading
 
 import kit
 import pytest
-from conftest import Bench
+from kit import Bench
 
 from hypervisor.toolstack.api import Capability, DomainEvent, DomainState, HostInfo, Toolstack
 

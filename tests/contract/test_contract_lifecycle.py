@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import kit
 import pytest
-from conftest import Bench, assert_readable
+from kit import Bench, assert_readable
 
 from hypervisor import errors
 from hypervisor.toolstack.api import Capability, DomainState, OnEvent, ShutdownReason, Toolstack
