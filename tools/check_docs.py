@@ -107,7 +107,7 @@ def commands(path: Path) -> Problems:
     """Shell lines of fenced blocks and inline code: what they call must exist."""
     for number, language, line in prose_and_code(path.read_text()):
         if language in SHELL_LANGUAGES:
-            calls = [line.strip().removeprefix("$ ").removeprefix("# ")]
+            calls = [re.sub(r"\s#.*", "", line.strip().removeprefix("$ "))]
         else:
             calls = [] if language else [span for span in SPAN.findall(line) if " " in span]
         for call in calls:

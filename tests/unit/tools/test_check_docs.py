@@ -86,6 +86,14 @@ def test_commands(line: str, problem: str) -> None:
     assert problem in found
 
 
+def test_shell_comments_are_not_commands(document: Path) -> None:
+    document.write_text("```sh\n$ make test   # every check\nmake coffee # now\n```\n`make tea` or `make`\n")
+    assert list(check_docs.commands(document)) == [
+        (3, "make coffee: no such target"),
+        (5, "make tea: no such target"),
+    ]
+
+
 HELP = {
     (): "reeve [--debug]\n\nCommands:\n  domain console-log  print\n  domain list  list\n  doctor         look\n",
     ("domain", "list"): "usage: reeve domain list [--all]",
