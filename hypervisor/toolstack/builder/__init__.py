@@ -9,15 +9,20 @@
 """
 
 from hypervisor.toolstack.builder.build import build, minimum_memory_mib, plan_memory
+from hypervisor.toolstack.builder.cache import KernelCache
 from hypervisor.toolstack.builder.kernel import Kernel, load_kernel, parse_kernel
+from hypervisor.toolstack.builder.ramdisk import check_ramdisk, load_ramdisk
 from hypervisor.toolstack.builder.state import BootState, BuildMemory
 
 __all__ = [
     "BootState",
     "BuildMemory",
     "Kernel",
+    "KernelCache",
     "build",
+    "check_ramdisk",
     "load_kernel",
+    "load_ramdisk",
     "minimum_memory_mib",
     "parse_kernel",
     "plan_memory",

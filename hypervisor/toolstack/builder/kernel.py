@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import stat
 
 from hypervisor import abi
 from hypervisor.errors import KernelInvalid, KernelNotXen, KernelPvhOnly, Unsupported
 from hypervisor.toolstack.builder import bzimage, elf
+from hypervisor.toolstack.builder.files import read_file
 from hypervisor.toolstack.builder.notes import XenNotes, find_notes
 from hypervisor.toolstack.builder.unpack import compression_of, unpack
 from hypervisor.types import PAGE_SIZE
@@ -55,32 +55,6 @@ class Kernel:
         return self.notes.hypercall_page
 
 
-def read_file(path: str | os.PathLike[str], limit: int = MAX_FILE) -> bytes:
-    """Read a regular file once.
-
-    :raises KernelInvalid: missing, unreadable, not a regular file, empty, or longer than `limit` bytes.
-    """
-    name = os.fspath(path)
-    try:
-        # O_NONBLOCK: opening a FIFO must not wait for a writer.
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(fd, "rb") as file:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode):
-                raise KernelInvalid(f"kernel {name} is not a regular file: give the path of a kernel image")
-            if info.st_size > limit:
-                raise KernelInvalid(
-                    f"kernel {name} has {info.st_size >> 20} MiB: more than {limit >> 20} is not accepted"
-                )
-            data = file.read(limit + 1)
-    except (OSError, ValueError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else str(exc)
-        raise KernelInvalid(f"kernel {name} cannot be read ({reason}): check the path and its permissions") from exc
-    if not data or len(data) > limit:
-        raise KernelInvalid(f"kernel {name} is {'empty' if not data else 'too large'}: copy or download it again")
-    return data
-
-
 def unpack_kernel(data: bytes, name: str, limit: int = MAX_UNPACKED) -> bytes:
     """The ELF image in a kernel file; `data` itself when it is an ELF file already.
 
@@ -96,7 +70,7 @@ def unpack_kernel(data: bytes, name: str, limit: int = MAX_UNPACKED) -> bytes:
     raise KernelInvalid(f"{name} is not a kernel image: give a Linux bzImage (vmlinuz) or an ELF kernel")
 
 
-def parse_kernel(image: bytes, name: str) -> Kernel:
+def parse_kernel(image: bytes | memoryview, name: str) -> Kernel:
     """Check an ELF image and gather what the builder needs. Reads headers and notes only.
 
     :raises KernelInvalid, KernelNotXen, KernelPvhOnly, Unsupported: see the module.
@@ -117,7 +91,7 @@ def load_kernel(path: str | os.PathLike[str]) -> Kernel:
     :raises KernelInvalid, KernelNotXen, KernelPvhOnly, Unsupported: see the module.
     """
     name = os.fspath(path)
-    return parse_kernel(unpack_kernel(read_file(name), name), name)
+    return parse_kernel(unpack_kernel(read_file(path, "kernel", KernelInvalid, MAX_FILE), name), name)
 
 
 def _check_notes(notes: XenNotes, name: str) -> None:
