@@ -1,0 +1,242 @@
+"""One function per request type, and the table of them (`HANDLERS`).
+
+A function decodes the payload, calls the core and encodes the answer; it
+raises `XenstoreError` for the table in `hypervisor.xenstore.errors` to name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hypervisor.xenstore import path as paths
+from hypervisor.xenstore import perms, tree
+from hypervisor.xenstore.connection import Connection
+from hypervisor.xenstore.errors import Busy, Invalid, NotFound
+from hypervisor.xenstore.quota import check
+from hypervisor.xenstore.store import Store
+from hypervisor.xenstore.transaction import Transaction
+from hypervisor.xenstore.watch import Watch
+from hypervisor.xenstore.wire import Op, one_string, strings
+from hypervisor.xenstore.wire import number as decimal
+
+if TYPE_CHECKING:
+    from hypervisor.xenstore.server import Server
+
+OK = b"OK\0"
+
+MAX_DOMID = 0x7FEF
+"""Largest domid of a real domain (DOMID_FIRST_RESERVED - 1)."""
+
+
+@dataclass(slots=True)
+class Call:
+    """A request being handled.
+
+    :ivar transaction: the one that the request names; None outside of one.
+    """
+
+    server: Server
+    conn: Connection
+    payload: bytes
+    transaction: Transaction | None = None
+
+    @property
+    def view(self) -> Transaction | Store:
+        return self.transaction if self.transaction is not None else self.server.store
+
+    def path(self, raw: bytes, *, special: bool = False) -> str:
+        return paths.canonical(raw, paths.domain_path(self.conn.who.domid), special=special)
+
+    def one_path(self, *, special: bool = False) -> str:
+        return self.path(one_string(self.payload), special=special)
+
+    def changed(self, changes: list[tree.Change]) -> bytes:
+        if self.transaction is not None:
+            self.transaction.record(changes)
+        else:
+            self.server.fire(changes, self.conn)
+        return OK
+
+
+def _domid(raw: bytes) -> int:
+    return decimal(raw, 0xFFFF)
+
+
+def _real_domid(raw: bytes) -> int:
+    domid = _domid(raw)
+    if not 1 <= domid <= MAX_DOMID:
+        raise Invalid(f"{domid} is not the number of a guest")
+    return domid
+
+
+# -- nodes ------------------------------------------------------------------------------------------------
+
+
+def _read(call: Call) -> bytes:
+    return tree.read(call.view, call.conn.who, call.one_path())
+
+
+def _directory(call: Call) -> bytes:
+    return tree.directory(call.view, call.conn.who, call.one_path())
+
+
+def _directory_part(call: Call) -> bytes:
+    raw, offset = strings(call.payload, 2, 2)
+    return tree.directory_part(call.view, call.conn.who, call.path(raw), decimal(offset))
+
+
+def _write(call: Call) -> bytes:
+    raw, nul, value = call.payload.partition(b"\0")
+    if not nul:
+        raise Invalid("WRITE without a path")
+    return call.changed(tree.write(call.view, call.conn.who, call.path(raw), value, call.conn.limits))
+
+
+def _mkdir(call: Call) -> bytes:
+    return call.changed(tree.mkdir(call.view, call.conn.who, call.one_path(), call.conn.limits))
+
+
+def _rm(call: Call) -> bytes:
+    return call.changed(tree.remove(call.view, call.conn.who, call.one_path()))
+
+
+def _get_perms(call: Call) -> bytes:
+    return tree.get_perms(call.view, call.conn.who, call.one_path(special=True)).encode()
+
+
+def _set_perms(call: Call) -> bytes:
+    raw, *fields = strings(call.payload, 2, 2048)
+    acl = perms.parse(fields)
+    path = call.path(raw, special=True)
+    return call.changed(tree.set_perms(call.view, call.conn.who, path, acl, call.conn.limits))
+
+
+# -- watches ----------------------------------------------------------------------------------------------
+
+
+def _watch(call: Call) -> bytes:
+    raw, token, *rest = strings(call.payload, 2, 3)
+    path = call.path(raw, special=True)
+    home = paths.domain_path(call.conn.who.domid)
+    prefix = len(home) + 1 if paths.is_relative(raw) else 0
+    watch = Watch(path, token, prefix, decimal(rest[0]) if rest else -1)
+    limits = call.conn.limits
+    check(call.conn.who, call.server.watches.count(call.conn) + 1, limits.watches, "watches")
+    check(call.conn.who, watch.size, limits.watch_size, "bytes in one watch")
+    call.server.add_watch(call.conn, watch)
+    return OK
+
+
+def _unwatch(call: Call) -> bytes:
+    raw, token, *_ = strings(call.payload, 2, 3)
+    call.server.remove_watch(call.conn, call.path(raw, special=True), token)
+    return OK
+
+
+def _reset_watches(call: Call) -> bytes:
+    call.server.forget_watches(call.conn)
+    call.server.forget_transactions(call.conn)
+    return OK
+
+
+# -- transactions -----------------------------------------------------------------------------------------
+
+
+def _transaction_start(call: Call) -> bytes:
+    if call.transaction is not None:
+        raise Busy("transactions do not nest")
+    conn = call.conn
+    check(conn.who, len(conn.transactions) + 1, conn.limits.transactions, "open transactions")
+    return b"%d\0" % call.server.start_transaction(conn)
+
+
+def _transaction_end(call: Call) -> bytes:
+    word = one_string(call.payload)
+    if word not in (b"T", b"F"):
+        raise Invalid("TRANSACTION_END takes T or F")
+    if call.transaction is None:
+        raise NotFound("no transaction to end")
+    call.server.end_transaction(call.conn, call.transaction, commit=word == b"T")
+    return OK
+
+
+# -- domains ----------------------------------------------------------------------------------------------
+
+
+def _get_domain_path(call: Call) -> bytes:
+    return paths.domain_path(_domid(one_string(call.payload))).encode() + b"\0"
+
+
+def _introduce(call: Call) -> bytes:
+    domid, gfn, port, *_ = strings(call.payload, 3, 4)
+    call.server.introduce_by_request(_real_domid(domid), int(decimal(gfn.lstrip(b"-"))), decimal(port))
+    return OK
+
+
+def _release(call: Call) -> bytes:
+    call.server.release(_real_domid(one_string(call.payload)))
+    return OK
+
+
+def _is_domain_introduced(call: Call) -> bytes:
+    domid = _domid(one_string(call.payload))
+    return b"T\0" if domid == 0 or call.server.is_introduced(domid) else b"F\0"
+
+
+def _resume(call: Call) -> bytes:
+    call.server.domain_resumed(_real_domid(one_string(call.payload)))
+    return OK
+
+
+def _set_target(call: Call) -> bytes:
+    domid, target, *_ = strings(call.payload, 2, 3)
+    call.server.set_target(_real_domid(domid), _real_domid(target))
+    return OK
+
+
+def _control(call: Call) -> bytes:
+    words = strings(call.payload, 1, 16)
+    return call.server.control([w.decode("ascii", "replace") for w in words]).encode() + b"\0"
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """:ivar privileged: dom0 only. :ivar in_transaction: whether a transaction id means something.
+
+    :ivar writes: counts against the rate of writes.
+    """
+
+    function: Callable[[Call], bytes]
+    privileged: bool = False
+    in_transaction: bool = True
+    writes: bool = False
+
+
+def _dom0(function: Callable[[Call], bytes]) -> Handler:
+    return Handler(function, privileged=True, in_transaction=False)
+
+
+HANDLERS: dict[int, Handler] = {
+    Op.DIRECTORY: Handler(_directory),
+    Op.DIRECTORY_PART: Handler(_directory_part),
+    Op.READ: Handler(_read),
+    Op.WRITE: Handler(_write, writes=True),
+    Op.MKDIR: Handler(_mkdir, writes=True),
+    Op.RM: Handler(_rm, writes=True),
+    Op.GET_PERMS: Handler(_get_perms),
+    Op.SET_PERMS: Handler(_set_perms, writes=True),
+    Op.WATCH: Handler(_watch, in_transaction=False),
+    Op.UNWATCH: Handler(_unwatch, in_transaction=False),
+    Op.RESET_WATCHES: Handler(_reset_watches, in_transaction=False),
+    Op.TRANSACTION_START: Handler(_transaction_start),
+    Op.TRANSACTION_END: Handler(_transaction_end, writes=True),
+    Op.GET_DOMAIN_PATH: Handler(_get_domain_path, in_transaction=False),
+    Op.INTRODUCE: _dom0(_introduce),
+    Op.RELEASE: _dom0(_release),
+    Op.IS_DOMAIN_INTRODUCED: _dom0(_is_domain_introduced),
+    Op.RESUME: _dom0(_resume),
+    Op.SET_TARGET: _dom0(_set_target),
+    Op.CONTROL: _dom0(_control),
+}

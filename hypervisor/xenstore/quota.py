@@ -1,0 +1,85 @@
+"""What one domain may use of xenstore, and the checks. dom0 has no limits.
+
+The defaults are those of Xen's own xenstored where it has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hypervisor.xenstore.errors import QuotaExceeded
+from hypervisor.xenstore.perms import Who
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Per unprivileged domain.
+
+    :ivar nodes: nodes it may own.
+    :ivar node_size: bytes of one node: value, child names and permissions.
+    :ivar memory: bytes of all nodes it owns, paths included.
+    :ivar permissions: entries of one node.
+    :ivar watches: watches it may have.
+    :ivar watch_size: bytes of one watch: path and token.
+    :ivar transactions: open at once.
+    :ivar transaction_nodes: nodes one transaction may touch.
+    :ivar transaction_bytes: bytes one transaction may have written and not committed.
+    :ivar outstanding: replies it has not read and watch events of its making that others have not read.
+    :ivar event_bytes: bytes of watch events waiting for it; what comes beyond is dropped.
+    :ivar tool_output_bytes: bytes waiting for one socket client before it counts as stuck.
+    :ivar write_rate: writes a second while another connection has a transaction open.
+    :ivar write_burst: writes it may do at once before that rate holds.
+    """
+
+    nodes: int = 1000
+    node_size: int = 2048
+    memory: int = 1 << 20
+    permissions: int = 5
+    watches: int = 128
+    watch_size: int = 4096
+    transactions: int = 10
+    transaction_nodes: int = 1024
+    transaction_bytes: int = 1 << 18
+    outstanding: int = 20
+    event_bytes: int = 1 << 16
+    tool_output_bytes: int = 1 << 20
+    write_rate: float = 200.0
+    write_burst: float = 100.0
+
+
+def check(who: Who, used: int, most: int, what: str) -> None:
+    """:raises QuotaExceeded: an unprivileged `who` would use more than it may."""
+    if used > most and not who.privileged:
+        raise QuotaExceeded(f"domain {who.domid} would have {used} {what}: {most} is its limit")
+
+
+class Bucket:
+    """A token bucket. `delay` says how long to wait until one more may be taken.
+
+    :param clock: seconds, monotonic.
+    """
+
+    __slots__ = ("_burst", "_clock", "_level", "_rate", "_seen")
+
+    def __init__(self, rate: float, burst: float, clock: Callable[[], float]) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._clock = clock
+        self._level = burst
+        self._seen = clock()
+
+    def _refill(self) -> None:
+        now = self._clock()
+        self._level = min(self._burst, self._level + max(0.0, now - self._seen) * self._rate)
+        self._seen = now
+
+    def take(self, amount: float = 1.0) -> None:
+        """Take, into debt if need be."""
+        self._refill()
+        self._level -= amount
+
+    def delay(self) -> float:
+        """Seconds until the debt is paid; 0.0 when there is none."""
+        self._refill()
+        return max(0.0, -self._level / self._rate)
