@@ -368,7 +368,7 @@ def _check_uuid(text: str) -> None:
         canonical = str(uuid_module.UUID(text))
     except (ValueError, AttributeError, TypeError):
         canonical = ""
-    if canonical != text:
+    if not text or canonical != text:
         raise SpecInvalid(f"uuid {text!r} is not a UUID in canonical form: give one like {uuid_module.UUID(int=1)}")
 
 
