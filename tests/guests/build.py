@@ -1,8 +1,8 @@
 """Build the micro-guests: small 64-bit Xen PV kernels for tests, compiled when first asked for.
 
-``build_guest("hello")`` compiles ``tests/guests/hello.c`` with the runtime in ``lib/`` and returns the ELF's path. The
-result is kept under a name made of everything that went into it, so a second call costs a few milliseconds and an edited
-source is built anew. Nothing is built at import.
+``build_guest("hello")`` compiles ``tests/guests/hello.c`` with the runtime in ``lib/`` and returns the ELF's path.
+The result is kept under a name made of everything that went into it, so a second call costs a few milliseconds
+and an edited source is built anew. Nothing is built at import.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def build_guest(name: str, **defines: str | int | bool) -> pathlib.Path:
     """The path of guest `name` as an ELF file, compiled if need be.
 
     :param defines: preprocessor symbols. True defines one without a value, False leaves it out.
-        ``USE_HYPERCALL_PAGE=True`` calls through a hypercall page; otherwise ``syscall`` is issued inline, as Linux does
-        since 6.1. ``NO_XEN_NOTES=True`` leaves the ELF notes out.
+        ``USE_HYPERCALL_PAGE=True`` calls through a hypercall page; otherwise ``syscall`` is issued inline, as
+        Linux does since 6.1. ``NO_XEN_NOTES=True`` leaves the ELF notes out.
     :raises GuestBuildError: no such guest, no compiler, or the source does not compile.
     """
     source = SOURCES / f"{name}.c"

@@ -19,7 +19,7 @@ const char *cmdline_option(const char *name); /* text after `name=`, or NULL; en
 int cmdline_flag(const char *name);
 u64 parse_number(const char *text); /* decimal or 0x… */
 __attribute__((noreturn)) void shutdown(u32 reason);
-__attribute__((noreturn)) void panic(const char *format, ...);
+__attribute__((noreturn, format(printf, 1, 2))) void panic(const char *format, ...);
 
 /* Hypercalls: rax = number, rdi rsi rdx r10 r8 = arguments; rcx and r11 are lost. */
 static inline s64 hypercall(u64 nr, u64 a1, u64 a2, u64 a3, u64 a4, u64 a5)
@@ -54,7 +54,7 @@ int str_equal(const char *a, const char *b);
 void *memset(void *to, int byte, unsigned long n);
 void *memcpy(void *to, const void *from, unsigned long n);
 int format_text(char *to, int size, const char *format, __builtin_va_list args);
-/* %s %c %d %u %x %p with l and zero padding; one call is one write to the console */
+/* %s %c %d %u %x with l and zero padding; one call is one write to the console */
 __attribute__((format(printf, 1, 2))) void printk(const char *format, ...);
 
 /* console.c */
@@ -88,6 +88,9 @@ extern u64 trap_resume;                      /* where to go on after an expected
 extern int (*trap_hook)(struct regs *regs);  /* looked at first; true: handled */
 extern int (*user_syscall)(struct regs *regs); /* `syscall` from user mode; true: return to user mode */
 void traps_init(void);
+/* After a PROBE: FAULT when it ended in a page fault of a write to a present page at `at`, 0 when in none. */
+#define FAULT (-1000)
+s64 write_fault(u64 at);
 void trap_expect(void);
 u64 user_run(u64 rip, u64 rsp, u64 rdi); /* until user_leave */
 __attribute__((noreturn)) void user_leave(u64 value);
@@ -139,5 +142,6 @@ void check_begin(const char *name);
 void check(int ok, const char *name);
 void check_value(const char *name, s64 got, s64 want);
 int check_end(void);
+__attribute__((format(printf, 1, 2))) const char *label(const char *format, ...); /* good until the next one */
 
 #endif

@@ -101,9 +101,6 @@ int format_text(char *to, int size, const char *format, __builtin_va_list args)
             put_number(&out, is_long ? __builtin_va_arg(args, u64) : __builtin_va_arg(args, u32),
                        *format == 'u' ? 10 : 16, 0, width, fill);
             break;
-        case 'p':
-            put_number(&out, __builtin_va_arg(args, u64), 16, 0, 16, '0');
-            break;
         default:
             put(&out, *format);
         }

@@ -35,3 +35,13 @@ int check_end(void)
     printk("%s: %d passed, %d failed\n", suite, passed, failed);
     return failed;
 }
+
+const char *label(const char *format, ...)
+{
+    static char text[160];
+    __builtin_va_list args;
+    __builtin_va_start(args, format);
+    text[format_text(text, sizeof(text) - 1, format, args)] = 0;
+    __builtin_va_end(args);
+    return text;
+}

@@ -39,7 +39,7 @@ void trap_expect(void)
 
 static void describe(struct regs *regs)
 {
-    panic("unexpected trap %lu error %lx rip %p cs %lx rflags %lx rsp %p cr2 %p\n", regs->vector, regs->error, regs->rip,
+    panic("unexpected trap %lu error %lx rip %lx cs %lx rflags %lx rsp %lx cr2 %lx\n", regs->vector, regs->error, regs->rip,
           regs->cs, regs->rflags, regs->rsp, cr2_now());
 }
 
@@ -51,7 +51,7 @@ void trap_dispatch(struct regs *regs)
     }
     if (regs->vector == VECTOR_SYSCALL) {
         if (!user_syscall || !user_syscall(regs))
-            panic("unexpected system call from rip %p\n", regs->rip);
+            panic("unexpected system call from rip %lx\n", regs->rip);
         return;
     }
     if (trap_hook && trap_hook(regs))
@@ -67,5 +67,17 @@ void trap_dispatch(struct regs *regs)
     trap_seen.rsp = regs->rsp;
     trap_seen.cs = regs->cs;
     regs->rip = trap_resume;
+    regs->rflags &= ~0x100UL; /* a single step is one step */
     trap_resume = 0;
+}
+
+s64 write_fault(u64 at)
+{
+    if (!trap_seen.count)
+        return 0;
+    if (trap_seen.vector != 14 || trap_seen.error != 3 || trap_seen.cr2 != at) {
+        printk("  vector %lu error %lx cr2 %lx\n", trap_seen.vector, trap_seen.error, trap_seen.cr2);
+        return FAULT - 1;
+    }
+    return FAULT;
 }
