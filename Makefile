@@ -19,7 +19,7 @@ demo: $(VENV)/.reeve-installed  ## an AMQP instruction boots Debian's own kernel
 
 clean:  ## remove virtual environments and build results
 	rm -rf $(VENV) .tox build dist reeve.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find hypervisor agent plugins tests tools bench -type d -name __pycache__ -prune -exec rm -rf {} +
+	find $(wildcard hypervisor agent plugins tests tools bench) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
