@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from oslo_config import cfg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
 
@@ -120,16 +121,38 @@ def test_reeve_commands(monkeypatch: pytest.MonkeyPatch, line: str, problem: str
 
 def test_what_a_sample_mentions() -> None:
     text = "[DEFAULT]\n# Prose = not an option\n#name = x\n\n[broker]\nurl = amqp://\n"
-    assert check_samples.mentioned(text) == {("DEFAULT", "name"): 3, ("broker", "url"): 6}
+    assert check_samples.mentioned(text) == {
+        ("DEFAULT", "name"): check_samples.Line(3, "x", True),
+        ("broker", "url"): check_samples.Line(6, "amqp://", False),
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        (cfg.StrOpt("a"), "<None>"),
+        (cfg.StrOpt("a", default="x", sample_default="<host>"), "<host>"),
+        (cfg.BoolOpt("a", default=False), "false"),
+        (cfg.ListOpt("a", default=["x", "y"]), "x,y"),
+        (cfg.DictOpt("a", default={"k": "v"}), "k:v"),
+        (cfg.FloatOpt("a", default=0.5), "0.5"),
+    ],
+)
+def test_defaults_as_samples_write_them(option: cfg.Opt, text: str) -> None:
+    assert check_samples.default_text(option) == text
 
 
 def test_samples_are_compared_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_samples, "registered", lambda: {"agent": {("DEFAULT", "name"), ("broker", "url")}})
+    options = {("DEFAULT", "name"): "a", ("DEFAULT", "size"): "1", ("broker", "url"): ""}
+    monkeypatch.setattr(check_samples, "registered", lambda: {"agent": options})
     (tmp_path / "reeve").mkdir()
     assert "no such file" in check_samples.sample_problems(tmp_path)[0]
-    sample = tmp_path / "reeve" / "agent.conf"
-    sample.write_text("[DEFAULT]\n#name = a\n#nmae = b\n")
+    sample = tmp_path / "reeve" / "agent.conf.sample"
+    sample.write_text("[DEFAULT]\n#name = a\n#nmae = b\n#size = 2\n")
     assert check_samples.sample_problems(tmp_path) == [
         f"{sample}: [broker] url is not shown",
         f"{sample}:3: [DEFAULT] nmae is no option",
+        f"{sample}:4: [DEFAULT] size is shown as '2', but its default is '1'",
     ]
+    sample.write_text("[DEFAULT]\nname = other\n#size = 1\n[broker]\n#url =\n")
+    assert check_samples.sample_problems(tmp_path) == []
