@@ -60,9 +60,15 @@ def build_guest(name: str, **defines: str | int | bool) -> pathlib.Path:
     if compiler is None:
         raise GuestBuildError(str(available()))
     flags = [*CFLAGS, *_define_flags(defines)]
-    result = _cache_folder() / f"{name}-{_digest(source, flags, compiler)}.elf"
+    folder = _cache_folder()
+    runtime_digest = _digest(_runtime_inputs(), flags, compiler)
+    result = folder / f"{name}-{_digest([source], [runtime_digest], compiler)}.elf"
     if not result.is_file():
-        _compile(compiler, flags, source, result)
+        runtime = folder / f"runtime-{runtime_digest}.o"
+        if not runtime.is_file():
+            units = [path for path in _runtime_inputs() if path.suffix in {".c", ".S"}]
+            _compile([compiler, *flags, "-r"], units, runtime)
+        _compile([compiler, *flags, "-T", str(LIBRARY / "guest.lds")], [source, runtime], result)
     return result
 
 
@@ -88,14 +94,14 @@ def _define_flags(defines: dict[str, str | int | bool]) -> list[str]:
     return flags
 
 
-def _inputs(source: pathlib.Path) -> list[pathlib.Path]:
-    return [source, *sorted(path for path in LIBRARY.iterdir() if path.suffix in {".c", ".h", ".S", ".lds"})]
+def _runtime_inputs() -> list[pathlib.Path]:
+    return sorted(path for path in LIBRARY.iterdir() if path.suffix in {".c", ".h", ".S", ".lds"})
 
 
-def _digest(source: pathlib.Path, flags: list[str], compiler: str) -> str:
+def _digest(inputs: list[pathlib.Path], flags: list[str], compiler: str) -> str:
     digest = hashlib.sha256(_compiler_version(compiler))
     digest.update("\0".join(flags).encode())
-    for path in _inputs(source):
+    for path in inputs:
         content = path.read_bytes()
         digest.update(f"\0{path.name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:20]
@@ -112,17 +118,21 @@ def _cache_folder() -> pathlib.Path:
     return folder
 
 
-def _compile(compiler: str, flags: list[str], source: pathlib.Path, result: pathlib.Path) -> None:
-    units = [str(path) for path in _inputs(source) if path.suffix in {".c", ".S"}]
-    handle, partial = tempfile.mkstemp(dir=result.parent, prefix=f".{source.stem}-", suffix=".elf")
+def _compile(command: list[str], units: list[pathlib.Path], result: pathlib.Path) -> None:
+    handle, partial = tempfile.mkstemp(dir=result.parent, prefix=f".{result.stem}-", suffix=result.suffix)
     os.close(handle)
-    command = [compiler, *flags, f"-I{LIBRARY}", "-T", str(LIBRARY / "guest.lds"), *units, "-o", partial]
+    names = ", ".join(unit.name for unit in units)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT)
+        done = subprocess.run(
+            [*command, f"-I{LIBRARY}", *map(str, units), "-o", partial],
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_TIMEOUT,
+        )
         if done.returncode:
-            raise GuestBuildError(f"{source.name} does not compile:\n{done.stderr.strip()}")
+            raise GuestBuildError(f"{names} does not compile:\n{done.stderr.strip()}")
         os.replace(partial, result)  # whole or not at all, also when two test processes build the same guest
     except subprocess.TimeoutExpired as exc:
-        raise GuestBuildError(f"{source.name} took longer than {COMPILE_TIMEOUT:.0f} s to compile") from exc
+        raise GuestBuildError(f"{names} took longer than {COMPILE_TIMEOUT:.0f} s to compile") from exc
     finally:
         pathlib.Path(partial).unlink(missing_ok=True)
