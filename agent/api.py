@@ -32,6 +32,10 @@ from hypervisor.toolstack.api import DomainInfo, Toolstack
 
 __all__ = [
     "API_VERSION",
+    "NAME_SCHEMA",
+    "PATH_SCHEMA",
+    "UUID_SCHEMA",
+    "WAIT_SCHEMA",
     "Check",
     "Claims",
     "Context",
@@ -48,6 +52,29 @@ API_VERSION = (1, 0)
 """Same major: compatible. A plugin built for another major is reported and skipped."""
 
 JsonDict = dict[str, Any]
+
+UUID_SCHEMA: Mapping[str, Any] = {
+    "type": "string",
+    "pattern": "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$",
+    "description": "The domain's UUID, in canonical lower-case form.",
+}
+NAME_SCHEMA: Mapping[str, Any] = {
+    "type": "string",
+    "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
+    "description": "1 to 63 letters, digits, '.', '_' or '-', a letter or digit first.",
+}
+PATH_SCHEMA: Mapping[str, Any] = {
+    "type": "string",
+    "pattern": "^/[^\\u0000-\\u001f]{0,4094}$",
+    "description": "Full path of a file on the host.",
+}
+WAIT_SCHEMA: Mapping[str, Any] = {
+    "type": "number",
+    "minimum": 0,
+    "maximum": 3600,
+    "default": 60,
+    "description": "Seconds to wait until it has happened; 0 returns once the guest is asked.",
+}
 
 
 class Check(enum.StrEnum):
@@ -121,10 +148,12 @@ class Step(abc.ABC):
 
     :cvar name: unique in its plugin and stable: it is stored in journals.
     :cvar title: what it does, for a human.
+    :cvar changes: False for a step that only looks or waits: it leaves nothing to undo.
     """
 
     name: ClassVar[str]
     title: ClassVar[str] = ""
+    changes: ClassVar[bool] = True
 
     @abc.abstractmethod
     def run(self, ctx: Context) -> JsonDict | None:

@@ -61,7 +61,7 @@ def connect(url: str, *, poll_seconds: float = POLL_SECONDS, max_message_bytes: 
         transport=transport,
         connect_timeout=CONNECT_SECONDS,
         heartbeat=HEARTBEAT_SECONDS,
-        transport_options={"confirm_publish": True, "read_timeout": None, "write_timeout": 30},
+        transport_options={"confirm_publish": True, "write_timeout": 30},
     )
 
 

@@ -1,0 +1,251 @@
+"""Every option of the agent (oslo.config), its default folders, and the settings they come to.
+
+Read in this order, later ones win: ``/etc/reeve/agent.conf``, for an ordinary user also
+``$XDG_CONFIG_HOME/reeve/agent.conf``, then the environment (``OS_GROUP__OPTION``) and the command line.
+``etc/reeve/agent.conf.sample`` is generated from here (``oslo-config-generator --namespace reeve.agent``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from oslo_config import cfg
+
+from agent import wire
+from agent.errors import AgentError, ConfigError
+
+SYSTEM_CONFIG = Path("/etc/reeve/agent.conf")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+AGENT = (
+    cfg.StrOpt(
+        "host",
+        sample_default="<the machine's host name>",
+        help="Name under which instructions address this node: letters, digits, '.', '_' and '-'. Its queue is "
+        "reeve.<host>. Domains stay ours when it changes.",
+    ),
+    cfg.StrOpt(
+        "state-dir",
+        sample_default="/var/lib/reeve",
+        help="Folder for what must survive a restart: agent/ (journal, lock), broker/ (the folder broker), images/. "
+        "For an ordinary user the default is $XDG_STATE_HOME/reeve. One agent per folder.",
+    ),
+    cfg.IntOpt("workers", default=8, min=1, max=256, help="Instructions carried out at the same time, at most."),
+    cfg.IntOpt(
+        "drain-seconds",
+        default=30,
+        min=0,
+        help="After SIGTERM: seconds to wait for running instructions. The rest resumes at the next start.",
+    ),
+    cfg.IntOpt(
+        "unknown-seconds",
+        default=300,
+        min=1,
+        help="How long the agent asks again when it cannot see whether an interrupted step has happened, before it "
+        "reports instruction.outcome_unknown.",
+    ),
+    cfg.ListOpt("allowed-verbs", default=[], help="The only verbs this agent carries out; empty for all installed."),
+)
+BROKER = (
+    cfg.StrOpt(
+        "url",
+        sample_default="filesystem:///var/lib/reeve/broker",
+        secret=True,
+        help="Where instructions come from: amqp://user:password@host:5672/vhost (RabbitMQ) or filesystem:///folder "
+        "(no broker: a folder that sender and agent share). Default: the folder broker/ in state_dir.",
+    ),
+    cfg.IntOpt("prefetch", default=32, min=1, max=10000, help="Messages held without acknowledgement, at most."),
+    cfg.FloatOpt(
+        "poll-seconds", default=0.02, min=0.001, max=10, help="How often a folder broker is looked at, seconds."
+    ),
+    cfg.IntOpt("reply-seconds", default=60, min=0, help="How long a reply is tried whose reply queue does not exist."),
+)
+JOURNAL = (
+    cfg.StrOpt(
+        "path",
+        sample_default="/var/lib/reeve/agent/journal.sqlite",
+        help="The journal's file. Default: agent/journal.sqlite in state_dir.",
+    ),
+    cfg.IntOpt(
+        "keep-seconds",
+        default=7 * 86400,
+        min=60,
+        help="How long finished instructions are kept: the same id gets the same answer and is not done again.",
+    ),
+)
+LIMITS = (
+    cfg.IntOpt(
+        "max-message-bytes", default=wire.MAX_BYTES, min=1024, max=64 << 20, help="Largest message accepted, bytes."
+    ),
+    cfg.IntOpt(
+        "max-pending",
+        default=1000,
+        min=1,
+        help="Instructions accepted and not finished, at most; further messages wait at the broker.",
+    ),
+)
+DRIVER = (
+    cfg.StrOpt("name", default="embedded", help="How domains are run: an entry point of reeve.drivers."),
+    cfg.StrOpt(
+        "socket",
+        sample_default="/run/reeve/hypervisor.sock",
+        help="Control socket of reeve-hypervisor, for the embedded driver. Default: the driver's own.",
+    ),
+    cfg.DictOpt("settings", default={}, help="Further settings of the driver, as key:value,key:value."),
+)
+IMAGES = (
+    cfg.StrOpt(
+        "dir",
+        sample_default="/var/lib/reeve/images",
+        help="The image store: one folder per image with a manifest.json, as `reeve image build` makes it. "
+        "Default: images/ in state_dir.",
+    ),
+)
+RESOURCES = (
+    cfg.FloatOpt("vcpu-ratio", default=16.0, min=0.1, max=1000, help="vCPUs that may be given per host CPU."),
+    cfg.IntOpt("reserved-memory-mib", default=0, min=0, help="Host memory that no domain may have, MiB."),
+)
+REPORTS = (
+    cfg.IntOpt("interval", default=60, min=1, help="Seconds between full capacity reports; changes are sent at once."),
+)
+LOGGING = (
+    cfg.StrOpt("level", default="info", choices=LOG_LEVELS, help="Least severe messages that are logged."),
+    cfg.StrOpt("file", help="Log file; standard error when not given."),
+)
+
+GROUPS: Mapping[str, Sequence[cfg.Opt]] = {
+    "agent": AGENT,
+    "broker": BROKER,
+    "journal": JOURNAL,
+    "limits": LIMITS,
+    "driver": DRIVER,
+    "images": IMAGES,
+    "resources": RESOURCES,
+    "reports": REPORTS,
+    "log": LOGGING,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """The options with every default filled in. Times in seconds."""
+
+    host: str
+    state_dir: Path
+    workers: int
+    drain_seconds: int
+    unknown_seconds: int
+    allowed_verbs: tuple[str, ...]
+    broker_url: str
+    prefetch: int
+    poll_seconds: float
+    reply_seconds: int
+    journal_path: Path
+    keep_seconds: int
+    max_message_bytes: int
+    max_pending: int
+    driver: str
+    driver_settings: Mapping[str, str]
+    image_dir: Path
+    vcpu_ratio: float
+    reserved_memory_mib: int
+    report_interval: int
+    log_level: str
+    log_file: str
+
+
+def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
+    """For oslo-config-generator (entry point ``oslo.config.opts``)."""
+    return [(group, list(options)) for group, options in GROUPS.items()]
+
+
+def default_state_dir() -> Path:
+    """``/var/lib/reeve`` for root, ``$XDG_STATE_HOME/reeve`` for others."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/reeve")
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "reeve"
+
+
+def config_files() -> list[str]:
+    """The configuration files that exist, in reading order."""
+    found = [SYSTEM_CONFIG]
+    if os.geteuid() != 0:
+        found.append(Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "reeve" / "agent.conf")
+    return [str(path) for path in found if os.access(path, os.R_OK)]
+
+
+def load(
+    files: Sequence[str] | None = None,
+    argv: Sequence[str] = (),
+    *,
+    prog: str = "reeve-agent",
+    description: str = "",
+    epilog: str = "",
+) -> Settings:
+    """Read files, environment and command line (``--group-option``, ``--config-file``).
+
+    :param files: configuration files instead of the usual ones.
+    :raises ConfigError: what is wrong and where.
+    """
+    conf = cfg.ConfigOpts()
+    for group, options in GROUPS.items():
+        conf.register_cli_opts(options, group=group)
+    try:
+        conf(
+            list(argv),
+            project="reeve",
+            prog=prog,
+            default_config_files=config_files() if files is None else list(files),
+            default_config_dirs=[],
+            description=description,
+            epilog=epilog,
+        )
+        # Values are only converted when they are read.
+        values = {group: {option.dest: conf[group][option.dest] for option in opts} for group, opts in GROUPS.items()}
+    except cfg.Error as exc:
+        raise ConfigError(f"the configuration cannot be used: {' '.join(str(exc).split())}") from exc
+    except ValueError as exc:
+        raise ConfigError(f"the configuration cannot be used: {exc}") from exc
+    return _settings(values)
+
+
+def _settings(values: Mapping[str, Mapping[str, Any]]) -> Settings:
+    agent, broker, driver = values["agent"], values["broker"], values["driver"]
+    state_dir = Path(agent["state_dir"]).expanduser().absolute() if agent["state_dir"] else default_state_dir()
+    host = agent["host"] or socket.gethostname()
+    try:
+        wire.check_host_name(host)
+    except AgentError as exc:
+        raise ConfigError(f"[agent] host {host!r} is not usable: give letters, digits, '.', '_' or '-'") from exc
+    driver_settings = {str(key): str(value) for key, value in driver["settings"].items()}
+    if driver["socket"]:
+        driver_settings["socket"] = driver["socket"]
+    return Settings(
+        host=host,
+        state_dir=state_dir,
+        workers=agent["workers"],
+        drain_seconds=agent["drain_seconds"],
+        unknown_seconds=agent["unknown_seconds"],
+        allowed_verbs=tuple(agent["allowed_verbs"]),
+        broker_url=broker["url"] or f"filesystem://{state_dir / 'broker'}",
+        prefetch=broker["prefetch"],
+        poll_seconds=broker["poll_seconds"],
+        reply_seconds=broker["reply_seconds"],
+        journal_path=Path(values["journal"]["path"] or state_dir / "agent" / "journal.sqlite"),
+        keep_seconds=values["journal"]["keep_seconds"],
+        max_message_bytes=values["limits"]["max_message_bytes"],
+        max_pending=values["limits"]["max_pending"],
+        driver=driver["name"],
+        driver_settings=driver_settings,
+        image_dir=Path(values["images"]["dir"] or state_dir / "images"),
+        vcpu_ratio=values["resources"]["vcpu_ratio"],
+        reserved_memory_mib=values["resources"]["reserved_memory_mib"],
+        report_interval=values["reports"]["interval"],
+        log_level=values["log"]["level"],
+        log_file=values["log"]["file"] or "",
+    )

@@ -1,0 +1,73 @@
+"""What a step sees while it runs (`agent.api.Context`), and the log fields of the instruction under way."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from agent.api import Host, JsonDict
+
+_instruction: contextvars.ContextVar[str] = contextvars.ContextVar("instruction", default="-")
+_domain: contextvars.ContextVar[str] = contextvars.ContextVar("domain", default="-")
+
+POLL_SECONDS = 0.05
+
+
+class Interrupted(Exception):
+    """The agent is being stopped: the instruction stays in the journal and resumes at the next start."""
+
+
+class ContextFilter(logging.Filter):
+    """Adds ``instruction`` and ``domain`` to every log record."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.instruction = _instruction.get()
+        record.domain = _domain.get()
+        return True
+
+
+@contextlib.contextmanager
+def log_fields(instruction: str, domain: str = "-") -> Iterator[None]:
+    tokens = _instruction.set(instruction), _domain.set(domain or "-")
+    try:
+        yield
+    finally:
+        _instruction.reset(tokens[0])
+        _domain.reset(tokens[1])
+
+
+@dataclasses.dataclass(slots=True)
+class StepContext:
+    """:ivar deadline: seconds since the epoch, or None."""
+
+    host: Host
+    instruction: str
+    stopping: threading.Event
+    deadline: float | None = None
+    outputs: dict[str, JsonDict] = dataclasses.field(default_factory=dict)
+
+    def seconds_left(self, at_most: float) -> float:
+        left = at_most if self.deadline is None else self.deadline - time.time()
+        return max(0.0, min(at_most, left))
+
+    def poll(self, ready: Callable[[float], Any], at_most: float) -> Any:
+        end = time.monotonic() + self.seconds_left(at_most)
+        while True:
+            left = max(0.0, end - time.monotonic())
+            got = ready(min(left, 0.5))
+            if got:
+                return got
+            if left <= 0:
+                return None
+            self.pause(POLL_SECONDS)
+
+    def pause(self, seconds: float) -> None:
+        """:raises Interrupted: the agent is being stopped."""
+        if self.stopping.wait(seconds):
+            raise Interrupted

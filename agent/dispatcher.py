@@ -1,0 +1,204 @@
+"""From a message to a worker: make it durable, keep the order of each domain, run domains side by side.
+
+`Dispatcher.receive` is called by the consumer and returns when the message may be acknowledged. Workers (a
+fixed number) run instructions; two with the same domain key never run at once and run in the order they came.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from agent import wire
+from agent.context import Interrupted
+from agent.errors import JournalCorrupt, JournalError, MessageError
+from agent.executor import Executor
+from agent.journal import Accepted, Journal
+from agent.loader import Verb
+
+LOG = logging.getLogger(__name__)
+
+RETRY_SECONDS = 1.0
+
+
+class Dispatcher:
+    """:param max_pending: instructions accepted and not finished; beyond it the consumer holds messages back.
+
+    :param on_change: called in a worker after each instruction (a reply may be in the outbox).
+    :param on_fatal: called when the journal is damaged: the agent must end.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        journal: Journal,
+        verbs: Mapping[str, Verb],
+        executor: Executor,
+        stopping: threading.Event,
+        *,
+        workers: int = 8,
+        max_pending: int = 1000,
+        max_message_bytes: int = wire.MAX_BYTES,
+        on_change: Callable[[], None] = lambda: None,
+        on_fatal: Callable[[Exception], None] = lambda exc: None,
+    ) -> None:
+        self._host = host
+        self._journal = journal
+        self._verbs = verbs
+        self._executor = executor
+        self._stopping = stopping
+        self._max_pending = max_pending
+        self._max_message_bytes = max_message_bytes
+        self._on_change = on_change
+        self._on_fatal = on_fatal
+        self._lock = threading.Condition()
+        self._ready: collections.deque[tuple[str, str]] = collections.deque()
+        self._behind: dict[
+            str, collections.deque[str]
+        ] = {}  # a key is here while one of its instructions is ready or runs
+        self._pending = 0
+        self._draining = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(max(1, workers))
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def drain(self, timeout: float) -> bool:
+        """Begin nothing more and wait for what runs; False when some of it still does after `timeout` seconds.
+
+        What waits stays in the journal for the next start. Set `stopping` and drain again to make waiting steps
+        give way.
+        """
+        with self._lock:
+            self._draining = True
+            self._lock.notify_all()
+        end = time.monotonic() + timeout
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def has_room(self) -> bool:
+        with self._lock:
+            return self._pending < self._max_pending
+
+    @property
+    def pending(self) -> int:
+        with self._lock:
+            return self._pending
+
+    def recover(self) -> int:
+        """Queue what an earlier life of the agent left unfinished; how many."""
+        idents = self._journal.unfinished()
+        for ident in idents:
+            entry = self._journal.entry(ident)
+            if entry is not None:
+                self._submit(ident, entry.domain or self._key(entry.instruction))
+        return len(idents)
+
+    def receive(self, raw: wire.Raw) -> None:
+        """Take in one message. When this returns it is durable or quarantined, and may be acknowledged.
+
+        :raises JournalError: it could not be stored; do not acknowledge it.
+        """
+        try:
+            instruction = wire.decode(raw, self._host, self._max_message_bytes)
+        except MessageError as exc:
+            self._refuse(raw, exc)
+            return
+        outcome = self._journal.accept(instruction)
+        if outcome is Accepted.NEW:
+            self._submit(instruction.id, self._key(instruction))
+        elif outcome is Accepted.REUSED:
+            self._refuse(
+                raw,
+                MessageError(
+                    f"the id {instruction.id} belongs to another instruction: give each its own",
+                    code="instruction.id_reused",
+                ),
+            )
+        else:
+            LOG.info("instruction %s came again: %s", instruction.id, outcome.value)
+            self._on_change()
+
+    def _refuse(self, raw: wire.Raw, why: MessageError) -> None:
+        LOG.warning("message refused (%s): %s", why.code, why.message)
+        address, ident = wire.readable_reply_address(raw, self._max_message_bytes)
+        answer = None
+        if address:
+            reply = wire.Reply(ident, self._host, error=why.to_json() | {"undone": True})
+            answer = wire.encode_reply(reply, address)
+        self._journal.quarantine(raw, why, answer)
+        self._on_change()
+
+    def _key(self, instruction: wire.Instruction) -> str:
+        verb = self._verbs.get(instruction.verb)
+        if verb is None:
+            return ""
+        try:
+            return verb.plugin.domain_of(instruction.args)
+        except Exception:
+            LOG.debug("%s gives no domain for its arguments", instruction.verb, exc_info=True)
+            return ""
+
+    def _submit(self, ident: str, key: str) -> None:
+        with self._lock:
+            self._pending += 1
+            if key and key in self._behind:
+                self._behind[key].append(ident)
+                return
+            if key:
+                self._behind[key] = collections.deque()
+            self._ready.append((ident, key))
+            self._lock.notify()
+
+    def _done(self, key: str) -> None:
+        with self._lock:
+            self._pending -= 1
+            if key:
+                behind = self._behind[key]
+                if behind:
+                    self._ready.append((behind.popleft(), key))
+                else:
+                    del self._behind[key]
+            self._lock.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._ready or self._draining)
+                if self._draining:
+                    return
+                ident, key = self._ready.popleft()
+            try:
+                self._run(ident)
+            except Interrupted:
+                return
+            self._done(key)
+            self._on_change()
+
+    def _run(self, ident: str) -> None:
+        """:raises Interrupted: the agent is being stopped."""
+        while True:
+            try:
+                self._executor.run(ident)
+                return
+            except JournalCorrupt as exc:
+                self._on_fatal(exc)
+                raise Interrupted from exc
+            except JournalError as exc:
+                LOG.error("instruction %s waits: %s", ident, exc)
+            except Interrupted:
+                raise
+            except Exception:
+                # Ours, not the plugin's. It stays in the journal; the next start tries it again.
+                LOG.exception("instruction %s is left unfinished by a mistake in the agent", ident)
+                return
+            if self._stopping.wait(RETRY_SECONDS):
+                raise Interrupted

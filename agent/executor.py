@@ -1,0 +1,344 @@
+"""One instruction from the journal to its outcome: plan, run the steps, undo on failure, resume after a crash.
+
+Everything that happens is in the journal before and after, so this code may be killed at any line: the next
+start calls `Executor.run` with the same id and it goes on from what the journal and the world show.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from agent.api import Check, Host, Plan, Step
+from agent.context import Interrupted, StepContext, log_fields
+from agent.errors import AgentError, InstructionError, JournalError
+from agent.faults import boundary
+from agent.journal import Entry, Journal, Phase, StepState
+from agent.loader import Verb
+from agent.wire import Reply
+from hypervisor.errors import ToolstackError
+
+LOG = logging.getLogger(__name__)
+
+FIRST_PAUSE = 0.1
+LONGEST_PAUSE = 10.0
+OUTCOME_UNKNOWN = "instruction.outcome_unknown"
+
+
+@dataclasses.dataclass(slots=True)
+class _Work:
+    """An instruction under way. `states` and `seconds` are per step of the plan."""
+
+    entry: Entry
+    verb: Verb
+    ctx: StepContext
+    plan: Plan
+    states: list[StepState | None]
+    seconds: list[float]
+
+    @property
+    def journalled(self) -> bool:
+        return not self.verb.plugin.read_only
+
+    @property
+    def name(self) -> str:
+        return self.entry.instruction.verb
+
+
+class Executor:
+    """:param stopping: set when the agent ends; waiting steps give way.
+
+    :param unknown_seconds: how long a step whose outcome cannot be seen is asked again.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        verbs: Mapping[str, Verb],
+        host: Host,
+        stopping: threading.Event,
+        *,
+        unknown_seconds: float = 300.0,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._journal = journal
+        self._verbs = verbs
+        self._host = host
+        self._stopping = stopping
+        self._unknown_seconds = unknown_seconds
+        self._now = now
+
+    def run(self, ident: str) -> None:
+        """Carry the instruction to its end. Returns quietly when it is finished already.
+
+        :raises Interrupted: the agent is being stopped; it resumes later.
+        :raises JournalError: the journal cannot be written; call again.
+        """
+        entry = self._journal.entry(ident)
+        if entry is None or entry.phase in (Phase.DONE, Phase.FAILED):
+            return
+        with log_fields(ident, entry.domain):
+            verb = self._verbs.get(entry.instruction.verb)
+            if verb is None:
+                self._without_plugin(entry)
+            elif entry.phase is Phase.ACCEPTED:
+                self._start(entry, verb)
+            else:
+                self._resume(entry, verb)
+
+    def _without_plugin(self, entry: Entry) -> None:
+        name = entry.instruction.verb
+        if entry.phase is not Phase.ACCEPTED:
+            LOG.error("%s is half done and its plugin is missing: install it and restart the agent", name)
+            return
+        known = ", ".join(sorted(self._verbs))
+        self._fail(
+            entry, InstructionError("instruction.unknown_verb", f"there is no verb {name!r}: give one of {known}")
+        )
+
+    def _start(self, entry: Entry, verb: Verb) -> None:
+        instruction = entry.instruction
+        LOG.info("%s begins", instruction.verb)
+        try:
+            if instruction.deadline is not None and self._now() >= instruction.deadline:
+                raise InstructionError(
+                    "instruction.expired",
+                    f"the deadline passed {self._now() - instruction.deadline:.1f} s before it could begin: "
+                    "send it again with a later one",
+                    retryable=True,
+                )
+            verb.check(instruction.args)
+            plan = verb.plugin.plan(instruction.args, self._host)
+        except JournalError:
+            raise
+        except Exception as exc:
+            self._fail(entry, exc)
+            return
+        if not verb.plugin.read_only:
+            self._journal.planned(instruction.id, plan.to_json(), plan.domain)
+        boundary(f"{instruction.verb}:planned")
+        with log_fields(instruction.id, plan.domain):
+            self._forward(self._work(entry, verb, plan), 0)
+
+    def _resume(self, entry: Entry, verb: Verb) -> None:
+        """Go on after a crash or a stop."""
+        LOG.info("%s resumes (%s)", entry.instruction.verb, entry.phase.value)
+        try:
+            plan = Plan.from_json(entry.plan or {}, verb.plugin.step_kinds)
+        except Exception:
+            LOG.exception("%s cannot resume: its journalled plan is not readable by this plugin", verb.plugin.verb)
+            return
+        work = self._work(entry, verb, plan)
+        for record in entry.steps:
+            work.states[record.index] = record.state
+            work.seconds[record.index] = record.seconds
+            if record.output is not None:
+                work.ctx.outputs[record.name] = record.output
+        if entry.phase is Phase.UNDOING:
+            self._take_back(work, dict(entry.error or {}))
+            return
+        begun = next((i for i, state in enumerate(work.states) if state is StepState.BEGUN), None)
+        if begun is not None:
+            try:
+                verdict = self._look(work, begun)
+            except (Interrupted, JournalError):
+                raise
+            except Exception as exc:
+                self._settle_failure(work, begun, exc)
+                return
+            LOG.info("step %s was interrupted: %s", plan.steps[begun].name, verdict.value)
+            if verdict is Check.DONE:
+                self._mark(work, begun, StepState.DONE)
+        self._forward(work, next((i for i, s in enumerate(work.states) if s is not StepState.DONE), len(plan.steps)))
+
+    def _settle_failure(self, work: _Work, index: int, exc: Exception) -> None:
+        error = self._error(work.entry, exc, work.plan.steps[index])
+        if error["code"] == OUTCOME_UNKNOWN:
+            # Nobody can say whether it happened: taking it back blindly could destroy what is wanted.
+            self._finish(work, error | {"undone": False})
+            return
+        self._undo(work, error, index)
+
+    def _forward(self, work: _Work, first: int) -> None:
+        for index in range(first, len(work.plan.steps)):
+            step = work.plan.steps[index]
+            try:
+                self._check_deadline(work, step)
+                self._mark(work, index, StepState.BEGUN)
+                boundary(f"{work.name}:{step.name}:begun")
+                started = time.monotonic()
+                output = step.run(work.ctx)
+                seconds = time.monotonic() - started
+                boundary(f"{work.name}:{step.name}:ran")
+            except (Interrupted, JournalError):
+                raise
+            except Exception as exc:
+                error = self._error(work.entry, exc, step)
+                self._undo(work, error, index if work.states[index] is StepState.BEGUN else None)
+                return
+            work.ctx.outputs[step.name] = output or {}
+            self._mark(work, index, StepState.DONE, output or {}, seconds)
+            boundary(f"{work.name}:{step.name}:done")
+        try:
+            result = work.verb.plugin.result(work.entry.instruction.args, work.plan, work.ctx)
+        except Exception as exc:
+            # Every step is done: that the outcome cannot be described does not make it a failure.
+            LOG.warning("%s is done, its result cannot be read: %s", work.name, exc)
+            result = {"detail": f"done; its result could not be read: {exc}"}
+        self._finish(work, None, result)
+
+    def _undo(self, work: _Work, error: dict[str, Any], failed: int | None) -> None:
+        """`error` ends the instruction: write that down, then take back what was done."""
+        LOG.info("%s fails: %s", work.name, error["message"])
+        if work.journalled:
+            self._journal.undoing(work.entry.instruction.id, error, failed)
+        if failed is not None:
+            work.states[failed] = StepState.FAILED
+        self._take_back(work, error)
+
+    def _take_back(self, work: _Work, error: dict[str, Any]) -> None:
+        """Undo every step that was begun, newest first, then report `error`."""
+        for index in reversed(range(len(work.plan.steps))):
+            step = work.plan.steps[index]
+            if work.states[index] in (None, StepState.UNDONE):
+                continue
+            boundary(f"{work.name}:{step.name}:undoing")
+            try:
+                self._patiently(work, lambda step=step: step.undo(work.ctx))  # type: ignore[misc]
+            except (Interrupted, JournalError):
+                raise
+            except Exception as exc:
+                why = self._error(work.entry, exc, step)
+                LOG.error("step %s cannot be undone: %s", step.name, why["message"])
+                error = error | {"message": f"{error['message']}; step {step.name} not undone: {why['message']}"}
+                continue
+            boundary(f"{work.name}:{step.name}:undone")
+            self._mark(work, index, StepState.UNDONE)
+        left = [step for step, state in zip(work.plan.steps, work.states, strict=True) if _remains(step, state)]
+        self._finish(work, error | {"undone": not left})
+
+    def _look(self, work: _Work, index: int) -> Check:
+        """What became of an interrupted step. :raises InstructionError: nobody can say (outcome_unknown)."""
+        step = work.plan.steps[index]
+        verdict: Check | None = self._patiently(work, lambda: _known(step.check(work.ctx)))
+        if verdict is None:
+            raise InstructionError(
+                OUTCOME_UNKNOWN,
+                f"the agent was interrupted in step {step.name!r} and cannot see whether it happened: look at the "
+                "domain before sending anything else for it",
+            )
+        return verdict
+
+    def _patiently(self, work: _Work, call: Callable[[], Any]) -> Any:
+        """`call`, again with growing pauses while it fails retryably or returns `Check.UNKNOWN` (None at the end)."""
+        end = time.monotonic() + self._unknown_seconds
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                got = call()
+                if got is not Check.UNKNOWN:
+                    return got
+            except (ToolstackError, AgentError) as exc:
+                if not exc.retryable or isinstance(exc, JournalError) or time.monotonic() >= end:
+                    raise
+                LOG.warning("asking again in %.1f s: %s", pause, exc)
+            if time.monotonic() >= end:
+                return None
+            work.ctx.pause(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
+
+    def _check_deadline(self, work: _Work, step: Step) -> None:
+        deadline = work.ctx.deadline
+        if deadline is not None and self._now() >= deadline:
+            raise InstructionError(
+                "instruction.deadline_exceeded",
+                f"the deadline passed before step {step.name!r}: send it again with a later one",
+                retryable=True,
+            )
+
+    def _work(self, entry: Entry, verb: Verb, plan: Plan) -> _Work:
+        ctx = StepContext(self._host, entry.instruction.id, self._stopping, entry.instruction.deadline)
+        count = len(plan.steps)
+        return _Work(entry, verb, ctx, plan, [None] * count, [0.0] * count)
+
+    def _mark(
+        self,
+        work: _Work,
+        index: int,
+        state: StepState,
+        output: dict[str, Any] | None = None,
+        seconds: float = 0.0,
+    ) -> None:
+        step = work.plan.steps[index]
+        if work.journalled:
+            self._journal.step(work.entry.instruction.id, index, step.name, state, output, seconds)
+        work.states[index] = state
+        work.seconds[index] += seconds
+
+    def _finish(self, work: _Work, error: dict[str, Any] | None, result: dict[str, Any] | None = None) -> None:
+        steps = tuple(
+            {"name": step.name, "title": step.title, "state": state.value, "seconds": round(seconds, 6)}
+            for step, state, seconds in zip(work.plan.steps, work.states, work.seconds, strict=True)
+            if state is not None
+        )
+        boundary(f"{work.name}:finishing")
+        self._store(work.entry, error, result, steps)
+        boundary(f"{work.name}:finished")
+
+    def _fail(self, entry: Entry, exc: Exception) -> None:
+        """It failed before anything was begun."""
+        error = self._error(entry, exc)
+        LOG.info("%s refused: %s", entry.instruction.verb, error["message"])
+        self._store(entry, error | {"undone": True}, None, ())
+
+    def _store(
+        self,
+        entry: Entry,
+        error: dict[str, Any] | None,
+        result: dict[str, Any] | None,
+        steps: tuple[dict[str, Any], ...],
+    ) -> None:
+        instruction = entry.instruction
+        self._journal.finish(
+            Reply(
+                id=instruction.id,
+                host=instruction.host,
+                verb=instruction.verb,
+                result=result,
+                error=error,
+                steps=steps,
+                accepted=entry.received,
+                finished=self._now(),
+            )
+        )
+        LOG.info("%s %s", instruction.verb, "done" if error is None else f"failed ({error['code']})")
+
+    def _error(self, entry: Entry, exc: Exception, step: Step | None = None) -> dict[str, Any]:
+        if isinstance(exc, ToolstackError | AgentError):
+            return {"code": exc.code, "message": _line(exc.message), "retryable": exc.retryable}
+        where = f"{entry.instruction.verb!r}" if step is None else f"step {step.name!r} of {entry.instruction.verb!r}"
+        LOG.error("a mistake in %s", where, exc_info=exc)
+        return {
+            "code": "plugin.failed",
+            "message": _line(f"a mistake in the plugin: {where} raised {exc!r}; report it with the agent's log"),
+            "retryable": False,
+        }
+
+
+def _known(verdict: Check) -> Check:
+    return Check(verdict)
+
+
+def _remains(step: Step, state: StepState | None) -> bool:
+    """Whether the step may have left something in the world. One without an undo of its own has."""
+    if state is None or not step.changes:
+        return False
+    return state is not StepState.UNDONE or type(step).undo is Step.undo
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:1000]

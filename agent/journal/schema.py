@@ -1,0 +1,138 @@
+"""The journal's file: SQLite in WAL mode, every commit synced to the disk."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+
+from agent.errors import JournalCorrupt, JournalError, JournalNewer
+
+VERSION = 1
+APPLICATION_ID = 0x52454556
+"""``REEV``; stored in the file's header, so that another program's database is not taken for a journal."""
+
+BUSY_SECONDS = 5.0
+
+DDL = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE instructions (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    digest TEXT NOT NULL,
+    verb TEXT NOT NULL,
+    host TEXT NOT NULL,
+    args TEXT NOT NULL,
+    dialect TEXT NOT NULL,
+    deadline REAL,
+    domain TEXT NOT NULL DEFAULT '',
+    phase TEXT NOT NULL,
+    plan TEXT,
+    error TEXT,
+    reply TEXT,
+    received REAL NOT NULL,
+    finished REAL
+);
+CREATE INDEX instructions_unfinished ON instructions (seq) WHERE finished IS NULL;
+CREATE INDEX instructions_finished ON instructions (finished) WHERE finished IS NOT NULL;
+CREATE TABLE waiters (
+    id TEXT NOT NULL REFERENCES instructions (id) ON DELETE CASCADE,
+    reply_to TEXT NOT NULL,
+    dialect TEXT NOT NULL,
+    PRIMARY KEY (id, reply_to)
+) WITHOUT ROWID;
+CREATE TABLE steps (
+    id TEXT NOT NULL REFERENCES instructions (id) ON DELETE CASCADE,
+    idx INTEGER NOT NULL,
+    name TEXT NOT NULL,
+    state TEXT NOT NULL,
+    output TEXT,
+    seconds REAL NOT NULL DEFAULT 0,
+    PRIMARY KEY (id, idx)
+) WITHOUT ROWID;
+CREATE TABLE claims (
+    id TEXT PRIMARY KEY REFERENCES instructions (id) ON DELETE CASCADE,
+    domain TEXT NOT NULL,
+    memory_mib INTEGER NOT NULL,
+    vcpus INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE outbox (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    exchange TEXT NOT NULL,
+    routing_key TEXT NOT NULL,
+    body BLOB NOT NULL,
+    correlation_id TEXT NOT NULL,
+    content_type TEXT NOT NULL,
+    created REAL NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    not_before REAL NOT NULL DEFAULT 0
+);
+CREATE TABLE quarantine (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    received REAL NOT NULL,
+    code TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    size INTEGER NOT NULL,
+    body BLOB NOT NULL,
+    reply_to TEXT NOT NULL
+);
+"""
+
+
+def open_file(path: Path) -> sqlite3.Connection:
+    """Open the journal, making it if there is none.
+
+    :raises JournalCorrupt: the file is damaged or no journal.
+    :raises JournalNewer: a newer Reeve wrote it.
+    :raises JournalError: it cannot be opened or written.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    except (OSError, sqlite3.Error) as exc:
+        raise JournalError(f"the journal {path} cannot be opened ({exc}): check the folder's owner and space") from exc
+    try:
+        _prepare(db, path)
+    except sqlite3.OperationalError as exc:
+        db.close()
+        raise JournalError(
+            f"the journal {path} cannot be used ({exc}): check the disk and who else has it open"
+        ) from exc
+    except sqlite3.DatabaseError as exc:
+        db.close()
+        raise _corrupt(path, str(exc)) from exc
+    except JournalError:
+        db.close()
+        raise
+    return db
+
+
+def _prepare(db: sqlite3.Connection, path: Path) -> None:
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    application = db.execute("PRAGMA application_id").fetchone()[0]
+    tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if application != APPLICATION_ID and (tables or application):
+        raise _corrupt(path, "it is a database of another program")
+    if version > VERSION:
+        raise JournalNewer(
+            f"the journal {path} has schema version {version}, this agent knows {VERSION}: start the newer agent, "
+            "or give another [journal] path"
+        )
+    for row in db.execute("PRAGMA quick_check(1)"):
+        if row[0] != "ok":
+            raise _corrupt(path, row[0])
+    db.execute("PRAGMA journal_mode=WAL")
+    db.execute("PRAGMA synchronous=FULL")
+    db.execute("PRAGMA foreign_keys=ON")
+    if not tables:
+        db.executescript(
+            f"BEGIN IMMEDIATE; {DDL} PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={VERSION}; COMMIT;"
+        )
+
+
+def _corrupt(path: Path, why: str) -> JournalCorrupt:
+    return JournalCorrupt(
+        f"the journal {path} is damaged ({why}): keep the file and restore it from a backup, or move it away to start "
+        "with an empty one (instructions under way are then forgotten)"
+    )

@@ -1,0 +1,105 @@
+"""What the agent tells without being asked: capacity (at start, at intervals, on change), lifecycle, its own life."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from agent.errors import JournalError
+from agent.resources import ResourceClaims
+from agent.wire import Report
+from hypervisor.errors import ToolstackError
+from hypervisor.toolstack.api import DomainEvent, Toolstack
+
+LOG = logging.getLogger(__name__)
+
+SETTLE_SECONDS = 0.2
+"""Changes closer together than this make one capacity report."""
+
+
+class Reporter:
+    """:param publish: takes a report; must not block.
+
+    :param interval: seconds between full capacity reports.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        toolstack: Toolstack,
+        claims: ResourceClaims,
+        publish: Callable[[Report], None],
+        *,
+        interval: float = 60.0,
+        extra: Callable[[], dict[str, Any]] = dict,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._host = host
+        self._toolstack = toolstack
+        self._claims = claims
+        self._publish = publish
+        self._interval = interval
+        self._extra = extra
+        self._now = now
+        self._seq = itertools.count(1)
+        self._changed = threading.Event()
+        self._stop = threading.Event()
+        self._last: dict[str, Any] | None = None
+        self._unsubscribe: Callable[[], None] = lambda: None
+        self._thread = threading.Thread(target=self._main, name="reporter", daemon=True)
+
+    def start(self) -> None:
+        self.send("agent", {"event": "started"})
+        self._unsubscribe = self._toolstack.subscribe(self._on_event)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._unsubscribe()
+        self._stop.set()
+        self._changed.set()
+        if self._thread.is_alive():
+            self._thread.join(5)
+        self.send("agent", {"event": "stopping"})
+
+    def changed(self) -> None:
+        """Something happened that may change the capacity."""
+        self._changed.set()
+
+    def send(self, kind: str, data: dict[str, Any]) -> None:
+        self._publish(Report(kind, self._host, self._now(), next(self._seq), data))
+
+    def capacity(self, *, always: bool) -> bool:
+        """Report the capacity if it differs from the last report, or `always`; whether it did."""
+        try:
+            data = self._claims.capacity().to_json()
+            host = self._toolstack.host_info()
+        except (ToolstackError, JournalError) as exc:
+            LOG.warning("no capacity report: %s", exc)
+            return False
+        data |= {"driver": host.driver, "driver_version": host.driver_version, "capabilities": list(host.capabilities)}
+        data |= self._extra()
+        if not always and data == self._last:
+            return False
+        self._last = data
+        self.send("capacity", data)
+        return True
+
+    def _on_event(self, event: DomainEvent) -> None:
+        self.send("lifecycle", {"event": event.kind, "uuid": event.uuid, "time": event.time, "detail": event.detail})
+        self._changed.set()
+
+    def _main(self) -> None:
+        self.capacity(always=True)
+        due = time.monotonic() + self._interval
+        while not self._stop.is_set():
+            changed = self._changed.wait(max(0.0, due - time.monotonic()))
+            if changed and not self._stop.wait(SETTLE_SECONDS):
+                self._changed.clear()
+                self.capacity(always=False)
+            if time.monotonic() >= due:
+                self.capacity(always=True)
+                due = time.monotonic() + self._interval

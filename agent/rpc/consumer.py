@@ -1,0 +1,196 @@
+"""Takes messages from this host's queue and acknowledges each one once it is durable.
+
+One thread, one connection. A lost broker is tried again with growing pauses. At most `prefetch` messages are
+held unacknowledged; while the dispatcher has no room they simply stay so, and the rest waits at the broker.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import kombu
+
+from agent import wire
+from agent.errors import AlreadyRunning, JournalCorrupt, JournalError
+from agent.faults import boundary
+from agent.rpc import connection as broker
+from agent.rpc import filesystem
+
+LOG = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 0.5
+FULL_SECONDS = 0.05
+JOURNAL_PAUSE = 1.0
+SWEEP_SECONDS = 300.0
+STALE_SECONDS = 3600.0
+
+
+class Consumer:
+    """:param receive: stores one message; when it returns the message is acknowledged.
+
+    :param has_room: whether another message may be taken in.
+    :param on_fatal: called when going on would do harm (damaged journal, second agent on the queue).
+    """
+
+    def __init__(
+        self,
+        url: str,
+        host: str,
+        receive: Callable[[wire.Raw], None],
+        has_room: Callable[[], bool],
+        on_fatal: Callable[[Exception], None],
+        *,
+        prefetch: int = 32,
+        poll_seconds: float = broker.POLL_SECONDS,
+        max_message_bytes: int = wire.MAX_BYTES,
+        longest_pause: float = 30.0,
+    ) -> None:
+        self._url = url
+        self._host = host
+        self._receive = receive
+        self._has_room = has_room
+        self._on_fatal = on_fatal
+        self._prefetch = prefetch
+        self._poll_seconds = poll_seconds
+        self._max_message_bytes = max_message_bytes
+        self._longest_pause = longest_pause
+        self._held: collections.deque[Any] = collections.deque()
+        self._stop = threading.Event()
+        self._owner_file: Any = None
+        self._swept = 0.0
+        self.connected = threading.Event()
+        self._thread = threading.Thread(target=self._main, name="consumer", daemon=True)
+
+    def start(self) -> None:
+        """:raises AlreadyRunning: another agent takes instructions from this queue (folder brokers only)."""
+        if broker.is_filesystem(self._url):
+            self._own_folder()
+        self._thread.start()
+
+    def stop(self, timeout: float = 10.0) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        if self._owner_file is not None:
+            self._owner_file.close()
+            self._owner_file = None
+
+    def _own_folder(self) -> None:
+        """Be the one consumer of the queue, then put back what a killed one had taken."""
+        root, queue = broker.folder(self._url), wire.queue_name(self._host)
+        self._owner_file = open(root / "control" / f"{queue}.owner", "ab")  # noqa: SIM115 - held while consuming
+        try:
+            fcntl.flock(self._owner_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            self._owner_file.close()
+            self._owner_file = None
+            raise AlreadyRunning(
+                f"another agent takes instructions for host {self._host!r} from {root}: stop it, or give this one "
+                "another [agent] host"
+            ) from exc
+        if count := filesystem.recover(root, queue):
+            LOG.info("%d messages that an earlier agent had taken and not acknowledged are back in the queue", count)
+
+    def _main(self) -> None:
+        pause = 0.2
+        while not self._stop.is_set():
+            connection = broker.connect(
+                self._url, poll_seconds=self._poll_seconds, max_message_bytes=self._max_message_bytes
+            )
+            try:
+                self._serve(connection)
+                pause = 0.2
+            except JournalCorrupt as exc:
+                self._on_fatal(exc)
+                return
+            except broker.broker_errors(connection) as exc:
+                if self.connected.is_set():
+                    pause = 0.2
+                LOG.warning("broker %s: %s; trying again in %.1f s", broker.redact(self._url), _line(exc), pause)
+            except Exception as exc:
+                LOG.exception("a mistake in the consumer")
+                self._on_fatal(exc)
+                return
+            finally:
+                self.connected.clear()
+                self._held.clear()  # the broker delivers them again
+                _release(connection)
+            self._stop.wait(pause)
+            pause = min(pause * 2, self._longest_pause)
+
+    def _serve(self, connection: kombu.Connection) -> None:
+        channel = connection.channel()
+        queue = broker.instruction_queue(self._host)(channel)
+        queue.declare()
+        consumer = kombu.Consumer(channel, [queue], on_message=self._held.append, prefetch_count=self._prefetch)
+        consumer.consume()
+        LOG.info("taking instructions from %s of %s", queue.name, broker.redact(self._url))
+        self.connected.set()
+        while not self._stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                connection.drain_events(timeout=FULL_SECONDS if self._held else DRAIN_SECONDS)
+            connection.heartbeat_check()
+            self._take_in()
+            self._sweep()
+
+    def _take_in(self) -> None:
+        while self._held and self._has_room() and not self._stop.is_set():
+            message = self._held[0]
+            try:
+                self._receive(_raw(message))
+            except JournalCorrupt:
+                raise
+            except JournalError as exc:
+                LOG.error("a message waits: %s", exc)
+                self._stop.wait(JOURNAL_PAUSE)
+                return
+            boundary("consumer:journalled")
+            self._held.popleft()
+            message.ack()
+            boundary("consumer:acked")
+
+    def _sweep(self) -> None:
+        """A folder has no expiry: remove replies and reports nobody fetched."""
+        now = time.time()
+        if not broker.is_filesystem(self._url) or 0 <= now - self._swept < SWEEP_SECONDS:
+            return
+        self._swept = now
+        root = broker.folder(self._url)
+        for prefix in (broker.REPLY_PREFIX, broker.REPORT_PREFIX):
+            if count := filesystem.sweep(root, prefix, STALE_SECONDS, now):
+                LOG.info("%d messages nobody fetched were removed (%s)", count, prefix)
+
+
+def _raw(message: Any) -> wire.Raw:
+    body = message.body
+    data = body.encode() if isinstance(body, str) else bytes(body or b"")
+    headers = {str(key): value for key, value in (message.headers or {}).items()}
+    size = headers.get("x-reeve-size")
+    return wire.Raw(
+        body=data,
+        size=size if isinstance(size, int) else len(data),
+        content_type=str(message.content_type or ""),
+        content_encoding=str(message.content_encoding or ""),
+        headers=headers,
+        reply_to=str(message.properties.get("reply_to") or ""),
+        correlation_id=str(message.properties.get("correlation_id") or ""),
+    )
+
+
+def _release(connection: kombu.Connection) -> None:
+    try:
+        connection.release()
+    except broker.broker_errors(connection) as exc:
+        LOG.debug("while closing: %s", _line(exc))
+
+
+def _line(exc: BaseException) -> str:
+    text = str(exc) or type(exc).__name__
+    return " ".join(text.split())[:200]

@@ -1,0 +1,276 @@
+"""``reeve-agent``: the parts wired together, their threads, signals, start and end.
+
+Start: lock the state folder, open the journal, connect the driver, load the plugins, resume what is unfinished,
+then take messages. End (SIGTERM, SIGINT): take no more messages, wait for running instructions, send their
+replies, close. Being killed instead is safe: the journal and the broker hold everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agent import conf
+from agent.api import Host
+from agent.context import ContextFilter
+from agent.dispatcher import Dispatcher
+from agent.errors import AgentError, AlreadyRunning, ConfigError, JournalError
+from agent.executor import Executor
+from agent.journal import Journal
+from agent.loader import load_driver, load_verbs
+from agent.reports import Reporter
+from agent.resources import ResourceClaims
+from agent.rpc import connection as broker
+from agent.rpc.consumer import Consumer
+from agent.rpc.publisher import Publisher
+from hypervisor.errors import ToolstackError
+from hypervisor.toolstack.api import Toolstack
+
+LOG = logging.getLogger(__name__)
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s [%(instruction)s %(domain)s] %(message)s"
+HOUSEKEEPING_SECONDS = 60.0
+FLUSH_SECONDS = 5.0
+DRIVER_PAUSE = 5.0
+
+DESCRIPTION = "Carries out a scheduler's instructions on this node: takes them from a message queue, journals them, "
+DESCRIPTION += "runs them on the local hypervisor and replies. Killed at any moment, it goes on where it was."
+EPILOG = """examples:
+  reeve-agent
+      folder broker and journal under the default state folder; then, in another terminal:
+      reeve instruct list
+  reeve-agent --broker-url amqp://guest:guest@127.0.0.1:5672/ --agent-host node1
+      take instructions from RabbitMQ, queue reeve.node1
+  reeve-agent --driver-name fake --agent-state-dir /tmp/try
+      try it without a hypervisor
+"""
+
+
+class Service:
+    """One agent. `start`, then `run` until `stop` is called, then `close`.
+
+    :param toolstack: a connected driver; by default the configured one.
+    """
+
+    def __init__(self, settings: conf.Settings, toolstack: Toolstack | None = None) -> None:
+        self.settings = settings
+        self.stopping = threading.Event()  # waiting steps give way
+        self.ended = threading.Event()
+        self.fatal: Exception | None = None
+        self._toolstack = toolstack
+        self._closers: list[Any] = []
+
+    def start(self) -> None:
+        """:raises AgentError, ToolstackError: why it cannot run; everything opened so far is closed."""
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        settings = self.settings
+        lock = lock_folder(settings.state_dir / "agent")
+        self._closers.append(lock.close)
+        self.journal = Journal(settings.journal_path)
+        self._closers.append(self.journal.close)
+        verbs, self.broken_plugins = load_verbs()
+        if settings.allowed_verbs:
+            verbs = {name: verb for name, verb in verbs.items() if name in settings.allowed_verbs}
+        self.toolstack = self._toolstack or self._driver()
+        if self._toolstack is None:
+            self._closers.append(self.toolstack.close)
+        self.claims = ResourceClaims(
+            self.toolstack,
+            self.journal,
+            vcpu_ratio=settings.vcpu_ratio,
+            reserved_mib=settings.reserved_memory_mib,
+        )
+        host = Host(
+            name=settings.host,
+            owner=f"reeve/{self.journal.node_id()}",
+            toolstack=self.toolstack,
+            claims=self.claims,
+            settings={"image_dir": str(settings.image_dir)},
+        )
+        executor = Executor(self.journal, verbs, host, self.stopping, unknown_seconds=float(settings.unknown_seconds))
+        self.dispatcher = Dispatcher(
+            settings.host,
+            self.journal,
+            verbs,
+            executor,
+            self.stopping,
+            workers=settings.workers,
+            max_pending=settings.max_pending,
+            max_message_bytes=settings.max_message_bytes,
+            on_change=self._changed,
+            on_fatal=self._fail,
+        )
+        self.publisher = Publisher(settings.broker_url, self.journal, reply_seconds=float(settings.reply_seconds))
+        self.consumer = Consumer(
+            settings.broker_url,
+            settings.host,
+            self.dispatcher.receive,
+            self.dispatcher.has_room,
+            self._fail,
+            prefetch=settings.prefetch,
+            poll_seconds=settings.poll_seconds,
+            max_message_bytes=settings.max_message_bytes,
+        )
+        self.reporter = Reporter(
+            settings.host,
+            self.toolstack,
+            self.claims,
+            self.publisher.report,
+            interval=float(settings.report_interval),
+            extra=lambda: {"verbs": sorted(verbs), "owner": host.owner},
+        )
+        if resumed := self.dispatcher.recover():
+            LOG.info("%d unfinished instructions resume", resumed)
+        self.publisher.start()
+        self.dispatcher.start()
+        self.reporter.start()
+        self.consumer.start()
+        LOG.info(
+            "agent for host %s: driver %s, broker %s, verbs %s",
+            settings.host,
+            self.toolstack.name,
+            broker.redact(settings.broker_url),
+            ", ".join(sorted(verbs)) or "none",
+        )
+
+    def run(self) -> None:
+        """Keep house until `stop`. :raises Exception: what made going on impossible."""
+        while not self.ended.wait(HOUSEKEEPING_SECONDS):
+            try:
+                self.journal.forget(float(self.settings.keep_seconds))
+            except JournalError as exc:
+                LOG.warning("old instructions stay in the journal: %s", exc)
+        if self.fatal is not None:
+            raise self.fatal
+
+    def stop(self) -> None:
+        """End `run`; may be called from a signal handler."""
+        self.ended.set()
+
+    def close(self) -> None:
+        """Drain and release everything; safe on a half-started service."""
+        if hasattr(self, "reporter"):
+            self.consumer.stop()
+            if not self.dispatcher.drain(float(self.settings.drain_seconds)):
+                LOG.info("instructions still run: they resume at the next start")
+            self.stopping.set()
+            self.dispatcher.drain(5.0)
+            self.reporter.stop()
+            if self.publisher.connected.is_set():
+                self.publisher.flush(FLUSH_SECONDS)
+            self.publisher.stop()
+        self.stopping.set()
+        while self._closers:
+            with contextlib.suppress(Exception):
+                self._closers.pop()()
+
+    def _driver(self) -> Toolstack:
+        """The configured driver; while its host does not answer it is tried again."""
+        while True:
+            try:
+                return load_driver(self.settings.driver, self.settings.driver_settings)
+            except ToolstackError as exc:
+                if not exc.retryable:
+                    raise
+                LOG.warning("driver %s: %s; trying again", self.settings.driver, exc)
+            if self.ended.wait(DRIVER_PAUSE):
+                raise ConfigError(f"stopped before driver {self.settings.driver!r} could reach its host")
+
+    def _changed(self) -> None:
+        self.publisher.wake()
+        self.reporter.changed()
+
+    def _fail(self, exc: Exception) -> None:
+        self.fatal = exc
+        self.ended.set()
+
+
+def lock_folder(folder: Path) -> Any:
+    """Be the only agent of a state folder; the lock ends with the process or ``close()``.
+
+    :raises AlreadyRunning: another agent has it.
+    :raises ConfigError: the folder cannot be made.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = open(folder / "agent.lock", "a+")  # noqa: SIM115 - held for the process's life
+    except OSError as exc:
+        raise ConfigError(
+            f"the state folder {folder} cannot be used ({exc.strerror}): give --agent-state-dir one that you own"
+        ) from exc
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        file.seek(0)
+        pid = file.read(20).strip()
+        file.close()
+        raise AlreadyRunning(
+            f"another reeve-agent (pid {pid or '?'}) uses the state folder {folder}: stop it, or give this one "
+            "another --agent-state-dir"
+        ) from exc
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def setup_logging(level: str, file: str) -> None:
+    handler: logging.Handler = logging.FileHandler(file) if file else logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    handler.addFilter(ContextFilter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    # Connection chatter that our own lines already tell.
+    logging.getLogger("amqp").setLevel(logging.WARNING)
+    logging.getLogger("kombu").setLevel(logging.WARNING)
+    logging.getLogger("stevedore").setLevel(logging.WARNING)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``reeve-agent``: 0 ended as asked, 1 could not run, 2 wrong options."""
+    try:
+        settings = conf.load(None, sys.argv[1:] if argv is None else argv, description=DESCRIPTION, epilog=EPILOG)
+        setup_logging(settings.log_level, settings.log_file)
+    except (ConfigError, OSError) as exc:
+        sys.stderr.write(f"reeve-agent: {exc}\n")
+        return 2
+    service = Service(settings)
+    started = time.monotonic()
+
+    def on_signal(number: int, _frame: object) -> None:
+        LOG.info("signal %s: stopping", signal.Signals(number).name)
+        service.stop()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    try:
+        service.start()
+        service.run()
+    except (AgentError, ToolstackError) as exc:
+        LOG.error("%s", exc)
+        sys.stderr.write(f"reeve-agent: {exc.code}: {exc}\n")
+        return 1
+    finally:
+        service.close()
+        LOG.info("ended after %.0f s", time.monotonic() - started)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

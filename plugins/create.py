@@ -1,0 +1,307 @@
+"""``create``: claim resources, verify the image, build the domain paused and marked, let it run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from agent.api import (
+    NAME_SCHEMA,
+    PATH_SCHEMA,
+    UUID_SCHEMA,
+    Check,
+    Context,
+    Host,
+    InstructionError,
+    JsonDict,
+    Plan,
+    Plugin,
+    Step,
+)
+from hypervisor.errors import DomainExists, DomainNotFound, NameInUse
+from hypervisor.toolstack.api import MAX_VCPUS, DomainInfo, DomainSpec, DomainState, OnEvent
+
+INSTRUCTION_KEY = "reeve.instruction"
+"""Metadata that proves which instruction built a domain; what makes undo safe."""
+
+MAX_MEMORY_MIB = 1 << 24
+MAX_MANIFEST_BYTES = 65536
+APPEAR_SECONDS = 60.0
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
+_ON_EVENT = {"enum": [event.value for event in OnEvent]}
+
+_hashes: dict[tuple[str, int, int, int], str] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClaimStep(Step):
+    """:ivar memory_mib: MiB."""
+
+    name: ClassVar[str] = "claim"
+    title: ClassVar[str] = "set memory and vCPUs aside"
+
+    domain: str
+    memory_mib: int
+    vcpus: int
+
+    def run(self, ctx: Context) -> JsonDict | None:
+        ctx.host.claims.take(ctx.instruction, self.domain, self.memory_mib, self.vcpus)
+        return None
+
+    def check(self, ctx: Context) -> Check:
+        return Check.DONE if ctx.host.claims.holds(ctx.instruction) else Check.NOT_DONE
+
+    def undo(self, ctx: Context) -> None:
+        ctx.host.claims.release(ctx.instruction)
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyStep(Step):
+    """:ivar files: path to SHA-256 in hexadecimal."""
+
+    name: ClassVar[str] = "verify"
+    title: ClassVar[str] = "verify the image's checksums"
+    changes: ClassVar[bool] = False
+
+    image: str
+    files: dict[str, str]
+
+    def run(self, ctx: Context) -> JsonDict | None:
+        for path, expected in sorted(self.files.items()):
+            found = _sha256(path)
+            if found != expected:
+                raise InstructionError(
+                    "image.invalid",
+                    f"file {path} of image {self.image!r} has SHA-256 {found}, its manifest says {expected}: "
+                    "build the image again",
+                )
+        return None
+
+    def check(self, ctx: Context) -> Check:
+        return Check.NOT_DONE
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildStep(Step):
+    """:ivar spec: JSON form of the `DomainSpec`, without what only the agent knows."""
+
+    name: ClassVar[str] = "build"
+    title: ClassVar[str] = "build the domain, paused"
+
+    spec: JsonDict
+
+    def run(self, ctx: Context) -> JsonDict | None:
+        spec = DomainSpec.from_json(self.spec)
+        spec = dataclasses.replace(
+            spec,
+            owner=ctx.host.owner,
+            metadata=tuple(sorted((*spec.metadata, (INSTRUCTION_KEY, ctx.instruction)))),
+        )
+        try:
+            return ctx.host.toolstack.create(spec).to_json()
+        except DomainExists:
+            # An interrupted run of this very step may still be building it on the host.
+            info = ctx.poll(lambda _seconds: self._found(ctx), APPEAR_SECONDS)
+            if info is None or not self._mine(ctx, info):
+                raise
+            return dict(info.to_json())
+
+    def check(self, ctx: Context) -> Check:
+        info = self._found(ctx)
+        if info is None or not self._mine(ctx, info):
+            return Check.NOT_DONE
+        return Check.UNKNOWN if info.state is DomainState.UNKNOWN else Check.DONE
+
+    def undo(self, ctx: Context) -> None:
+        info = self._found(ctx)
+        if info is not None and self._mine(ctx, info):
+            with contextlib.suppress(DomainNotFound):
+                ctx.host.toolstack.destroy(info.uuid)
+
+    def _found(self, ctx: Context) -> DomainInfo | None:
+        try:
+            return ctx.host.toolstack.get_domain(self.spec["uuid"])
+        except DomainNotFound:
+            return None
+
+    def _mine(self, ctx: Context, info: DomainInfo) -> bool:
+        return info.owner == ctx.host.owner and (INSTRUCTION_KEY, ctx.instruction) in info.metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class StartStep(Step):
+    name: ClassVar[str] = "start"
+    title: ClassVar[str] = "let it run"
+    changes: ClassVar[bool] = False  # what it changes goes with the domain, when the build is undone
+
+    uuid: str
+
+    def run(self, ctx: Context) -> JsonDict | None:
+        ctx.host.toolstack.unpause(self.uuid)
+        return None
+
+    def check(self, ctx: Context) -> Check:
+        # Gone raises: a domain that nobody saw running is not reported as a success.
+        state = ctx.host.toolstack.get_domain(self.uuid).state
+        if state is DomainState.UNKNOWN:
+            return Check.UNKNOWN
+        return Check.NOT_DONE if state is DomainState.PAUSED else Check.DONE
+
+
+class Create(Plugin):
+    verb = "create"
+    summary = "Build a domain and let it run."
+    step_kinds = (VerifyStep, ClaimStep, BuildStep, StartStep)
+    args_schema: ClassVar[Mapping[str, Any]] = {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["name", "memory_mib"],
+        "properties": {
+            "uuid": {**UUID_SCHEMA, "description": "The domain's UUID; one is made when it is left out."},
+            "name": NAME_SCHEMA,
+            "memory_mib": {
+                "type": "integer",
+                "minimum": 1,
+                "maximum": MAX_MEMORY_MIB,
+                "description": "Memory at boot, MiB.",
+            },
+            "max_memory_mib": {
+                "type": "integer",
+                "minimum": 0,
+                "maximum": MAX_MEMORY_MIB,
+                "default": 0,
+                "description": "Most memory it may ever have, MiB; 0: the same as memory_mib.",
+            },
+            "vcpus": {
+                "type": "integer",
+                "minimum": 1,
+                "maximum": MAX_VCPUS,
+                "default": 1,
+                "description": "vCPUs at boot.",
+            },
+            "max_vcpus": {
+                "type": "integer",
+                "minimum": 0,
+                "maximum": MAX_VCPUS,
+                "default": 0,
+                "description": "Most vCPUs it may ever have; 0: the same as vcpus.",
+            },
+            "image": {
+                **NAME_SCHEMA,
+                "description": "An image of the host's image store; instead of kernel and ramdisk.",
+            },
+            "kernel": {**PATH_SCHEMA, "description": "Full path of the kernel on the host."},
+            "ramdisk": {**PATH_SCHEMA, "description": "Full path of the initial ramdisk on the host."},
+            "cmdline": {
+                "type": "string",
+                "maxLength": 1023,
+                "description": "Kernel command line; replaces the image's own.",
+            },
+            "start": {"type": "boolean", "default": True, "description": "Let it run; otherwise it stays paused."},
+            "on_poweroff": {**_ON_EVENT, "default": "destroy", "description": "When the guest powers off."},
+            "on_reboot": {**_ON_EVENT, "default": "restart", "description": "When the guest reboots."},
+            "on_crash": {**_ON_EVENT, "default": "preserve", "description": "When the guest crashes."},
+            "metadata": {
+                "type": "object",
+                "maxProperties": 64,
+                "propertyNames": {"pattern": "^(?!reeve\\.)[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"},
+                "additionalProperties": {"type": "string", "maxLength": 1024},
+                "description": "Kept with the domain. Names that begin with 'reeve.' are the agent's own.",
+            },
+        },
+    }
+
+    def plan(self, args: Mapping[str, Any], host: Host) -> Plan:
+        if ("image" in args) == ("kernel" in args) or ("image" in args and "ramdisk" in args):
+            raise InstructionError("instruction.bad_args", "args: give either image, or kernel and perhaps ramdisk")
+        steps: list[Step] = []
+        boot = {"kernel": args.get("kernel"), "ramdisk": args.get("ramdisk"), "cmdline": args.get("cmdline", "")}
+        if "image" in args:
+            boot, files = _image(Path(host.settings["image_dir"]), args["image"])
+            boot["cmdline"] = args.get("cmdline", boot["cmdline"])
+            steps.append(VerifyStep(args["image"], files))
+        taken = ("uuid", "name", "memory_mib", "max_memory_mib", "vcpus", "max_vcpus")
+        kept = ("on_poweroff", "on_reboot", "on_crash", "metadata")
+        data = {key: args[key] for key in (*taken, *kept) if key in args} | {"boot": boot}
+        data.setdefault("uuid", str(uuid.uuid4()))
+        spec = DomainSpec.from_json(data)
+        spec.validate()
+        _check_free(spec, host)
+        steps.append(ClaimStep(spec.uuid, spec.memory_mib, spec.vcpus))
+        steps.append(BuildStep(spec.to_json()))
+        if args.get("start", True):
+            steps.append(StartStep(spec.uuid))
+        return Plan(tuple(steps), spec.uuid)
+
+    def result(self, args: Mapping[str, Any], plan: Plan, ctx: Context) -> JsonDict:
+        try:
+            return {"domain": ctx.host.toolstack.get_domain(plan.domain).to_json()}
+        except DomainNotFound:
+            return {"domain": {"uuid": plan.domain, "name": args["name"], "state": "gone"}}
+
+
+def _check_free(spec: DomainSpec, host: Host) -> None:
+    """Refuse a UUID or name in use before anything is claimed; the driver checks again when it builds."""
+    for domain in host.toolstack.list_domains():
+        if domain.uuid == spec.uuid:
+            raise DomainExists(f"a domain with UUID {spec.uuid} exists ({domain.name}): leave uuid out or give another")
+        if domain.name == spec.name:
+            raise NameInUse(f"the name {spec.name!r} belongs to domain {domain.uuid}: give another name")
+
+
+def _image(store: Path, name: str) -> tuple[JsonDict, dict[str, str]]:
+    """(boot fields, path to SHA-256) of an image in the store.
+
+    :raises InstructionError: ``image.not_found``, ``image.invalid``.
+    """
+    folder = store / name
+    try:
+        with open(folder / "manifest.json", "rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+        manifest: Any = json.loads(data) if len(data) <= MAX_MANIFEST_BYTES else None
+    except FileNotFoundError as exc:
+        raise InstructionError(
+            "image.not_found", f"there is no image {name!r} in {store}: make it with `reeve image build`"
+        ) from exc
+    except (OSError, ValueError, RecursionError) as exc:
+        raise InstructionError("image.invalid", f"the manifest of image {name!r} cannot be read: {exc}") from exc
+    try:
+        files = {key: manifest[key] for key in ("kernel", "ramdisk") if manifest.get(key)}
+        sums = {str(folder / file): str(manifest["sha256"][file]).lower() for file in files.values()}
+        cmdline = manifest.get("cmdline") or ""
+        usable = "kernel" in files and isinstance(cmdline, str)
+        usable = usable and all(_FILE_NAME.fullmatch(file) for file in files.values())
+    except (TypeError, KeyError, AttributeError):
+        usable = False
+    if not usable:
+        raise InstructionError(
+            "image.invalid",
+            f"the manifest of image {name!r} is not usable: it needs kernel, cmdline and sha256 of each file "
+            "(names without folders); build the image again",
+        )
+    boot = {key: str(folder / file) for key, file in files.items()}
+    return {"ramdisk": None} | boot | {"cmdline": cmdline}, sums
+
+
+def _sha256(path: str) -> str:
+    """Hash of a file; remembered while its inode, size and time stay the same.
+
+    :raises InstructionError: ``image.invalid``, it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            stat = os.fstat(file.fileno())
+            key = (path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            if key not in _hashes:
+                _hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            return _hashes[key]
+    except OSError as exc:
+        raise InstructionError("image.invalid", f"file {path} cannot be read: {exc.strerror}") from exc

@@ -1,0 +1,54 @@
+"""``destroy``: end one of our domains now and free what it held."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from agent.api import UUID_SCHEMA, Check, Context, Host, JsonDict, Plan, Plugin, Step, own_domain
+from hypervisor.errors import DomainNotFound
+
+
+@dataclasses.dataclass(frozen=True)
+class DestroyStep(Step):
+    name: ClassVar[str] = "destroy"
+    title: ClassVar[str] = "end it and free what it held"
+
+    uuid: str
+    domain_name: str
+
+    def run(self, ctx: Context) -> JsonDict | None:
+        with contextlib.suppress(DomainNotFound):  # it ended by itself since the plan was made: the goal is reached
+            own_domain(ctx.host, self.uuid)
+            ctx.host.toolstack.destroy(self.uuid)
+        return None
+
+    def check(self, ctx: Context) -> Check:
+        try:
+            ctx.host.toolstack.get_domain(self.uuid)
+        except DomainNotFound:
+            return Check.DONE
+        return Check.NOT_DONE
+
+
+class Destroy(Plugin):
+    verb = "destroy"
+    summary = "End a domain at once, without asking its guest, and free what it held."
+    step_kinds = (DestroyStep,)
+    args_schema: ClassVar[Mapping[str, Any]] = {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["uuid"],
+        "properties": {"uuid": UUID_SCHEMA},
+    }
+
+    def plan(self, args: Mapping[str, Any], host: Host) -> Plan:
+        info = own_domain(host, args["uuid"])
+        return Plan((DestroyStep(info.uuid, info.name),), info.uuid)
+
+    def result(self, args: Mapping[str, Any], plan: Plan, ctx: Context) -> JsonDict:
+        step = plan.steps[0]
+        assert isinstance(step, DestroyStep)
+        return {"domain": {"uuid": step.uuid, "name": step.domain_name, "state": "gone"}}
