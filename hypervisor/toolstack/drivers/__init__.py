@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Mapping
 
 from stevedore import DriverManager
-from stevedore.exception import NoMatches
 
 from hypervisor.errors import HostFailure, ToolstackError, Unsupported
 from hypervisor.toolstack.api import Toolstack
@@ -33,13 +32,11 @@ def load(name: str, settings: Mapping[str, str] | None = None) -> Toolstack:
     :raises Unsupported: no such driver is installed.
     :raises ToolstackError: what the driver's factory raises; anything else becomes `HostFailure`.
     """
-    try:
-        factory: Callable[[dict[str, str]], object] = DriverManager(
-            NAMESPACE, name, on_load_failure_callback=_not_importable
-        ).driver
-    except NoMatches as exc:
+    if name not in names():
         known = ", ".join(names()) or "none (install the package again)"
-        raise Unsupported(f"driver {name!r} is not installed: installed are {known}") from exc
+        raise Unsupported(f"driver {name!r} is not installed: installed are {known}")
+    manager = DriverManager(NAMESPACE, name, on_load_failure_callback=_not_importable)
+    factory: Callable[[dict[str, str]], object] = manager.driver
     try:
         toolstack = factory(dict(settings or {}))
     except ToolstackError:
@@ -50,6 +47,10 @@ def load(name: str, settings: Mapping[str, str] | None = None) -> Toolstack:
     if not isinstance(toolstack, Toolstack):
         raise HostFailure(f"driver {name!r} made a {type(toolstack).__name__}, which is no Toolstack")
     return toolstack
+
+
+def _not_there(_names: object) -> None:
+    """stevedore would log a warning; `load` says it itself."""
 
 
 def _not_importable(_manager: object, entry_point: object, exc: BaseException) -> None:

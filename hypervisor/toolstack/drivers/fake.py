@@ -105,7 +105,7 @@ class FakeToolstack:
                 memory_total_mib=self.memory_mib,
                 memory_free_mib=self.memory_mib - sum(d.spec.memory_mib for d in domains),
                 domains=len(domains),
-                capabilities=tuple(sorted(self.capabilities())),
+                capabilities=tuple(sorted(item.value for item in self.capabilities())),
             )
 
     def list_domains(self) -> list[DomainInfo]:
