@@ -1,0 +1,213 @@
+"""Taking domains over from a host process that is gone.
+
+A domain process answers at its own socket with its identity and its descriptors. What
+the record says and what the process says must agree; then the domain is ours again.
+
+* No process listens: the domain's end was not seen. It is CRASHED, with that as detail.
+* A process listens but says nothing (it is stopped, or busy): UNKNOWN, until it speaks.
+* A half-made domain is removed; one that was being restarted is restarted again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import select
+import signal
+import socket
+from pathlib import Path
+
+from hypervisor.errors import HypervisorBug, ToolstackError
+from hypervisor.host import channel as channels
+from hypervisor.host.channel import BadMessage, Channel, ChannelClosed, Message
+from hypervisor.host.domain_process import SOCKET_NAME
+from hypervisor.host.handles import Handles
+from hypervisor.host.lifecycle import Lifecycle
+from hypervisor.host.process import ProcessHold
+from hypervisor.host.records import DomainRecord, Phase
+from hypervisor.host.table import Domain
+from hypervisor.toolstack.api import DomainState
+
+LOG = logging.getLogger(__name__)
+
+IDENTITY_TIMEOUT = 5.0
+"""Seconds the start of the host process waits for all domains; after that they are UNKNOWN until they speak."""
+
+
+@dataclasses.dataclass(slots=True)
+class Contact:
+    """A domain process that listens: `pid` is who made the socket, by the kernel's word."""
+
+    pid: int
+    pidfd: int
+    sock: socket.socket
+
+    def close(self) -> None:
+        self.sock.close()
+        os.close(self.pidfd)
+
+
+def contact(directory: Path) -> Contact | None:
+    """Connect to a domain's own socket; None when nobody listens there."""
+    try:
+        sock = channels.connect(directory / SOCKET_NAME, socket.SOCK_SEQPACKET, timeout=1.0)
+    except OSError as exc:
+        LOG.info("%s: no process (%s)", directory.name, exc)
+        return None
+    pid = channels.peer(sock)[0]
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        sock.close()
+        return None
+    sock.setblocking(False)
+    return Contact(pid, pidfd, sock)
+
+
+class Adoption:
+    """:param life: with its table and ledger still empty."""
+
+    def __init__(self, life: Lifecycle) -> None:
+        self._life = life
+        self._waiting: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Adopt what is there. Domains that do not answer in time stay UNKNOWN and are adopted when they do."""
+        for record in list(self._life.records.load()):
+            directory = self._life.records.directory(record.spec.uuid)
+            if record.phase is Phase.BUILDING:
+                self._remove_half_made(record, directory)
+            else:
+                self._add(record, directory)
+        if self._waiting:
+            await asyncio.wait(self._waiting, timeout=IDENTITY_TIMEOUT)
+
+    def stop(self) -> None:
+        for task in self._waiting:
+            task.cancel()
+
+    def _remove_half_made(self, record: DomainRecord, directory: Path) -> None:
+        LOG.warning("domain %s was being made when the host process ended: removing it", record.spec.uuid)
+        _kill(directory)
+        self._life.records.remove(record.spec.uuid)
+
+    def _add(self, record: DomainRecord, directory: Path) -> None:
+        domain = Domain(record, self._life.open_console(directory))
+        self._life.table.add(domain)
+        if record.phase is Phase.REMAKING:
+            LOG.warning("domain %s was being restarted when the host process ended: restarting it", domain.uuid)
+            _kill(directory)
+            record.claim = None
+            record.phase = Phase.MADE
+            self._life.restart(domain, "interrupted restart")
+            return
+        found = contact(directory) if record.claim is not None else None
+        if record.claim is not None:
+            try:
+                record.claim = self._life.ledger.adopt(record.claim)
+            except HypervisorBug as exc:
+                LOG.error("domain %s: %s", domain.uuid, exc)
+                record.claim = None
+        if found is None:
+            self._life.lost(domain)
+            return
+        domain.lost = True
+        task = asyncio.get_running_loop().create_task(self._identify(domain, found))
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
+
+    async def _identify(self, domain: Domain, found: Contact) -> None:
+        """Wait, without limit, until the process has said who it is."""
+        channel = Channel(found.sock)
+        try:
+            message, fds = await _receive(channel)
+        except (ChannelClosed, BadMessage) as exc:
+            LOG.warning("domain %s: its process left without a word: %s", domain.uuid, exc)
+            found.close()
+            self._life.lost(domain)
+            return
+        except BaseException:
+            found.close()
+            raise
+        try:
+            handles = Handles.unpack(fds)
+        except ValueError as exc:
+            channels.close_all(fds)
+            self._refuse(domain, found, str(exc))
+            return
+        if not _same(domain.record, message):
+            handles.close()
+            self._refuse(domain, found, "it says it is another domain")
+            return
+        domain.process = ProcessHold(found.pid, found.pidfd, channel, handles, self._life.zygote)
+        domain.lost = False
+        self._take_over(domain, message)
+
+    def _take_over(self, domain: Domain, message: Message) -> None:
+        record = domain.record
+        self._life.watch(domain)
+        try:
+            domain.attachment = self._life.backends.attach(domain, message["boot"], adopted=True)
+        except ToolstackError as exc:
+            LOG.error("domain %s: its rings cannot be reached: %s", domain.uuid, exc)
+        if message.get("ended"):
+            self._life.guest_ended(domain, message["ended"])
+        elif not record.ended:
+            record.state = DomainState(message["state"])
+        LOG.info("domain %s (%s) adopted: %s", domain.uuid, record.spec.name, record.state)
+        self._life.table.changed()
+
+    def _refuse(self, domain: Domain, found: Contact, why: str) -> None:
+        """Not provably ours: leave it alone, and say nothing of its state."""
+        LOG.error("domain %s: process %d is not adopted: %s", domain.uuid, found.pid, why)
+        domain.record.detail = f"process {found.pid} at its socket is not adopted: {why}"
+        found.close()
+
+
+async def _receive(channel: Channel) -> tuple[Message, list[int]]:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(channel.fileno(), ready.set)
+    try:
+        while True:
+            await ready.wait()
+            try:
+                return channel.receive()
+            except BlockingIOError:
+                ready.clear()
+    finally:
+        loop.remove_reader(channel.fileno())
+
+
+def _same(record: DomainRecord, message: Message) -> bool:
+    try:
+        request = message["request"]
+        state = DomainState(message["state"])
+        return (
+            message["event"] == "identity"
+            and request["spec"]["uuid"] == record.spec.uuid
+            and request["domid"] == record.domid
+            and record.claim is not None
+            and request["base_mfn"] == record.claim.base_mfn
+            and isinstance(message["boot"], dict)
+            and isinstance(state, DomainState)
+        )
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _kill(directory: Path) -> None:
+    """End the process that listens in `directory`, if there is one, and see that it is gone."""
+    found = contact(directory)
+    if found is None:
+        return
+    try:
+        signal.pidfd_send_signal(found.pidfd, signal.SIGKILL)
+        poll = select.poll()
+        poll.register(found.pidfd, select.POLLIN)
+        if not poll.poll(5000):
+            LOG.error("process %d does not end", found.pid)
+    finally:
+        found.close()

@@ -1,0 +1,128 @@
+"""Options of the host process, for ``reeve-hypervisor`` and its sample configuration."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from oslo_config import cfg
+
+from hypervisor.host import protocol
+from hypervisor.host.settings import REAL_RUNTIME, HostSettings
+
+GROUP = "hypervisor"
+
+OPTIONS = [
+    cfg.StrOpt(
+        "state_dir",
+        sample_default="/var/lib/reeve/hypervisor",
+        help="Folder of everything that is kept: domain records, console logs, xenstore. One host process at a time "
+        "uses it. Default: /var/lib/reeve/hypervisor for root, $XDG_STATE_HOME/reeve/hypervisor for others.",
+    ),
+    cfg.StrOpt(
+        "socket",
+        sample_default="/run/reeve/hypervisor.sock",
+        help="Control socket. Default: /run/reeve/hypervisor.sock for root, $XDG_RUNTIME_DIR/reeve/hypervisor.sock for "
+        "others; hypervisor.sock in the state folder if that was given with --state-dir.",
+    ),
+    cfg.StrOpt(
+        "xenstored_socket",
+        sample_default="/var/lib/reeve/hypervisor/xenstored.sock",
+        help="Socket for xenstore-ls, xenstore-read and the like: export XENSTORED_PATH with it. "
+        "Default: xenstored.sock in the state folder.",
+    ),
+    cfg.IntOpt(
+        "memory_mib",
+        default=0,
+        min=0,
+        help="Memory that all domains may use together, MiB. 0: memory_share per cent of what is available at start.",
+    ),
+    cfg.IntOpt(
+        "memory_share", default=90, min=1, max=100, help="Per cent of the available memory, if memory_mib is 0."
+    ),
+    cfg.IntOpt("cpus", default=0, min=0, max=4096, help="Host CPUs that vCPUs may run on. 0: all of this process."),
+    cfg.StrOpt(
+        "sandbox",
+        default="auto",
+        choices=[
+            ("auto", "run with what the kernel has, and warn if seccomp is missing"),
+            ("required", "make no domain without seccomp"),
+        ],
+        help="What a domain process must give up before guest code runs.",
+    ),
+    cfg.FloatOpt("build_timeout", default=60.0, min=1.0, help="Seconds in which a domain must be built."),
+    cfg.IntOpt(
+        "console_log_kib",
+        default=1024,
+        min=4,
+        max=1 << 20,
+        help="Console output kept for each domain, KiB, in each of two files.",
+    ),
+    cfg.FloatOpt(
+        "restart_interval",
+        default=1.0,
+        min=0.0,
+        help="A domain that ends by itself sooner than so many seconds after its start is not restarted before they "
+        "have passed.",
+    ),
+    cfg.IntOpt("max_clients", default=64, min=1, max=4096, help="Connections to the control socket at once."),
+    cfg.StrOpt(
+        "cache_dir",
+        sample_default="/var/lib/reeve/hypervisor/cache",
+        help="Unpacked kernels. Default: cache in the state folder.",
+    ),
+    cfg.StrOpt(
+        "engine", default="", help="Engine of new domains, a name of the group reeve.engines; empty: the default."
+    ),
+    cfg.StrOpt(
+        "runtime",
+        default=REAL_RUNTIME,
+        advanced=True,
+        help="module:attribute of what runs in a domain process; tests put a scripted guest here.",
+    ),
+    cfg.StrOpt("log_level", default="info", choices=["debug", "info", "warning", "error"], help="What is logged."),
+]
+
+CLI_OPTIONS = [
+    cfg.StrOpt("state-dir", metavar="DIR", help="State folder; overrides state_dir of the configuration file."),
+    cfg.StrOpt("socket", metavar="PATH", help="Control socket; overrides socket of the configuration file."),
+    cfg.IntOpt("memory-mib", min=1, metavar="MIB", help="Memory for all domains; overrides memory_mib."),
+    cfg.BoolOpt("debug", default=False, help="Log everything."),
+]
+
+
+def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
+    """For oslo-config-generator."""
+    return [(GROUP, OPTIONS)]
+
+
+def register(conf: cfg.ConfigOpts) -> None:
+    conf.register_opts(OPTIONS, group=GROUP)
+    conf.register_cli_opts(CLI_OPTIONS)
+
+
+def settings(conf: cfg.ConfigOpts) -> HostSettings:
+    """From parsed options."""
+    group = conf[GROUP]
+    state_dir = Path(conf.state_dir or group.state_dir or protocol.default_state_dir())
+    if conf.socket or group.socket:
+        socket = Path(conf.socket or group.socket)
+    else:
+        socket = state_dir / protocol.SOCKET_NAME if conf.state_dir else protocol.default_socket()
+    return HostSettings(
+        state_dir=state_dir,
+        socket=socket,
+        xenstored_socket=Path(group.xenstored_socket or state_dir / "xenstored.sock"),
+        memory_mib=conf.memory_mib or group.memory_mib,
+        memory_share=group.memory_share,
+        cpus=group.cpus,
+        sandbox=group.sandbox,
+        build_timeout=group.build_timeout,
+        console_log_kib=group.console_log_kib,
+        restart_interval=group.restart_interval,
+        max_clients=group.max_clients,
+        cache_dir=group.cache_dir or str(state_dir / "cache"),
+        engine=group.engine,
+        runtime=group.runtime,
+        log_level=logging.DEBUG if conf.debug else getattr(logging, group.log_level.upper()),
+    )

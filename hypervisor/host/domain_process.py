@@ -1,0 +1,317 @@
+"""A domain process: one guest, alone with its memory.
+
+It is forked by the zygote, builds the guest, gives up its rights (`sandbox`) and
+runs it. It outlives the host process: when the channel breaks the guest goes on, and
+whoever connects to its own socket (``<state>/domains/<uuid>/sock``) next is its host.
+After the guest has ended the process stays, holding memory and the reason, until it
+is killed: so the end of a domain is provable even if nobody looked.
+
+Messages from the host: ``{"id", "op"}`` with op ``commit``, ``pause``, ``unpause``,
+``stats``; the answer is ``{"id", "result"}`` or ``{"id", "error"}``. Events to the host:
+``built``, ``failed``, ``ended`` and, first thing on a new connection, ``identity`` with
+the descriptors of `Handles`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import gc
+import logging
+import mmap
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hypervisor.errors import HostFailure, ToolstackError, WrongState
+from hypervisor.host import channel as channels
+from hypervisor.host import sandbox
+from hypervisor.host.channel import BadMessage, Channel, ChannelClosed, Message
+from hypervisor.host.handles import Handles, answer, ring
+from hypervisor.host.runtime import BuildRequest, Ended, Guest, Runtime
+from hypervisor.toolstack.api import DomainState, ShutdownReason
+
+LOG = logging.getLogger(__name__)
+
+SOCKET_NAME = "sock"
+_PR_SET_NAME = 15
+
+
+class DomainProcess:
+    """:param sandbox_required: refuse to run without seccomp."""
+
+    def __init__(
+        self,
+        request: BuildRequest,
+        handles: Handles,
+        channel: Channel,
+        directory: Path,
+        runtime: Runtime,
+        *,
+        sandbox_required: bool,
+    ) -> None:
+        self.request = request
+        self.handles = handles
+        self.directory = directory
+        self.runtime = runtime
+        self.sandbox_required = sandbox_required
+        self.state = DomainState.PAUSED
+        self.ended: Ended | None = None
+        self._host: Channel | None = channel
+        self._lock = threading.Lock()  # guards _host, state and ended
+        self._guest: Guest | None = None
+        self._report = sandbox.Report(False, 0)
+        self._listener: socket.socket | None = None
+
+    def main(self) -> None:
+        """Returns only if the domain never came to life; otherwise the process ends by a signal from the host."""
+        try:
+            guest = self._build()
+        except ToolstackError as exc:
+            self._send({"event": "failed", "error": exc.to_json()})
+            return
+        except MemoryError:
+            error = HostFailure("the host ran out of memory while it built the domain: free some and try again")
+            self._send({"event": "failed", "error": error.to_json()})
+            return
+        except Exception as exc:
+            LOG.exception("building failed")
+            error = HostFailure(f"building the domain failed: {type(exc).__name__}: {exc}; see domain.log")
+            self._send({"event": "failed", "error": error.to_json()})
+            return
+        if not self._committed():
+            return
+        gc.collect()
+        gc.freeze()
+        threading.Thread(target=self._serve, name="channel", daemon=True).start()
+        try:
+            ended = guest.run()
+        except Exception as exc:
+            LOG.exception("the machine failed")
+            ended = Ended(ShutdownReason.CRASH, f"hypervisor error: {type(exc).__name__}: {exc}; see domain.log")
+        self._finish(ended)
+        threading.Event().wait()
+
+    def _build(self) -> Guest:
+        self._listener = channels.listen(self.directory / SOCKET_NAME, socket.SOCK_SEQPACKET, backlog=4)
+        memory = mmap.mmap(self.handles.memory, 0)
+        guest = self.runtime.build(self.request, memory, self._notify_host)
+        self._guest = guest
+        self._report = sandbox.enter(required=self.sandbox_required)
+        return guest
+
+    def _committed(self) -> bool:
+        """Wait for the host's word. Without it the domain was never made, so there is nothing to keep alive."""
+        assert self._guest is not None and self._host is not None
+        try:
+            self._host.send({"event": "built", "boot": self._guest.boot, "sandbox": self._report.to_json()})
+            message, fds = self._host.receive()
+        except (ChannelClosed, BadMessage) as exc:
+            LOG.warning("the host went away before the domain was made: %s", exc)
+            return False
+        channels.close_all(fds)
+        if message.get("op") != "commit":
+            return False
+        self._host.setblocking(False)
+        self._send({"id": message.get("id"), "result": {}})
+        return True
+
+    def _notify_host(self, port: int) -> None:
+        ring(self.handles.to_host[port])
+
+    def _finish(self, ended: Ended) -> None:
+        LOG.info("guest ended: %s %s", ended.reason, ended.detail)
+        with self._lock:
+            self.ended = ended
+            self.state = DomainState.CRASHED if ended.reason is ShutdownReason.CRASH else DomainState.SHUTDOWN
+        self._send({"event": "ended", **_ended_json(ended)})
+
+    # -- the channel thread ---------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        """Sleeps in poll until something arrives; an idle domain wakes for nothing."""
+        assert self._listener is not None and self._guest is not None
+        doorbells = {fd: port for port, fd in self.handles.to_guest.items()}
+        while True:
+            poll = select.poll()
+            poll.register(self._listener.fileno(), select.POLLIN)
+            for fd in doorbells:
+                poll.register(fd, select.POLLIN)
+            host = self._host
+            if host is not None:
+                poll.register(host.fileno(), select.POLLIN)
+            known = host
+            while self._host is known:
+                for fd, _ in poll.poll():
+                    if fd in doorbells:
+                        if answer(fd):
+                            self._guest.notify(doorbells[fd])
+                    elif fd == self._listener.fileno():
+                        self._accept()
+                    elif host is not None and self._host is host:
+                        self._one_message(host)
+
+    def _one_message(self, host: Channel) -> None:
+        try:
+            message, fds = host.receive()
+        except BlockingIOError:
+            return
+        except BadMessage as exc:
+            LOG.warning("host: %s", exc)
+            return
+        except ChannelClosed:
+            self._detach(host)
+            return
+        channels.close_all(fds)
+        self._send({"id": message.get("id"), **self._answer(message)})
+
+    def _answer(self, message: Message) -> Message:
+        verbs: dict[str, Callable[[], dict[str, Any]]] = {
+            "pause": self._pause,
+            "unpause": self._unpause,
+            "stats": self._stats,
+        }
+        try:
+            verb = verbs.get(str(message.get("op")))
+            if verb is None:
+                raise HostFailure(f"unknown op {message.get('op')!r}")
+            return {"result": verb()}
+        except ToolstackError as exc:
+            return {"error": exc.to_json()}
+        except Exception as exc:
+            LOG.exception("op %s failed", message.get("op"))
+            return {"error": HostFailure(f"{type(exc).__name__}: {exc}").to_json()}
+
+    def _pause(self) -> dict[str, Any]:
+        return self._run_state(DomainState.PAUSED, self._running_guest().pause)
+
+    def _unpause(self) -> dict[str, Any]:
+        return self._run_state(DomainState.RUNNING, self._running_guest().unpause)
+
+    def _run_state(self, state: DomainState, act: Callable[[], None]) -> dict[str, Any]:
+        with self._lock:
+            if self.ended is not None:
+                raise WrongState(f"the domain has ended ({self.ended.reason}): destroy or reset it")
+            act()
+            self.state = state
+        return {"state": state}
+
+    def _stats(self) -> dict[str, Any]:
+        return {**self._running_guest().stats(), "state": self.state}
+
+    def _running_guest(self) -> Guest:
+        assert self._guest is not None
+        return self._guest
+
+    def _accept(self) -> None:
+        """A host process is back: the newest connection is the host."""
+        assert self._listener is not None and self._guest is not None
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as exc:
+            LOG.warning("accept: %s", exc)
+            return
+        if not channels.allowed(channels.peer(sock)[1]):
+            sock.close()
+            return
+        sock.setblocking(False)
+        new = Channel(sock)
+        with self._lock:
+            identity: Message = {
+                "event": "identity",
+                "request": self.request.to_json(),
+                "boot": self._guest.boot,
+                "state": self.state,
+                "ended": _ended_json(self.ended) if self.ended else None,
+                "sandbox": self._report.to_json(),
+            }
+            try:
+                new.send(identity, self.handles.pack())
+            except (ChannelClosed, BlockingIOError) as exc:
+                LOG.warning("a host connected and left: %s", exc)
+                new.close()
+                return
+            old, self._host = self._host, new
+        if old is not None:
+            old.close()
+
+    def _detach(self, host: Channel) -> None:
+        with self._lock:
+            if self._host is host:
+                self._host = None
+        host.close()
+
+    def _send(self, message: Message) -> None:
+        with self._lock:
+            host = self._host
+            if host is None:
+                return
+            try:
+                host.send(message)
+                return
+            except BlockingIOError:
+                LOG.warning("the host does not read: dropping it")
+            except ChannelClosed:
+                pass
+            self._host = None
+        host.close()
+
+
+def run_child(
+    request: BuildRequest,
+    fds: list[int],
+    directory: Path,
+    runtime: Runtime,
+    *,
+    sandbox_required: bool,
+    log_level: int,
+) -> NoReturn:
+    """The forked child's whole life. `fds`: channel, log file, then `Handles.pack`."""
+    code = 1
+    try:
+        sandbox.close_other_fds([0, 1, 2, *fds])
+        _own_surroundings(request, fds[1], log_level)
+        process = DomainProcess(
+            request,
+            Handles.unpack(fds[2:]),
+            channels.from_fd(fds[0]),
+            directory,
+            runtime,
+            sandbox_required=sandbox_required,
+        )
+        process.main()
+        code = 0
+    except BaseException:
+        LOG.exception("domain process failed")
+    finally:
+        os._exit(code)
+
+
+def _own_surroundings(request: BuildRequest, log_fd: int, log_level: int) -> None:
+    """Own session, own log, default signals."""
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, 0)
+    os.dup2(log_fd, 1)
+    os.dup2(log_fd, 2)
+    os.close(null)
+    logging.raiseExceptions = False  # a full log (RLIMIT_FSIZE) is no reason to stop a guest
+    logging.basicConfig(
+        level=log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    faulthandler.enable(2)
+    name = f"reeve-dom{request.domid}".encode()[:15]
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name, 0, 0, 0)
+
+
+def _ended_json(ended: Ended) -> dict[str, Any]:
+    return {"reason": ended.reason, "detail": ended.detail}

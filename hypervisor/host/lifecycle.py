@@ -1,0 +1,349 @@
+"""Making, ending and remaking domains. Every step that fails takes back those before it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Protocol
+
+from hypervisor.errors import (
+    HostFailure,
+    HostUnavailable,
+    InsufficientMemory,
+    InsufficientVcpus,
+    SpecInvalid,
+    ToolstackError,
+    Unsupported,
+    WrongState,
+)
+from hypervisor.host import channel as channels
+from hypervisor.host.channel import Message
+from hypervisor.host.consoles import ConsoleHub
+from hypervisor.host.handles import Handles
+from hypervisor.host.ledger import PAGES_PER_MIB, Claim, Ledger
+from hypervisor.host.process import ProcessHold, describe_exit
+from hypervisor.host.records import DomainRecord, Phase, RecordStore
+from hypervisor.host.runtime import BuildRequest, RuntimeFacts
+from hypervisor.host.settings import HostSettings
+from hypervisor.host.table import Attachment, Domain, DomainTable
+from hypervisor.host.zygote_client import ZygoteClient
+from hypervisor.memory import layout
+from hypervisor.toolstack.api import DomainSpec, DomainState, DomainType, OnEvent, ShutdownReason
+
+LOG = logging.getLogger(__name__)
+
+DOMAIN_LOG_NAME = "domain.log"
+MAX_SPEC_BYTES = channels.MAX_MESSAGE // 2
+
+ENDED_STATES = (DomainState.SHUTDOWN, DomainState.CRASHED)
+
+
+class Backends(Protocol):
+    """Connects a domain to xenstore and console. :raises ToolstackError: its rings cannot be reached."""
+
+    def attach(self, domain: Domain, boot: dict[str, object], *, adopted: bool) -> Attachment: ...
+
+
+@dataclasses.dataclass(slots=True)
+class Lifecycle:
+    settings: HostSettings
+    records: RecordStore
+    table: DomainTable
+    ledger: Ledger
+    zygote: ZygoteClient
+    backends: Backends
+    tasks: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
+
+    # -- verbs ----------------------------------------------------------------------------------------------------
+
+    async def create(self, spec: DomainSpec) -> Domain:
+        spec.validate()
+        self._check(spec, await self.zygote.start())
+        record = DomainRecord(spec, 0, created_at=time.time())
+        self.table.check_free(spec)  # before anything on disk is touched
+        folder = self.records.prepare(spec.uuid)
+        domain = Domain(record, self.open_console(folder))
+        self.table.add(domain)
+        async with domain.lock:
+            try:
+                await self._make(domain)
+            except BaseException:
+                await self._forget(domain)
+                raise
+            self.table.emit("created", spec.uuid)
+        return domain
+
+    async def unpause(self, domain: Domain) -> None:
+        await self._run_state(domain, "unpause", DomainState.RUNNING, "unpaused")
+
+    async def pause(self, domain: Domain) -> None:
+        await self._run_state(domain, "pause", DomainState.PAUSED, "paused")
+
+    def request_shutdown(self, domain: Domain, reason: str) -> None:
+        self._check_alive(domain, reason)
+        assert domain.attachment is not None
+        domain.attachment.request_shutdown(reason)
+
+    async def reset(self, domain: Domain) -> None:
+        self._check_known(domain)
+        await self._remake(domain, "reset")
+
+    async def destroy(self, domain: Domain) -> None:
+        domain.dying = True
+        await self._forget(domain)
+        self.table.emit("destroyed", domain.uuid)
+
+    # -- ends -----------------------------------------------------------------------------------------------------
+
+    def watch(self, domain: Domain) -> None:
+        """Hear of the end of the domain's guest and process."""
+        process = domain.process
+        assert process is not None
+        process.on_ended = lambda message: self.guest_ended(domain, message)
+        process.on_exit = lambda code: self.process_gone(domain, code)
+
+    def guest_ended(self, domain: Domain, message: Message) -> None:
+        try:
+            reason = ShutdownReason(message["reason"])
+        except (KeyError, ValueError):
+            reason = ShutdownReason.CRASH
+        detail = str(message.get("detail", ""))[:500].replace("\n", " ")
+        self._ended(domain, reason, detail)
+
+    def process_gone(self, domain: Domain, code: int | None) -> None:
+        """Its process ended. Without a word before that, it is a crash."""
+        if domain.record.ended or domain.dying:
+            return
+        self._ended(domain, ShutdownReason.CRASH, f"its process ended: {describe_exit(code)}")
+
+    def lost(self, domain: Domain) -> None:
+        """An adopted domain has no process: nobody saw how it ended."""
+        domain.lost = False
+        if domain.record.ended:
+            self._spawn(self._after_end(domain, OnEvent.PRESERVE))
+        else:
+            self._ended(domain, ShutdownReason.CRASH, "its process ended while the host process was away")
+
+    def restart(self, domain: Domain, why: str) -> None:
+        """Build it anew in the background."""
+        domain.dying = True
+        self._spawn(self._restart(domain, why))
+
+    async def _restart(self, domain: Domain, why: str) -> None:
+        async with domain.lock:
+            if self.table.find(domain.uuid) is domain:
+                await self._remake(domain, why)
+
+    def _ended(self, domain: Domain, reason: ShutdownReason, detail: str) -> None:
+        record = domain.record
+        if record.ended or domain.dying or record.phase is not Phase.MADE:
+            return
+        crashed = reason is ShutdownReason.CRASH
+        spec = record.spec
+        action = spec.on_poweroff
+        if crashed or reason is ShutdownReason.WATCHDOG:
+            action = spec.on_crash
+        elif reason is ShutdownReason.REBOOT:
+            action = spec.on_reboot
+        elif reason is ShutdownReason.SUSPEND:
+            action = OnEvent.PRESERVE
+        record.state = DomainState.CRASHED if crashed else DomainState.SHUTDOWN
+        record.reason = reason
+        record.detail = detail
+        if domain.attachment is not None:
+            domain.attachment.ended()
+        domain.dying = action is not OnEvent.PRESERVE
+        if crashed or action is not OnEvent.RESTART:
+            self.table.emit("crashed" if crashed else "shutdown", domain.uuid, detail or reason)
+        self._spawn(self._after_end(domain, action))
+
+    async def _after_end(self, domain: Domain, action: OnEvent) -> None:
+        async with domain.lock:
+            if self.table.find(domain.uuid) is not domain:
+                return
+            if action is OnEvent.DESTROY:
+                await self.destroy(domain)
+            elif action is OnEvent.RESTART:
+                await asyncio.sleep(max(0.0, domain.record.started_at + self.settings.restart_interval - time.time()))
+                await self._remake(domain, domain.record.reason or "reboot")
+            else:
+                if domain.process is None or not domain.process.alive:
+                    await self._unmake(domain)
+                self.records.save(domain.record)
+                self.table.changed()
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    async def _make(self, domain: Domain) -> None:
+        """Claim, fork, build, connect, commit. What it has done stays noted in `domain`, so that `_unmake` finds it."""
+        record, spec = domain.record, domain.record.spec
+        pages = spec.memory_mib * PAGES_PER_MIB
+        max_pages = spec.effective_max_memory_mib * PAGES_PER_MIB
+        frames = layout.total_frames(max_pages)
+        record.phase = Phase.REMAKING if record.restarts else Phase.BUILDING
+        record.state = DomainState.PAUSED
+        record.reason, record.detail, record.cpu_time_ns, record.console = None, "", 0, {}
+        record.claim = self._claim(spec, frames, pages + layout.xen_frames(max_pages))
+        record.domid = self.records.next_domid(self.table.domids())
+        self.records.save(record)
+        request = BuildRequest(
+            spec=spec,
+            domid=record.domid,
+            base_mfn=record.claim.base_mfn,
+            nr_pages=pages,
+            max_pages=max_pages,
+            cache_dir=self.settings.cache_dir,
+            engine=self.settings.engine,
+        )
+        await self._fork(domain, request, frames)
+        process = domain.process
+        assert process is not None
+        try:
+            message = await process.built(self.settings.build_timeout)
+        except HostFailure:
+            self._log_domain_log(domain)
+            raise
+        for line in _strings(message, "missing"):
+            LOG.warning("domain %s runs without full sandbox: %s", spec.uuid, line)
+        boot = message.get("boot")
+        if not isinstance(boot, dict):
+            raise HostFailure("the domain process did not say where it built the rings: see domain.log")
+        domain.attachment = self.backends.attach(domain, boot, adopted=False)
+        await process.request("commit")
+        record.phase = Phase.MADE
+        record.started_at = time.time()
+        self.records.save(record)
+        self.watch(domain)
+        self.table.changed()
+
+    async def _fork(self, domain: Domain, request: BuildRequest, frames: int) -> None:
+        folder = self.records.directory(domain.uuid)
+        handles = Handles.create(f"reeve-{domain.uuid}", frames)
+        ours, theirs = channels.pair()
+        log = -1
+        try:
+            log = os.open(folder / DOMAIN_LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            message = {"request": request.to_json(), "directory": str(folder), "sandbox": self.settings.sandbox}
+            pid, pidfd = await self.zygote.spawn(message, [theirs.fileno(), log, *handles.pack()])
+        except BaseException:
+            handles.close()
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            if log >= 0:
+                os.close(log)
+        domain.process = ProcessHold(pid, pidfd, ours, handles, self.zygote)
+
+    def _log_domain_log(self, domain: Domain) -> None:
+        """What the process said last, before its folder goes."""
+        try:
+            text = (self.records.directory(domain.uuid) / DOMAIN_LOG_NAME).read_bytes()[-4000:]
+        except OSError as exc:
+            text = str(exc).encode()
+        LOG.error("domain %s, domain.log ends with:\n%s", domain.uuid, text.decode(errors="replace"))
+
+    async def _unmake(self, domain: Domain) -> None:
+        """Take back all that `_make` did. The record and the table entry stay."""
+        if domain.attachment is not None:
+            domain.attachment.detach()
+            domain.attachment = None
+        if domain.process is not None:
+            await domain.process.end()
+            domain.process = None
+        if domain.record.claim is not None:
+            self.ledger.release(domain.record.claim)
+            domain.record.claim = None
+
+    async def _forget(self, domain: Domain) -> None:
+        await self._unmake(domain)
+        domain.console.close()
+        self.records.remove(domain.uuid)
+        self.table.remove(domain)
+
+    async def _remake(self, domain: Domain, why: str) -> None:
+        """The same domain anew: same UUID, spec and console, another process and domid; it runs afterwards."""
+        domain.dying = True
+        record = domain.record
+        try:
+            await self._unmake(domain)
+            record.restarts += 1
+            await self._make(domain)
+            domain.dying = False
+            await self.unpause(domain)
+        except ToolstackError as exc:
+            LOG.error("domain %s could not be restarted: %s", domain.uuid, exc)
+            await self._unmake(domain)
+            record.phase, record.state = Phase.MADE, DomainState.CRASHED
+            record.reason, record.detail = ShutdownReason.CRASH, f"restart after {why} failed: {exc}"
+            domain.dying = False
+            self.records.save(record)
+            self.table.emit("crashed", domain.uuid, record.detail)
+            raise
+        self.table.emit("rebooted", domain.uuid, why)
+
+    async def _run_state(self, domain: Domain, op: str, state: DomainState, event: str) -> None:
+        self._check_alive(domain, op)
+        if domain.record.state is state:
+            return
+        assert domain.process is not None
+        await domain.process.request(op)
+        if domain.record.ended:  # it ended while it was asked
+            return
+        domain.record.state = state
+        self.records.save(domain.record)
+        self.table.emit(event, domain.uuid)
+
+    def _claim(self, spec: DomainSpec, frames: int, committed: int) -> Claim:
+        try:
+            return self.ledger.claim(spec.uuid, frames, committed)
+        except InsufficientMemory as exc:
+            raise InsufficientMemory(f"memory_mib is {spec.memory_mib}: {exc}") from None
+
+    def _check(self, spec: DomainSpec, facts: RuntimeFacts) -> None:
+        if spec.type is not DomainType.PV:
+            raise Unsupported(f"type {spec.type} is not something this host can run: give type pv")
+        cpus = min(facts.max_vcpus, self.settings.effective_cpus)
+        if spec.effective_max_vcpus > cpus:
+            raise InsufficientVcpus(
+                f"{spec.effective_max_vcpus} vCPUs asked for, a domain of this host has at most {cpus}: ask for less"
+            )
+        size = len(channels.encode({"spec": spec.to_json()}))
+        if size > MAX_SPEC_BYTES:
+            raise SpecInvalid(f"the spec has {size} bytes: give less metadata, at most {MAX_SPEC_BYTES} bytes in all")
+
+    def _check_known(self, domain: Domain) -> None:
+        if domain.lost:
+            raise HostUnavailable(f"domain {domain.uuid} does not answer just now: try again, or destroy it")
+
+    def _check_alive(self, domain: Domain, verb: str) -> None:
+        self._check_known(domain)
+        if domain.record.ended or domain.dying or domain.process is None:
+            raise WrongState(f"domain {domain.uuid} is {domain.state}, cannot {verb} it: reset or destroy it")
+
+    def open_console(self, folder: Path) -> ConsoleHub:
+        return ConsoleHub(folder, self.settings.console_log_kib * 1024)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except ToolstackError as exc:
+                LOG.error("%s", exc)
+            except Exception:
+                LOG.exception("background work failed")
+
+        task = asyncio.get_running_loop().create_task(guarded())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+
+def _strings(message: Message, key: str) -> list[str]:
+    report = message.get("sandbox")
+    values = report.get(key) if isinstance(report, dict) else None
+    return [str(value)[:200] for value in values[:8]] if isinstance(values, list) else []

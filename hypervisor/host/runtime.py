@@ -1,0 +1,123 @@
+"""What runs inside a domain process, as the host sees it.
+
+A *runtime* turns a `BuildRequest` into a `Guest`. The real one is
+`hypervisor.host.pv_runtime` (builder and machine); tests bring a scripted one. It
+is named ``module:attribute`` because only the zygote and its children load it: the host
+process itself holds neither engine nor guest code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import mmap
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from hypervisor.toolstack.api import DomainSpec, ShutdownReason
+
+STORE_PORT = 1
+CONSOLE_PORT = 2
+"""Event channel ports of the guest that are bound to the host side at birth (start_info's store and console ports)."""
+
+HOST_PORTS = (STORE_PORT, CONSOLE_PORT)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """All that a domain process needs to know.
+
+    :ivar base_mfn: first machine frame of the domain's extent.
+    :ivar nr_pages: guest RAM at boot, pages; `max_pages` its static maximum.
+    :ivar cache_dir: where unpacked kernels are kept, or "" for no cache.
+    :ivar engine: name in the entry-point group ``reeve.engines``, or "" for the default.
+    """
+
+    spec: DomainSpec
+    domid: int
+    base_mfn: int
+    nr_pages: int
+    max_pages: int
+    cache_dir: str = ""
+    engine: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        data["spec"] = self.spec.to_json()
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> BuildRequest:
+        return cls(**{**data, "spec": DomainSpec.from_json(data["spec"])})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ended:
+    """Why a guest does not run any more."""
+
+    reason: ShutdownReason
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RuntimeFacts:
+    """:ivar max_vcpus: most vCPUs of one domain; `capabilities` are those of `toolstack.api.Capability`."""
+
+    name: str
+    max_vcpus: int
+    capabilities: tuple[str, ...]
+    detail: tuple[tuple[str, str], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "max_vcpus": self.max_vcpus,
+            "capabilities": list(self.capabilities),
+            "detail": dict(self.detail),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> RuntimeFacts:
+        detail = tuple(sorted((str(k), str(v)) for k, v in data["detail"].items()))
+        return cls(str(data["name"]), int(data["max_vcpus"]), tuple(data["capabilities"]), detail)
+
+
+class Guest(Protocol):
+    """A built guest. It starts paused; every method but `run` may be called from another thread."""
+
+    @property
+    def boot(self) -> dict[str, Any]:
+        """JSON for the host: at least ``store_mfn`` and ``console_mfn``."""
+
+    def run(self) -> Ended:
+        """Blocks until the guest has ended."""
+
+    def pause(self) -> None: ...
+
+    def unpause(self) -> None: ...
+
+    def notify(self, port: int) -> None:
+        """The host side signals the guest's `port`."""
+
+    def stats(self) -> dict[str, Any]:
+        """At least ``cpu_time_ns``."""
+
+
+class Runtime(Protocol):
+    def facts(self) -> RuntimeFacts: ...
+
+    def build(self, request: BuildRequest, memory: mmap.mmap, notify_host: Callable[[int], None]) -> Guest:
+        """Read kernel and ramdisk, fill `memory`, import what is imported late: afterwards no file can be opened.
+
+        :param memory: the domain's whole extent, shared.
+        :param notify_host: tells the host that the guest signalled one of `HOST_PORTS`; any thread.
+        :raises ToolstackError: with cause and cure.
+        """
+
+
+def load(name: str) -> Runtime:
+    """:param name: ``module:attribute`` of a `Runtime` instance or of a class without arguments."""
+    module, _, attribute = name.partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    runtime: Runtime = found() if isinstance(found, type) else found
+    return runtime

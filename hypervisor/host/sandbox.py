@@ -1,0 +1,149 @@
+"""What a domain process gives up before guest code runs.
+
+Three lines, one behind the other:
+
+1. descriptors, core dumps, file sizes and capabilities (``setrlimit``, ``capset``), no new privileges;
+2. Landlock with an empty rule set: no path can be opened, no TCP port bound or reached, and, where
+   the kernel knows scopes, no abstract socket connected and no process outside signalled;
+3. a seccomp filter that lets through only what the Python and engine threads need on descriptors that are
+   already open. Everything else fails with EPERM; another architecture's calls kill the process.
+
+Sources: linux/seccomp.h, linux/filter.h, linux/landlock.h, linux/capability.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import logging
+import os
+import platform
+import resource
+import struct
+from collections.abc import Iterable
+from typing import Any
+
+from hypervisor.errors import HostFailure
+from hypervisor.host import seccomp
+
+LOG = logging.getLogger(__name__)
+
+_PR_SET_NO_NEW_PRIVS = 38
+_PR_CAPBSET_DROP = 24
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+_SYS_CAPSET = 126
+_SYS_LANDLOCK_CREATE_RULESET = 444
+_SYS_LANDLOCK_RESTRICT_SELF = 446
+_LANDLOCK_CREATE_RULESET_VERSION = 1
+_CAPABILITY_VERSION_3 = 0x2008_0522
+
+# Access rights that each Landlock ABI knows (linux/landlock.h): the number of file-system bits by version.
+_LANDLOCK_FS_BITS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
+_LANDLOCK_NET_BITS = 2
+_LANDLOCK_SCOPE_BITS = 2
+
+MAX_OPEN_FILES = 64
+MAX_FILE_SIZE = 4 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """Which lines hold. :ivar missing: one plain reason for each that does not."""
+
+    seccomp: bool
+    landlock: int
+    missing: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        return self.seccomp
+
+    def to_json(self) -> dict[str, Any]:
+        return {"seccomp": self.seccomp, "landlock": self.landlock, "missing": list(self.missing)}
+
+
+def enter(*, required: bool) -> Report:
+    """Drop everything, for all threads of this process, for good.
+
+    :param required: without seccomp refuse to go on.
+    :raises HostFailure: seccomp is required and missing.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    _limits()
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        raise HostFailure(f"the kernel refuses no_new_privs: {os.strerror(ctypes.get_errno())}")
+    missing = list(_drop_capabilities(libc))
+    landlock = _landlock(libc)
+    if not landlock:
+        missing.append("Landlock is not in this kernel: seccomp alone guards files")
+    reason = seccomp.install(libc)
+    if reason:
+        if required:
+            raise HostFailure(f"no seccomp ({reason}): run on a kernel with seccomp filters, or set sandbox=auto")
+        missing.append(f"seccomp: {reason}")
+    report = Report(not reason, landlock, tuple(missing))
+    for line in report.missing:
+        LOG.warning("sandbox: %s", line)
+    return report
+
+
+def probe() -> Report:
+    """What `enter` would reach on this machine, without entering."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    version = libc.syscall(_SYS_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_CREATE_RULESET_VERSION)
+    reason = seccomp.unavailable(libc)
+    missing = []
+    if version < 1:
+        missing.append("Landlock is not in this kernel: seccomp alone guards files")
+    if reason:
+        missing.append(f"seccomp: {reason}: domain processes keep the rights of the host process's user")
+    return Report(not reason, max(0, version), tuple(missing))
+
+
+def close_other_fds(keep: Iterable[int]) -> None:
+    """Close every descriptor but those in `keep`."""
+    start = 0
+    for fd in sorted(set(keep)):
+        if start < fd:  # an empty range that begins at 0 would close everything
+            os.closerange(start, fd)
+        start = fd + 1
+    os.closerange(start, max(start, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+
+
+def _limits() -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_SIZE, MAX_FILE_SIZE))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, MAX_OPEN_FILES))
+    # RLIMIT_NPROC counts the user's processes on the whole machine and would stop threads as well:
+    # that no process is made is the filter's work (clone without CLONE_THREAD).
+
+
+def _drop_capabilities(libc: ctypes.CDLL) -> Iterable[str]:
+    if os.geteuid() == 0:
+        for capability in range(64):
+            libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
+    libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
+    if libc.syscall(_SYS_CAPSET, header, bytes(24)) != 0:
+        yield f"capabilities could not be dropped: {os.strerror(ctypes.get_errno())}"
+
+
+def _landlock(libc: ctypes.CDLL) -> int:
+    """The Landlock version that is in force afterwards, 0 for none."""
+    version = int(libc.syscall(_SYS_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_CREATE_RULESET_VERSION))
+    if version < 1 or platform.machine() != "x86_64":
+        return 0
+    bits = _LANDLOCK_FS_BITS.get(version, max(_LANDLOCK_FS_BITS.values()))
+    attribute = struct.pack("Q", (1 << bits) - 1)
+    if version >= 4:
+        attribute += struct.pack("Q", (1 << _LANDLOCK_NET_BITS) - 1)
+    if version >= 6:
+        attribute += struct.pack("Q", (1 << _LANDLOCK_SCOPE_BITS) - 1)
+    ruleset = libc.syscall(_SYS_LANDLOCK_CREATE_RULESET, attribute, len(attribute), 0)
+    if ruleset < 0:
+        return 0
+    try:
+        return version if libc.syscall(_SYS_LANDLOCK_RESTRICT_SELF, ruleset, 0) == 0 else 0
+    finally:
+        os.close(ruleset)

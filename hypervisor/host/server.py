@@ -1,0 +1,142 @@
+"""The host process, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import fcntl
+import logging
+import os
+import resource
+from pathlib import Path
+
+from hypervisor.errors import HostFailure
+from hypervisor.host import sandbox
+from hypervisor.host.adoption import Adoption
+from hypervisor.host.backends import HostBackends
+from hypervisor.host.control import ControlServer
+from hypervisor.host.ledger import PAGES_PER_MIB, Ledger
+from hypervisor.host.lifecycle import Lifecycle
+from hypervisor.host.records import RecordStore
+from hypervisor.host.settings import HostSettings, available_mib
+from hypervisor.host.table import DomainTable
+from hypervisor.host.verbs import Verbs
+from hypervisor.host.zygote_client import ZygoteClient
+
+LOG = logging.getLogger(__name__)
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+class HostProcess:
+    """Start, serve, stop. Stopping touches no domain."""
+
+    def __init__(self, settings: HostSettings) -> None:
+        self.settings = settings
+        self._lock_fd = -1
+        self._zygote: ZygoteClient | None = None
+        self._backends: HostBackends | None = None
+        self._control: ControlServer | None = None
+        self._adoption: Adoption | None = None
+        self._life: Lifecycle | None = None
+
+    async def start(self) -> None:
+        """:raises HostFailure: another host process has the state folder, or something cannot be made."""
+        settings = self.settings
+        report = sandbox.probe()
+        if settings.sandbox == "required" and not report.seccomp:
+            raise HostFailure(f"sandbox is required and {report.missing[-1]}: use another kernel or set sandbox=auto")
+        for line in report.missing:
+            LOG.warning("sandbox: %s", line)
+        records = _records(settings.state_dir)
+        self._lock_fd = lock(settings.state_dir)
+        _raise_limits()
+        zygote = self._zygote = ZygoteClient(settings.runtime, settings.log_level)
+        await zygote.start()
+        backends = self._backends = HostBackends(settings)
+        life = self._life = Lifecycle(settings, records, DomainTable(), Ledger(0), zygote, backends)
+        self._adoption = Adoption(life)
+        await self._adoption.run()
+        life.ledger.total = self._total(life)
+        await backends.start(frozenset(d.record.domid for d in life.table.all() if d.record.claim is not None))
+        self._control = ControlServer(Verbs(life, report), max_clients=settings.max_clients)
+        await self._control.start(settings.socket)
+        LOG.info(
+            "serving at %s: %d domains adopted, %d MiB for domains",
+            settings.socket,
+            len(life.table.all()),
+            life.ledger.total // PAGES_PER_MIB,
+        )
+
+    async def stop(self) -> None:
+        """Domains go on; the next host process adopts them."""
+        if self._control is not None:
+            await self._control.stop()
+        if self._adoption is not None:
+            self._adoption.stop()
+        if self._life is not None:
+            records = self._life.records
+            for task in list(self._life.tasks):
+                task.cancel()
+            for domain in self._life.table.all():
+                if domain.attachment is not None:
+                    domain.attachment.let_go()
+                    records.save(domain.record)
+                if domain.process is not None:
+                    domain.process.close()
+        if self._backends is not None:
+            await self._backends.stop()
+        if self._zygote is not None:
+            await self._zygote.stop()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def _total(self, life: Lifecycle) -> int:
+        """Pages for domains. What adopted domains fill already is available to them, though not to the system."""
+        if self.settings.memory_mib:
+            return self.settings.memory_mib * PAGES_PER_MIB
+        filled = sum(d.process.handles.resident_bytes() for d in life.table.all() if d.process is not None) >> 20
+        return (available_mib() + filled) * self.settings.memory_share // 100 * PAGES_PER_MIB
+
+
+def lock(state_dir: Path) -> int:
+    """:raises HostFailure: another host process holds it."""
+    fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise HostFailure(
+            f"a host process (pid {holder}) uses {state_dir} already: stop it or give another --state-dir"
+        ) from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def _records(state_dir: Path) -> RecordStore:
+    try:
+        return RecordStore(state_dir)
+    except OSError as exc:
+        raise HostFailure(
+            f"state folder {exc.filename} cannot be made: {exc.strerror}; give another --state-dir"
+        ) from exc
+
+
+def _raise_limits() -> None:
+    """Ten descriptors a domain; children of a zygote that was killed come to us, so that we see how they end."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+async def serve(settings: HostSettings, stop: asyncio.Event) -> None:
+    """Run until `stop` is set."""
+    host = HostProcess(settings)
+    try:
+        await host.start()
+        await stop.wait()
+    finally:
+        await host.stop()

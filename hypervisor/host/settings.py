@@ -1,0 +1,52 @@
+"""What the host process is told, apart from where it was told it (`hypervisor.host.conf`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+REAL_RUNTIME = "hypervisor.host.pv_runtime:PvRuntime"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HostSettings:
+    """
+    :ivar state_dir: everything that is kept; one host process at a time.
+    :ivar socket: control socket; `xenstored_socket` the one of Debian's xenstore tools.
+    :ivar memory_mib: what domains may use altogether, MiB; 0 for `memory_share` per cent of what is available.
+    :ivar cpus: host CPUs that vCPUs may run on; 0 for all that this process may use.
+    :ivar sandbox: ``required`` or ``auto``.
+    :ivar build_timeout: seconds in which a domain must be built.
+    :ivar console_log_kib: of console output kept for each domain, twice.
+    :ivar restart_interval: seconds a domain must have run before it is restarted at once.
+    :ivar cache_dir: unpacked kernels.
+    """
+
+    state_dir: Path
+    socket: Path
+    xenstored_socket: Path
+    memory_mib: int = 0
+    memory_share: int = 90
+    cpus: int = 0
+    sandbox: str = "auto"
+    build_timeout: float = 60.0
+    console_log_kib: int = 1024
+    restart_interval: float = 1.0
+    max_clients: int = 64
+    cache_dir: str = ""
+    engine: str = ""
+    runtime: str = REAL_RUNTIME
+    log_level: int = 20
+
+    @property
+    def effective_cpus(self) -> int:
+        return self.cpus or len(os.sched_getaffinity(0))
+
+
+def available_mib(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """MemAvailable of the host, MiB."""
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) // 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20

@@ -1,0 +1,190 @@
+"""The domain table: what the host process knows of each domain right now."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from hypervisor.errors import DomainExists, DomainNotFound, NameInUse, OperationTimeout, ToolstackError
+from hypervisor.host.consoles import ConsoleHub
+from hypervisor.host.process import ProcessHold
+from hypervisor.host.records import DomainRecord, Phase
+from hypervisor.toolstack.api import DomainEvent, DomainInfo, DomainSpec, DomainState
+
+LOG = logging.getLogger(__name__)
+
+STATS_TIMEOUT = 1.0
+
+
+class Attachment(Protocol):
+    """The backends of one running domain (xenstore and console rings)."""
+
+    def request_shutdown(self, reason: str) -> None:
+        """Write control/shutdown."""
+
+    def ended(self) -> None:
+        """The guest runs no more."""
+
+    def detach(self) -> None:
+        """The domain is gone: its nodes, watches and rings too."""
+
+    def let_go(self) -> None:
+        """The host process ends, the domain does not."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Domain:
+    """One entry.
+
+    :ivar lock: one verb at a time.
+    :ivar process: None when the domain holds nothing any more.
+    :ivar lost: the process is there but has not identified itself yet: nothing can be said of its state.
+    :ivar dying: its end is being dealt with.
+    """
+
+    record: DomainRecord
+    console: ConsoleHub
+    lock: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
+    process: ProcessHold | None = None
+    attachment: Attachment | None = None
+    lost: bool = False
+    dying: bool = False
+
+    @property
+    def uuid(self) -> str:
+        return self.record.spec.uuid
+
+    @property
+    def state(self) -> DomainState:
+        if self.dying:
+            return DomainState.DYING
+        return DomainState.UNKNOWN if self.lost else self.record.state
+
+    async def refresh(self) -> str:
+        """Ask the process for its CPU time; "" or why that cannot be known."""
+        if self.process is None or self.lost or not self.process.alive:
+            return "its process does not answer" if self.lost else ""
+        try:
+            stats = await self.process.request("stats", STATS_TIMEOUT)
+            self.record.cpu_time_ns = int(stats["cpu_time_ns"])
+        except (ToolstackError, KeyError, TypeError, ValueError) as exc:
+            LOG.debug("stats of %s: %s", self.uuid, exc)
+            return "" if self.record.ended or self.dying else "its process does not answer"
+        return ""
+
+    async def info(self) -> DomainInfo:
+        silent = await self.refresh()
+        record, spec = self.record, self.record.spec
+        state = self.state
+        if silent and state in (DomainState.RUNNING, DomainState.PAUSED):
+            state = DomainState.UNKNOWN
+        return DomainInfo(
+            uuid=spec.uuid,
+            name=spec.name,
+            domid=record.domid,
+            state=state,
+            vcpus=spec.vcpus,
+            memory_mib=spec.memory_mib,
+            owner=spec.owner,
+            type=spec.type,
+            cpu_time_ns=record.cpu_time_ns,
+            shutdown_reason=record.reason if record.ended else None,
+            created_at=record.created_at,
+            detail=silent or record.detail,
+            metadata=spec.metadata,
+        )
+
+
+class DomainTable:
+    """All domains of the host, those being built included; events; waiting for a change."""
+
+    def __init__(self) -> None:
+        self._domains: dict[str, Domain] = {}
+        self._changed = asyncio.Event()
+        self._listeners: dict[int, Callable[[DomainEvent], None]] = {}
+        self._numbers = itertools.count()
+
+    def check_free(self, spec: DomainSpec) -> None:
+        """:raises DomainExists, NameInUse: the UUID or the name is taken."""
+        if spec.uuid in self._domains:
+            other = self._domains[spec.uuid].record.spec.name
+            raise DomainExists(f"uuid {spec.uuid} is in use by domain {other!r}: destroy it or give another uuid")
+        for domain in self._domains.values():
+            if domain.record.spec.name == spec.name:
+                raise NameInUse(f"name {spec.name!r} is in use by domain {domain.uuid}: destroy it or rename yours")
+
+    def add(self, domain: Domain) -> None:
+        """:raises DomainExists, NameInUse: the UUID or the name is taken."""
+        self.check_free(domain.record.spec)
+        self._domains[domain.uuid] = domain
+        self.changed()
+
+    def remove(self, domain: Domain) -> None:
+        if self._domains.get(domain.uuid) is domain:
+            del self._domains[domain.uuid]
+        self.changed()
+
+    def find(self, uuid: str) -> Domain | None:
+        return self._domains.get(uuid)
+
+    def get(self, uuid: str) -> Domain:
+        """:raises DomainNotFound: no such domain, or one that is only being built."""
+        domain = self._domains.get(uuid)
+        if domain is None:
+            raise DomainNotFound(f"no domain with uuid {uuid} on this host: see the list of domains")
+        return domain
+
+    def all(self) -> list[Domain]:
+        return list(self._domains.values())
+
+    def made(self) -> list[Domain]:
+        """Every domain that has been built, ordered by domid."""
+        made = [domain for domain in self._domains.values() if domain.record.phase is not Phase.BUILDING]
+        return sorted(made, key=lambda domain: domain.record.domid)
+
+    def domids(self) -> frozenset[int]:
+        return frozenset(domain.record.domid for domain in self._domains.values())
+
+    def changed(self) -> None:
+        """Wake whoever waits for a state."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def emit(self, kind: str, uuid: str, detail: str = "") -> None:
+        event = DomainEvent(kind, uuid, time.time(), detail)
+        LOG.info("domain %s %s%s", uuid, kind, f": {detail}" if detail else "")
+        for listener in list(self._listeners.values()):
+            listener(event)
+        self.changed()
+
+    def subscribe(self, listener: Callable[[DomainEvent], None]) -> Callable[[], None]:
+        number = next(self._numbers)
+        self._listeners[number] = listener
+        return lambda: self._listeners.pop(number, None) and None
+
+    async def wait(self, uuid: str, states: frozenset[DomainState], timeout: float) -> Domain | None:
+        """:raises OperationTimeout: still in another state after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while True:
+            changed = self._changed
+            domain = self._domains.get(uuid)
+            if domain is None:
+                return None
+            if domain.record.phase is not Phase.BUILDING and domain.state in states:
+                return domain
+            left = deadline - time.monotonic()
+            if left <= 0:
+                wanted = " or ".join(sorted(states)) or "gone"
+                raise OperationTimeout(
+                    f"domain {uuid} is still {domain.state} after {timeout:g} s, not {wanted}: "
+                    "wait longer or look at its console log"
+                )
+            try:
+                await asyncio.wait_for(changed.wait(), left)
+            except TimeoutError:
+                continue

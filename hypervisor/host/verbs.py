@@ -1,0 +1,172 @@
+"""The verbs of the control socket: an explicit table, arguments checked by type. Nothing else can be called."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from hypervisor.errors import DomainNotFound, HostFailure
+from hypervisor.host import protocol
+from hypervisor.host.control import ConsolePort
+from hypervisor.host.ledger import PAGES_PER_MIB
+from hypervisor.host.lifecycle import Lifecycle
+from hypervisor.host.protocol import ProtocolError
+from hypervisor.host.records import Phase
+from hypervisor.host.sandbox import Report
+from hypervisor.host.table import Domain
+from hypervisor.toolstack.api import DomainEvent, DomainSpec, DomainState, HostInfo
+
+MAX_WAIT = 24 * 3600.0
+
+Handler = Callable[..., Awaitable[Any]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verb:
+    """:ivar args: name to type (or types); all are required."""
+
+    handler: Handler
+    args: dict[str, tuple[type, ...]]
+
+
+class Verbs:
+    """The service behind the control socket."""
+
+    def __init__(self, lifecycle: Lifecycle, sandbox: Report) -> None:
+        self._life = lifecycle
+        self._table = lifecycle.table
+        self._sandbox = sandbox
+        uuid: dict[str, tuple[type, ...]] = {"uuid": (str,)}
+        self._verbs = {
+            "host.info": Verb(self._host_info, {}),
+            "domain.list": Verb(self._list, {}),
+            "domain.get": Verb(self._get, uuid),
+            "domain.spec": Verb(self._spec, uuid),
+            "domain.create": Verb(self._create, {"spec": (dict,)}),
+            "domain.unpause": Verb(self._locked(lifecycle.unpause), uuid),
+            "domain.pause": Verb(self._locked(lifecycle.pause), uuid),
+            "domain.shutdown": Verb(self._locked(self._shutdown), uuid),
+            "domain.reboot": Verb(self._locked(self._reboot), uuid),
+            "domain.reset": Verb(self._locked(lifecycle.reset), uuid),
+            "domain.destroy": Verb(self._locked(lifecycle.destroy), uuid),
+            "domain.wait": Verb(self._wait, {**uuid, "states": (list,), "timeout": (int, float)}),
+            "console.log": Verb(self._console_log, {**uuid, "max_bytes": (int,)}),
+        }
+
+    async def call(self, verb: str, args: dict[str, Any]) -> Any:
+        """:raises ProtocolError: no such verb, or arguments that are not its own."""
+        found = self._verbs.get(verb)
+        if found is None:
+            raise ProtocolError(f"unknown verb {verb[:60]!r}: known are {', '.join(sorted(self._verbs))}")
+        for name in args:
+            if name not in found.args:
+                raise ProtocolError(f"{verb} has no argument {name[:60]!r}")
+        for name, types in found.args.items():
+            if name not in args:
+                raise ProtocolError(f"{verb} needs the argument {name!r}")
+            if not isinstance(args[name], types) or isinstance(args[name], bool):
+                raise ProtocolError(f"{name} of {verb} is no {' or '.join(kind.__name__ for kind in types)}")
+        return await found.handler(**args)
+
+    def subscribe(self, listener: Callable[[DomainEvent], None]) -> Callable[[], None]:
+        return self._table.subscribe(listener)
+
+    def console(self, uuid: str) -> ConsolePort:
+        return self._made(uuid).console
+
+    # -- handlers -------------------------------------------------------------------------------------------------
+
+    async def _host_info(self) -> dict[str, Any]:
+        facts = await self._life.zygote.start()
+        ledger = self._life.ledger
+        detail = {
+            **dict(facts.detail),
+            "runtime": facts.name,
+            "seccomp": "yes" if self._sandbox.seccomp else "no",
+            "landlock": str(self._sandbox.landlock),
+            "sandbox": "; ".join(self._sandbox.missing) or "complete",
+            "pid": str(os.getpid()),
+            "zygote_pid": str(self._life.zygote.pid),
+            "state_dir": str(self._life.settings.state_dir),
+            "xenstored_socket": str(self._life.settings.xenstored_socket),
+        }
+        return HostInfo(
+            hostname=socket.gethostname(),
+            driver="embedded",
+            driver_version=protocol.version(),
+            cpus=self._life.settings.effective_cpus,
+            memory_total_mib=ledger.total // PAGES_PER_MIB,
+            memory_free_mib=ledger.free // PAGES_PER_MIB,
+            domains=len(self._table.made()),
+            capabilities=tuple(sorted(facts.capabilities)),
+            detail=tuple(sorted(detail.items())),
+        ).to_json()
+
+    async def _list(self) -> list[dict[str, Any]]:
+        infos = await asyncio.gather(*(domain.info() for domain in self._table.made()))
+        return [info.to_json() for info in infos]
+
+    async def _get(self, uuid: str) -> dict[str, Any]:
+        domain = await self._settled(uuid)
+        return (await domain.info()).to_json()
+
+    async def _spec(self, uuid: str) -> dict[str, Any]:
+        return (await self._settled(uuid)).record.spec.to_json()
+
+    async def _create(self, spec: dict[str, Any]) -> dict[str, Any]:
+        domain = await self._life.create(DomainSpec.from_json(spec))
+        return (await domain.info()).to_json()
+
+    async def _shutdown(self, domain: Domain) -> None:
+        self._life.request_shutdown(domain, "poweroff")
+
+    async def _reboot(self, domain: Domain) -> None:
+        self._life.request_shutdown(domain, "reboot")
+
+    async def _wait(self, uuid: str, states: list[Any], timeout: float) -> dict[str, Any] | None:
+        try:
+            wanted = frozenset(DomainState(state) for state in states)
+        except ValueError as exc:
+            raise ProtocolError(f"states of domain.wait: {exc}: give {', '.join(DomainState)}") from None
+        if not 0 <= timeout <= MAX_WAIT:
+            raise ProtocolError(f"timeout of domain.wait is {timeout}: give 0 to {MAX_WAIT:g} seconds")
+        domain = await self._table.wait(uuid, wanted, timeout)
+        return (await domain.info()).to_json() if domain is not None else None
+
+    async def _console_log(self, uuid: str, max_bytes: int) -> dict[str, Any]:
+        domain = await self._settled(uuid)
+        data = domain.console.tail(min(max_bytes, protocol.CONSOLE_LOG_MAX))
+        return {"data": base64.b64encode(data).decode()}
+
+    # -- finding --------------------------------------------------------------------------------------------------
+
+    def _made(self, uuid: str) -> Domain:
+        domain = self._table.get(uuid)
+        if domain.record.phase is Phase.BUILDING:
+            raise DomainNotFound(f"domain {uuid} is still being made: try again")
+        return domain
+
+    async def _settled(self, uuid: str) -> Domain:
+        """The domain, after a create that is at work has ended."""
+        domain = self._table.get(uuid)
+        if domain.record.phase is Phase.BUILDING:
+            async with domain.lock:
+                domain = self._table.get(uuid)
+        return domain
+
+    def _locked(self, act: Callable[[Domain], Awaitable[None]]) -> Handler:
+        """One verb at a time on a domain; a verb that waited looks the domain up again."""
+
+        async def handler(uuid: str) -> None:
+            domain = self._table.get(uuid)
+            async with domain.lock:
+                if self._table.get(uuid) is not domain:
+                    raise HostFailure(f"domain {uuid} was replaced meanwhile: look at it and try again")
+                await act(domain)
+
+        return handler

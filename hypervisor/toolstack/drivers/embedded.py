@@ -1,0 +1,137 @@
+"""The driver of Reeve's own hypervisor: speaks with ``reeve-hypervisor`` over its control socket.
+
+Settings (optional): ``socket``, the control socket's path.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hypervisor.errors import HostFailure, HostUnavailable, OperationTimeout, SpecInvalid
+from hypervisor.host import protocol
+from hypervisor.toolstack.api import (
+    Capability,
+    Console,
+    DomainEvent,
+    DomainInfo,
+    DomainSpec,
+    DomainState,
+    HostInfo,
+)
+from hypervisor.toolstack.drivers._embedded_client import Client, SocketConsole
+
+LOG = logging.getLogger(__name__)
+
+QUICK = 20.0
+"""Seconds for a verb that only looks or switches."""
+
+BUILD = 180.0
+"""Seconds for one that builds a domain."""
+
+_SETTINGS = {"socket"}
+
+
+def create(settings: Mapping[str, str]) -> EmbeddedToolstack:
+    """The driver's factory (entry point ``reeve.drivers``: ``embedded``). Connects when the first verb is used."""
+    unknown = sorted(set(settings) - _SETTINGS)
+    if unknown:
+        raise SpecInvalid(f"embedded driver: unknown setting {unknown[0]!r}: known are {', '.join(sorted(_SETTINGS))}")
+    return EmbeddedToolstack(settings.get("socket") or None)
+
+
+class EmbeddedToolstack:
+    """A `hypervisor.toolstack.api.Toolstack` over a control socket.
+
+    Whatever only looks is asked again once after the host process was restarted; what
+    changes something is not, because its effect is unknown then: `HostUnavailable`.
+    """
+
+    name = "embedded"
+
+    def __init__(self, socket: str | Path | None = None) -> None:
+        self._path = Path(socket) if socket is not None else protocol.default_socket()
+        self._client = Client(self._path)
+
+    def capabilities(self) -> frozenset[Capability]:
+        return frozenset(Capability(item) for item in self.host_info().capabilities)
+
+    def host_info(self) -> HostInfo:
+        return HostInfo.from_json(self._look("host.info"))
+
+    def list_domains(self) -> list[DomainInfo]:
+        return [DomainInfo.from_json(item) for item in self._look("domain.list")]
+
+    def get_domain(self, uuid: str) -> DomainInfo:
+        return DomainInfo.from_json(self._look("domain.get", BUILD, uuid=uuid))
+
+    def get_spec(self, uuid: str) -> DomainSpec:
+        return DomainSpec.from_json(self._look("domain.spec", BUILD, uuid=uuid))
+
+    def create(self, spec: DomainSpec) -> DomainInfo:
+        spec.validate()
+        return DomainInfo.from_json(self._client.call("domain.create", {"spec": spec.to_json()}, BUILD))
+
+    def unpause(self, uuid: str) -> None:
+        self._act("domain.unpause", uuid)
+
+    def pause(self, uuid: str) -> None:
+        self._act("domain.pause", uuid)
+
+    def shutdown(self, uuid: str) -> None:
+        self._act("domain.shutdown", uuid)
+
+    def reboot(self, uuid: str) -> None:
+        self._act("domain.reboot", uuid)
+
+    def reset(self, uuid: str) -> None:
+        self._act("domain.reset", uuid)
+
+    def destroy(self, uuid: str) -> None:
+        self._act("domain.destroy", uuid)
+
+    def wait(self, uuid: str, states: frozenset[DomainState], timeout: float) -> DomainInfo | None:
+        """Goes on waiting over a restart of the host process, since domains survive it."""
+        deadline = time.monotonic() + timeout
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                args = {"uuid": uuid, "states": sorted(states), "timeout": left}
+                found = self._client.call("domain.wait", args, left)
+                return DomainInfo.from_json(found) if found is not None else None
+            except HostUnavailable:
+                if deadline - time.monotonic() <= 0.2:
+                    raise
+                time.sleep(0.2)
+            except OperationTimeout as exc:
+                raise OperationTimeout(exc.message.replace(f"{left:g} s", f"{timeout:g} s", 1)) from None
+
+    def console_log(self, uuid: str, max_bytes: int = 65536) -> bytes:
+        answer = self._look("console.log", BUILD, uuid=uuid, max_bytes=max_bytes)
+        return base64.b64decode(answer["data"])
+
+    def open_console(self, uuid: str) -> Console:
+        return SocketConsole(self._path, uuid)
+
+    def subscribe(self, listener: Callable[[DomainEvent], None]) -> Callable[[], None]:
+        return self._client.subscribe(listener)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _act(self, verb: str, uuid: str) -> None:
+        self._client.call(verb, {"uuid": uuid}, BUILD)
+
+    def _look(self, verb: str, timeout: float = QUICK, **args: Any) -> Any:
+        try:
+            answer = self._client.call(verb, args, timeout)
+        except HostUnavailable as exc:
+            LOG.debug("%s once more: %s", verb, exc)
+            answer = self._client.call(verb, args, timeout)
+        if answer is None:
+            raise HostFailure(f"the host process gave no answer to {verb}: is it of this release?")
+        return answer
