@@ -18,8 +18,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from hypervisor.devices.rate import Bucket
 from hypervisor.xenstore.perms import Who
-from hypervisor.xenstore.quota import Bucket, Limits
+from hypervisor.xenstore.quota import Limits
 from hypervisor.xenstore.transaction import Transaction
 from hypervisor.xenstore.wire import Op, Packet, Parser
 

@@ -5,7 +5,6 @@ The defaults are those of Xen's own xenstored where it has one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from hypervisor.xenstore.errors import QuotaExceeded
@@ -52,34 +51,3 @@ def check(who: Who, used: int, most: int, what: str) -> None:
     """:raises QuotaExceeded: an unprivileged `who` would use more than it may."""
     if used > most and not who.privileged:
         raise QuotaExceeded(f"domain {who.domid} would have {used} {what}: {most} is its limit")
-
-
-class Bucket:
-    """A token bucket. `delay` says how long to wait until one more may be taken.
-
-    :param clock: seconds, monotonic.
-    """
-
-    __slots__ = ("_burst", "_clock", "_level", "_rate", "_seen")
-
-    def __init__(self, rate: float, burst: float, clock: Callable[[], float]) -> None:
-        self._rate = rate
-        self._burst = burst
-        self._clock = clock
-        self._level = burst
-        self._seen = clock()
-
-    def _refill(self) -> None:
-        now = self._clock()
-        self._level = min(self._burst, self._level + max(0.0, now - self._seen) * self._rate)
-        self._seen = now
-
-    def take(self, amount: float = 1.0) -> None:
-        """Take, into debt if need be."""
-        self._refill()
-        self._level -= amount
-
-    def delay(self) -> float:
-        """Seconds until the debt is paid; 0.0 when there is none."""
-        self._refill()
-        return max(0.0, -self._level / self._rate)

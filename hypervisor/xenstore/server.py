@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from hypervisor.devices.rate import Bucket
 from hypervisor.xenstore import path as paths
 from hypervisor.xenstore import tree
 from hypervisor.xenstore.connection import Connection, Endpoint
@@ -33,7 +34,7 @@ from hypervisor.xenstore.errors import (
 )
 from hypervisor.xenstore.operations import HANDLERS, Call
 from hypervisor.xenstore.perms import DOM0, Who
-from hypervisor.xenstore.quota import Bucket, Limits
+from hypervisor.xenstore.quota import Limits
 from hypervisor.xenstore.store import Node, Store, node_to_json
 from hypervisor.xenstore.transaction import Transaction
 from hypervisor.xenstore.watch import Watch, WatchTable, may_hear

@@ -42,18 +42,13 @@ class Transaction:
         self._changes: dict[str, Change] = {}
 
     def get(self, path: str) -> Node | None:
-        if path in self._written:
-            return self._written[path]
-        node = self._store.get(path)
-        generation = node.generation if node else _ABSENT
+        """:raises QuotaExceeded: it holds or touches as much as it may; it can still be ended, or committed."""
         if path not in self._seen:
             check(self._who, len(self._seen) + 1, self._limits.transaction_nodes, "nodes in a transaction")
-            check(self._who, self._held + len(path), self._limits.transaction_bytes, "bytes in a transaction")
             self._held += len(path)
-            self._seen[path] = generation
-        elif self._seen[path] != generation:
-            self.doomed = True
-        return node
+            self._seen[path] = self._live_generation(path)
+        check(self._who, self._held, self._limits.transaction_bytes, "bytes in a transaction")
+        return self._current(path)
 
     def put(self, path: str, node: Node) -> None:
         self._replace(path, replace(node, generation=self._store.tick()))
@@ -85,12 +80,11 @@ class Transaction:
         :raises Conflict: another changed a node that this transaction touched.
         :raises QuotaExceeded: others used up its owner's quota meanwhile.
         """
-        for path, generation in self._seen.items():
-            node = self._store.get(path)
-            if self.doomed or (node.generation if node else _ABSENT) != generation:
-                raise Conflict(f"{path} was changed by another")
         if self.doomed:
-            raise Conflict("the transaction did not survive a restart")
+            raise Conflict("a node was changed by another, or the transaction was lost in a restart")
+        for path, generation in self._seen.items():
+            if self._live_generation(path) != generation:
+                raise Conflict(f"{path} was changed by another")
         own = self._usage.get(self._who.domid)
         if own is not None and own.nodes > 0:
             check(self._who, self.nodes_of(self._who.domid), self._limits.nodes, "nodes")
@@ -103,19 +97,25 @@ class Transaction:
                 self._store.drop(path)
         return list(self._changes.values())
 
+    def _live_generation(self, path: str) -> int:
+        node = self._store.get(path)
+        return node.generation if node is not None else _ABSENT
+
+    def _current(self, path: str) -> Node | None:
+        if path in self._written:
+            return self._written[path]
+        if self._live_generation(path) != self._seen[path]:
+            self.doomed = True
+        return self._store.get(path)
+
     def _replace(self, path: str, node: Node | None) -> None:
-        # Known already: every operation looks at a node before it changes it, so this cannot hit a limit.
-        old = self.get(path)
+        old = self._current(path)
         self._held += _weight(node) - _weight(self._written.get(path))
         if old is not None:
             account(self._usage, path, old, -1)
         if node is not None:
             account(self._usage, path, node, 1)
         self._written[path] = node
-
-    def check_room(self) -> None:
-        """:raises QuotaExceeded: it holds as much as it may; to be called before each request."""
-        check(self._who, self._held, self._limits.transaction_bytes, "bytes in a transaction")
 
 
 def _weight(node: Node | None) -> int:
