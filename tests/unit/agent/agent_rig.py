@@ -1,0 +1,91 @@
+"""An agent without broker and threads, over the fake driver: for tests of what stands behind the message queue."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from agent.api import Host
+from agent.executor import Executor
+from agent.journal import Accepted, Journal
+from agent.loader import Verb, load_verbs
+from agent.resources import ResourceClaims
+from agent.wire import Instruction, Reply
+from hypervisor.toolstack.api import DomainSpec, KernelBoot
+from hypervisor.toolstack.drivers.fake import FakeToolstack
+
+HOST = "node1"
+
+
+@dataclasses.dataclass
+class Rig:
+    toolstack: FakeToolstack
+    journal: Journal
+    host: Host
+    verbs: dict[str, Verb]
+    executor: Executor
+    stopping: threading.Event
+    kernel: Path
+
+    def accept(self, verb: str, args: Mapping[str, Any], **fields: Any) -> str:
+        instruction = Instruction(fields.pop("id", str(uuid.uuid4())), verb, HOST, dict(args), "replies", **fields)
+        assert self.journal.accept(instruction) is Accepted.NEW
+        return instruction.id
+
+    def run(self, verb: str, args: Mapping[str, Any] | None = None, **fields: Any) -> Reply:
+        ident = self.accept(verb, args or {}, **fields)
+        self.executor.run(ident)
+        return self.reply(ident)
+
+    def reply(self, ident: str) -> Reply:
+        rows = [row for row in self.journal.outbox(1000) if row.correlation_id == ident]
+        assert len(rows) == 1, f"{len(rows)} replies"
+        return Reply.from_json(json.loads(rows[0].body))
+
+    def ok(self, verb: str, args: Mapping[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+        reply = self.run(verb, args, **fields)
+        assert reply.error is None and reply.result is not None, reply.error
+        return reply.result
+
+    def refused(self, code: str, verb: str, args: Mapping[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+        """The instruction fails with `code`, in one line, and leaves no claim and no open row."""
+        reply = self.run(verb, args, **fields)
+        assert reply.error is not None, reply.result
+        assert reply.error["code"] == code, reply.error
+        assert reply.error["message"] and "\n" not in reply.error["message"]
+        self.clean()
+        return reply.error
+
+    def clean(self) -> None:
+        counts = self.journal.counts()
+        assert (counts["unfinished"], counts["claims"]) == (0, 0)
+
+    def create(self, name: str = "web", **args: Any) -> str:
+        result = self.ok("create", {"name": name, "memory_mib": 64, "kernel": str(self.kernel)} | args)
+        return str(result["domain"]["uuid"])
+
+    def foreign(self, name: str = "theirs") -> str:
+        spec = DomainSpec(str(uuid.uuid4()), name, KernelBoot(str(self.kernel)), 64)
+        return self.toolstack.add_foreign(spec).uuid
+
+
+def make_rig(folder: Path, toolstack: FakeToolstack | None = None, **options: Any) -> Rig:
+    toolstack = toolstack or FakeToolstack(None)
+    journal = Journal(folder / "journal.sqlite")
+    verbs, broken = load_verbs()
+    assert not broken
+    claims = ResourceClaims(toolstack, journal)
+    kernel = folder / "vmlinuz"
+    kernel.write_bytes(b"\x7fELF" + bytes(1000))
+    images = folder / "images"
+    images.mkdir(exist_ok=True)
+    host = Host(HOST, f"reeve/{journal.node_id()}", toolstack, claims, {"image_dir": str(images)})
+    stopping = threading.Event()
+    options.setdefault("unknown_seconds", 0.3)
+    executor = Executor(journal, verbs, host, stopping, **options)
+    return Rig(toolstack, journal, host, verbs, executor, stopping, kernel)

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from agent_rig import HOST, Rig
+
+from agent import dispatcher as module
+from agent.context import Interrupted
+from agent.dispatcher import Dispatcher
+from agent.errors import JournalCorrupt, JournalError
+from agent.wire import Raw
+
+UUIDS = [str(uuid.UUID(int=n)) for n in range(4)]
+
+
+class Runner:
+    """Stands where the executor stands: notes what runs, and when it is let go."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.lock = threading.Condition()
+        self.started: list[str] = []
+        self.running: set[str] = set()
+        self.most = 0
+        self.gate = threading.Event()
+        self.gate.set()
+        self.errors: list[Exception] = []
+
+    def run(self, ident: str) -> None:
+        entry = self.rig.journal.entry(ident)
+        assert entry is not None
+        key = entry.instruction.args.get("uuid", "")
+        with self.lock:
+            self.started.append(ident)
+            assert not key or key not in self.running, "two instructions of one domain at once"
+            self.running.add(key or ident)
+            self.most = max(self.most, len(self.running))
+            self.lock.notify_all()
+        self.gate.wait(10)
+        with self.lock:
+            self.running.discard(key or ident)
+        if self.errors:
+            raise self.errors.pop(0)
+
+    def wait_started(self, count: int) -> None:
+        with self.lock:
+            assert self.lock.wait_for(lambda: len(self.started) >= count, 10)
+
+
+@pytest.fixture
+def runner(rig: Rig) -> Runner:
+    return Runner(rig)
+
+
+def make(rig: Rig, runner: Runner, **options: Any) -> Dispatcher:
+    made = Dispatcher(HOST, rig.journal, rig.verbs, runner, rig.stopping, **options)  # type: ignore[arg-type]
+    made.start()
+    return made
+
+
+def message(verb: str = "list", ident: str = "", **fields: Any) -> Raw:
+    data = {"reeve": "1.0", "id": ident or str(uuid.uuid4()), "verb": verb, "host": HOST, "args": {}, **fields}
+    body = json.dumps(data).encode()
+    return Raw(body, len(body))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        threading.Event().wait(0.005)
+
+
+def end(rig: Rig, dispatcher: Dispatcher) -> None:
+    rig.stopping.set()
+    assert dispatcher.drain(10)
+
+
+def test_one_domain_in_order_several_side_by_side(rig: Rig, runner: Runner) -> None:
+    dispatcher = make(rig, runner, workers=4)
+    runner.gate.clear()
+    sent: dict[str, list[str]] = {key: [] for key in UUIDS[:2]}
+    for _ in range(5):
+        for key in UUIDS[:2]:
+            ident = str(uuid.uuid4())
+            sent[key].append(ident)
+            dispatcher.receive(message("pause", ident, args={"uuid": key}))
+    runner.wait_started(2)
+    assert len(runner.started) == 2 and dispatcher.pending == 10
+    runner.gate.set()
+    until(lambda: dispatcher.pending == 0)
+    for key in UUIDS[:2]:
+        assert [ident for ident in runner.started if ident in sent[key]] == sent[key]
+    assert runner.most == 2
+    end(rig, dispatcher)
+
+
+def test_workers_are_bounded(rig: Rig, runner: Runner) -> None:
+    dispatcher = make(rig, runner, workers=3)
+    runner.gate.clear()
+    for _ in range(10):
+        dispatcher.receive(message())
+    runner.wait_started(3)
+    runner.gate.set()
+    until(lambda: dispatcher.pending == 0)
+    assert runner.most == 3 and len(runner.started) == 10
+    end(rig, dispatcher)
+
+
+def test_no_room_beyond_the_limit(rig: Rig, runner: Runner) -> None:
+    dispatcher = make(rig, runner, workers=1, max_pending=2)
+    runner.gate.clear()
+    dispatcher.receive(message())
+    assert dispatcher.has_room()
+    dispatcher.receive(message())
+    assert not dispatcher.has_room()
+    runner.gate.set()
+    until(dispatcher.has_room)
+    end(rig, dispatcher)
+
+
+def test_a_duplicate_runs_once(rig: Rig, runner: Runner) -> None:
+    dispatcher = make(rig, runner)
+    raw = message(ident=UUIDS[1])
+    for _ in range(3):
+        dispatcher.receive(raw)
+    until(lambda: dispatcher.pending == 0)
+    assert runner.started == [UUIDS[1]]
+    end(rig, dispatcher)
+
+
+def test_an_id_with_another_content_is_refused(rig: Rig, runner: Runner) -> None:
+    dispatcher = make(rig, runner)
+    dispatcher.receive(message(ident=UUIDS[1]))
+    dispatcher.receive(message(ident=UUIDS[1], args={"own": True}, reply_to="r"))
+    (row,) = rig.journal.quarantined()
+    assert row["code"] == "instruction.id_reused"
+    assert json.loads(rig.journal.outbox()[0].body)["error"]["code"] == "instruction.id_reused"
+    end(rig, dispatcher)
+
+
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [
+        (Raw(b"nonsense", 8, reply_to="r", correlation_id="c"), "message.not_json"),
+        (Raw(b"x", 100 << 20, reply_to="r", correlation_id="c"), "message.too_large"),
+        (Raw(b"[" * 10000, 10000, reply_to="r", correlation_id="c"), "message.too_deep"),
+        (message(host="node2", reply_to="r", ident=UUIDS[2]), "message.wrong_host"),
+        (message(reeve="9.0", reply_to="r", ident=UUIDS[2]), "message.unsupported_version"),
+    ],
+)
+def test_refused_messages_are_quarantined_and_answered(rig: Rig, runner: Runner, raw: Raw, code: str) -> None:
+    dispatcher = make(rig, runner)
+    dispatcher.receive(raw)
+    (row,) = rig.journal.quarantined()
+    assert (row["code"], row["reply_to"]) == (code, "r")
+    (reply,) = rig.journal.outbox()
+    answer = json.loads(reply.body)
+    assert answer["error"]["code"] == code and answer["ok"] is False and answer["id"] in ("c", UUIDS[2])
+    rig.clean()
+    end(rig, dispatcher)
+
+
+def test_a_refused_message_without_an_address_is_only_quarantined(rig: Rig, runner: Runner) -> None:
+    dispatcher = make(rig, runner)
+    dispatcher.receive(Raw(b"nonsense", 8))
+    assert rig.journal.counts() == {"unfinished": 0, "outbox": 0, "claims": 0, "quarantine": 1}
+    end(rig, dispatcher)
+
+
+def test_a_journal_that_cannot_be_written_is_tried_again(
+    rig: Rig, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
+    runner.errors = [JournalError("disk full"), JournalError("disk full")]
+    dispatcher = make(rig, runner)
+    dispatcher.receive(message())
+    until(lambda: dispatcher.pending == 0)
+    assert len(runner.started) == 3
+    end(rig, dispatcher)
+
+
+def test_a_damaged_journal_ends_the_agent(rig: Rig, runner: Runner) -> None:
+    fatal: list[Exception] = []
+    runner.errors = [JournalCorrupt("damaged")]
+    dispatcher = make(rig, runner, on_fatal=fatal.append)
+    dispatcher.receive(message())
+    until(lambda: bool(fatal))
+    assert isinstance(fatal[0], JournalCorrupt)
+    end(rig, dispatcher)
+
+
+def test_a_mistake_of_ours_leaves_it_in_the_journal_and_goes_on(rig: Rig, runner: Runner) -> None:
+    runner.errors = [ZeroDivisionError()]
+    dispatcher = make(rig, runner)
+    dispatcher.receive(message())
+    dispatcher.receive(message())
+    until(lambda: dispatcher.pending == 0)
+    assert len(runner.started) == 2
+    end(rig, dispatcher)
+
+
+def test_drain_begins_nothing_more(rig: Rig, runner: Runner) -> None:
+    dispatcher = make(rig, runner, workers=1)
+    runner.gate.clear()
+    for _ in range(3):
+        dispatcher.receive(message())
+    runner.wait_started(1)
+    assert not dispatcher.drain(0.05)
+    runner.gate.set()
+    assert dispatcher.drain(10)
+    assert len(runner.started) == 1 and len(rig.journal.unfinished()) == 3
+
+
+def test_recover_queues_what_is_unfinished_in_order(rig: Rig, runner: Runner) -> None:
+    idents = [rig.accept("pause", {"uuid": UUIDS[1]}) for _ in range(3)]
+    dispatcher = Dispatcher(HOST, rig.journal, rig.verbs, runner, rig.stopping)  # type: ignore[arg-type]
+    assert dispatcher.recover() == 3
+    dispatcher.start()
+    until(lambda: dispatcher.pending == 0)
+    assert runner.started == idents
+    end(rig, dispatcher)
+
+
+def test_interrupted_ends_the_worker(rig: Rig, runner: Runner) -> None:
+    runner.errors = [Interrupted()]
+    dispatcher = make(rig, runner, workers=1)
+    dispatcher.receive(message())
+    until(lambda: not any(thread.is_alive() for thread in dispatcher._threads))
+    assert len(rig.journal.unfinished()) == 1

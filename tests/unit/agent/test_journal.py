@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import sqlite3
+import stat
+from pathlib import Path
+
+import pytest
+
+from agent.errors import JournalCorrupt, JournalError, JournalNewer, MessageError
+from agent.journal import Accepted, Journal, Phase, StepState, schema, store
+from agent.wire import Instruction, Outgoing, Raw, Reply
+
+ONE = Instruction("id-1", "create", "node1", {"name": "web"}, "replies.1", 99.0)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def journal(tmp_path: Path, clock: Clock) -> Journal:
+    return Journal(tmp_path / "j.sqlite", clock)
+
+
+def finished(ident: str = "id-1", **fields: object) -> Reply:
+    return dataclasses.replace(Reply(ident, "node1", "create", {"x": 1}), **fields)
+
+
+def test_the_file_is_private_and_synced(journal: Journal) -> None:
+    assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
+    with journal._read() as db:
+        assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+        assert db.execute("PRAGMA synchronous").fetchone()[0] == 2
+
+
+def test_everything_survives_closing(tmp_path: Path, journal: Journal, clock: Clock) -> None:
+    node = journal.node_id()
+    assert journal.accept(ONE) is Accepted.NEW
+    journal.planned("id-1", {"steps": [{"step": "build"}]}, "uuid-1")
+    journal.step("id-1", 0, "build", StepState.BEGUN)
+    journal.take_claim("id-1", "uuid-1", 64, 2)
+    journal.enqueue(Outgoing("", "q", b"hello", "c"))
+    before = journal.entry("id-1")
+    journal.close()
+    again = Journal(tmp_path / "j.sqlite", clock)
+    assert again.node_id() == node
+    assert again.entry("id-1") == before and before is not None
+    assert (before.phase, before.domain) == (Phase.RUNNING, "uuid-1")
+    assert (before.steps[0].name, before.steps[0].state) == ("build", StepState.BEGUN)
+    assert before.instruction == dataclasses.replace(ONE, reply_to="")
+    assert again.unfinished() == ["id-1"]
+    assert again.claims() == [("id-1", "uuid-1", 64, 2)]
+    assert [row.body for row in again.outbox()] == [b"hello"]
+
+
+def test_a_duplicate_is_never_new(journal: Journal) -> None:
+    assert journal.accept(ONE) is Accepted.NEW
+    assert journal.accept(ONE) is Accepted.RUNNING
+    assert journal.accept(dataclasses.replace(ONE, reply_to="replies.2")) is Accepted.RUNNING
+    assert journal.accept(dataclasses.replace(ONE, args={"name": "other"})) is Accepted.REUSED
+    journal.finish(finished())
+    assert sorted(row.routing_key for row in journal.outbox()) == ["replies.1", "replies.2"]
+    for row in journal.outbox():
+        journal.published(row.seq)
+    assert journal.accept(dataclasses.replace(ONE, reply_to="replies.3")) is Accepted.REPLAYED
+    (row,) = journal.outbox()
+    assert row.routing_key == "replies.3" and Reply.from_json(json.loads(row.body)) == finished()
+    assert journal.accept(dataclasses.replace(ONE, reply_to="")) is Accepted.REPLAYED
+    assert len(journal.outbox()) == 1
+
+
+def test_finish_gives_the_claim_back_and_closes_the_row(journal: Journal) -> None:
+    journal.accept(ONE)
+    journal.take_claim("id-1", "uuid-1", 64, 2)
+    journal.undoing("id-1", {"code": "x.y", "message": "m", "retryable": False})
+    entry = journal.entry("id-1")
+    assert entry is not None and entry.phase is Phase.UNDOING and entry.error is not None
+    journal.finish(finished(result=None, error={"code": "x.y"}))
+    entry = journal.entry("id-1")
+    assert entry is not None and entry.phase is Phase.FAILED
+    assert journal.counts() == {"unfinished": 0, "outbox": 1, "claims": 0, "quarantine": 0}
+
+
+def test_step_lines_add_up(journal: Journal) -> None:
+    journal.accept(ONE)
+    journal.step("id-1", 0, "build", StepState.BEGUN)
+    journal.step("id-1", 0, "build", StepState.DONE, {"domid": 3}, 1.5)
+    journal.step("id-1", 0, "build", StepState.UNDONE)
+    entry = journal.entry("id-1")
+    assert entry is not None
+    (record,) = entry.steps
+    assert (record.state, record.output, record.seconds) == (StepState.UNDONE, {"domid": 3}, 1.5)
+
+
+def test_old_answers_are_forgotten_but_nothing_unfinished(journal: Journal, clock: Clock) -> None:
+    journal.accept(ONE)
+    journal.accept(dataclasses.replace(ONE, id="id-2"))
+    journal.finish(finished())
+    clock.time += 100
+    assert journal.forget(200) == 0
+    assert journal.forget(50) == 1
+    assert journal.entry("id-1") is None and journal.unfinished() == ["id-2"]
+    assert journal.accept(ONE) is Accepted.NEW
+
+
+def test_outbox_keeps_order_and_postpones(journal: Journal, clock: Clock) -> None:
+    for name in "abc":
+        journal.enqueue(Outgoing("", name, b""))
+    first = journal.outbox()[0]
+    journal.postpone(first.seq, 10)
+    assert [row.routing_key for row in journal.outbox()] == ["b", "c"]
+    clock.time += 11
+    assert [(row.routing_key, row.attempts) for row in journal.outbox()] == [("a", 1), ("b", 0), ("c", 0)]
+
+
+def test_quarantine_keeps_the_beginning_and_is_bounded(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "QUARANTINE_ROWS", 3)
+    for number in range(5):
+        raw = Raw(b"x" * 10000, 100 << 20)
+        journal.quarantine(raw, MessageError(f"reason {number}", code="message.too_large"), None)
+    rows = journal.quarantined()
+    assert [row["reason"] for row in rows] == ["reason 2", "reason 3", "reason 4"]
+    assert rows[0]["code"] == "message.too_large" and rows[0]["size"] == 100 << 20 and len(rows[0]["body"]) == 4096
+
+
+@pytest.mark.parametrize("damage", ["text", "middle"])
+def test_a_damaged_file_is_refused_and_kept(tmp_path: Path, journal: Journal, damage: str) -> None:
+    for number in range(50):
+        journal.accept(dataclasses.replace(ONE, id=f"id-{number}", args={"text": "y" * 500}))
+    journal.close()
+    path = tmp_path / "j.sqlite"
+    data = bytearray(path.read_bytes())
+    if damage == "text":
+        data[:] = b"this is no database at all, but it is long enough to look like a file " * 100
+    else:
+        data[4096:-4096] = b"\xa5" * (len(data) - 8192)
+    path.write_bytes(data)
+    with pytest.raises(JournalCorrupt, match="damaged") as caught:
+        Journal(path)
+    assert caught.value.code == "journal.corrupt" and not caught.value.retryable
+    assert path.read_bytes() == bytes(data)
+
+
+def test_a_newer_file_is_refused(tmp_path: Path, journal: Journal) -> None:
+    journal.close()
+    db = sqlite3.connect(tmp_path / "j.sqlite")
+    db.execute(f"PRAGMA user_version={schema.VERSION + 1}")
+    db.close()
+    with pytest.raises(JournalNewer, match="version 2"):
+        Journal(tmp_path / "j.sqlite")
+
+
+def test_another_program_s_database_is_refused(tmp_path: Path) -> None:
+    db = sqlite3.connect(tmp_path / "other.sqlite")
+    db.execute("CREATE TABLE theirs (x)")
+    db.close()
+    with pytest.raises(JournalCorrupt, match="another program"):
+        Journal(tmp_path / "other.sqlite")
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JournalError, match="cannot be opened"):
+        Journal(tmp_path / "file" / "j.sqlite")
+
+
+def test_a_failing_file_is_a_retryable_error_and_changes_nothing(journal: Journal) -> None:
+    with journal._read() as db:
+        pages = db.execute("PRAGMA page_count").fetchone()[0]
+        db.execute(f"PRAGMA max_page_count={pages}")
+    with pytest.raises(JournalError) as caught:
+        journal.accept(dataclasses.replace(ONE, args={"text": "x" * 100000}))
+    assert caught.value.code == "journal.unavailable" and caught.value.retryable
+    assert journal.unfinished() == []
+    with journal._read() as db:
+        db.execute("PRAGMA max_page_count=1073741823")
+    assert journal.accept(ONE) is Accepted.NEW
+
+
+def test_a_locked_file_is_a_retryable_error(journal: Journal) -> None:
+    other = sqlite3.connect(journal.path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with journal._read() as db:
+        db.execute("PRAGMA busy_timeout=50")
+    with pytest.raises(JournalError, match="locked"):
+        journal.accept(ONE)
+    other.execute("ROLLBACK")
+    other.close()
+    assert journal.accept(ONE) is Accepted.NEW
