@@ -1,0 +1,229 @@
+"""The state of a domain and its vCPUs, and the operations that several hypercall families share."""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+from collections.abc import Callable
+from typing import Any
+
+from hypervisor import abi
+from hypervisor.abi import errno
+from hypervisor.cpu.cpuid import CpuidPolicy
+from hypervisor.cpu.emulate import PrivilegedOps
+from hypervisor.cpu.ptwr import PageTableWrites
+from hypervisor.cpu.state import Vcpu
+from hypervisor.cpu.time import Clock
+from hypervisor.cpu.traps import Traps
+from hypervisor.engines.tsc import TscScale, read_tsc
+from hypervisor.errors import XenError
+from hypervisor.evtchn.core import EventChannels, Router
+from hypervisor.evtchn.twolevel import TwoLevel
+from hypervisor.grants.table import GrantTable
+from hypervisor.memory.frames import L4, SEGDESC, WRITABLE, FrameTable
+from hypervisor.memory.guest import GuestAccess
+from hypervisor.memory.pagetables import PageTables
+from hypervisor.memory.physical import DomainMemory
+from hypervisor.memory.xenarea import XenArea
+from hypervisor.types import PAGE_SIZE, DomId
+
+LEGACY_VCPUS = 32
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """What a machine is made of.
+
+    :ivar uuid: the domain's identity, 36 characters.
+    :ivar base_mfn: first machine frame of its extent; `nr_pages` of RAM at boot, at most `max_pages`.
+    :ivar tsc_khz: frequency of the time stamp counter, kHz.
+    """
+
+    uuid: str
+    name: str
+    domid: int
+    base_mfn: int
+    nr_pages: int
+    max_pages: int
+    vcpus: int = 1
+    max_vcpus: int = 1
+    tsc_khz: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> MachineConfig:
+        return cls(**data)
+
+
+class Domain:
+    """Everything of one domain but the run loop.
+
+    :ivar running: the vCPU whose registers the engine holds.
+    :ivar shutdown_code: SHUTDOWN_* once the guest ended itself, else None.
+    :ivar vm_assist: bit mask of VMASST_TYPE_* that are on.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        mapping: mmap.mmap,
+        engine: Any,
+        router: Router,
+        wake: Callable[[int, int], None],
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.memory = DomainMemory(mapping, config.base_mfn, config.max_pages)
+        self.frames = FrameTable(self.memory.frames, config.max_pages, config.nr_pages)
+        self.area = XenArea(self.memory, self.frames)
+        self.area.fill_m2p(config.nr_pages)
+        self.tables = PageTables(self.memory, self.frames, engine, self.area.slots)
+        self.guest = GuestAccess(self.memory, lambda: engine.regs.cr3, self.tables.code)
+        self.scale = TscScale.from_khz(config.tsc_khz)
+        self.clock = Clock(self.scale, read_tsc)
+        self.vcpus = [Vcpu(i) for i in range(config.max_vcpus)]
+        for vcpu in self.vcpus:
+            vcpu.state.vcpu_info = self.area.shared_info * PAGE_SIZE + vcpu.id * abi.SIZEOF_VCPU_INFO
+            self.memory.bytes[vcpu.state.vcpu_info + abi.VCPU_INFO_EVTCHN_UPCALL_MASK] = 1
+        self.running = self.vcpus[0]
+        events = TwoLevel(self.memory, self.area.shared_info, self.vcpus, wake)
+        self.events = EventChannels(DomId(config.domid), events, router)
+        self.grants = GrantTable(self.memory, self.area)
+        self.traps = Traps(engine, self.memory, self.guest, self.area)
+        self.traps.set_vcpu(self.running)
+        self.cpuid = CpuidPolicy(engine.cpuid, self.scale)
+        self.table_writes = PageTableWrites(engine.regs, self.guest, self.tables)
+        self.privileged = PrivilegedOps(self.traps, self.cpuid, self.block, self.new_baseptr)
+        self.vm_assist = 0
+        self.shutdown_code: int | None = None
+        self.preempt = False
+        self.console: Callable[[bytes], None] = lambda _data: None
+        self.leave: Callable[[], None] = lambda: None
+        self.timer_changed: Callable[[], None] = lambda: None
+
+    # -- vCPUs
+
+    def vcpu(self, number: int) -> Vcpu:
+        """:raises XenError: ENOENT."""
+        if not 0 <= number < len(self.vcpus):
+            raise XenError(errno.ENOENT, f"no vCPU {number}")
+        return self.vcpus[number]
+
+    def block(self) -> None:
+        """SCHEDOP_block of the running vCPU: events on, then wait for one."""
+        vcpu = self.running
+        info = vcpu.state.vcpu_info
+        self.memory.bytes[info + abi.VCPU_INFO_EVTCHN_UPCALL_MASK] = 0
+        if not self.memory.bytes[info + abi.VCPU_INFO_EVTCHN_UPCALL_PENDING]:
+            vcpu.blocked = True
+            self.leave()
+
+    def set_timer(self, vcpu: Vcpu, deadline: int) -> None:
+        """One-shot timer at system time `deadline` (ns), 0 to stop it."""
+        vcpu.state.deadline = deadline
+        self.timer_changed()
+
+    # -- page-table roots and descriptor tables
+
+    def new_baseptr(self, mfn: int) -> None:
+        """Switch the kernel page-table root. :raises XenError: EINVAL."""
+        state = self.running.state
+        index = self.tables.owned_index(mfn)
+        old = state.kernel_cr3
+        if old != mfn << 12:
+            self.tables.get_type(index, L4)
+            state.kernel_cr3 = mfn << 12
+            self.engine.load_cr3(mfn << 12)
+            if old:
+                self.tables.put_type(self.memory.index(old >> 12))
+        else:
+            self.engine.load_cr3(old)
+
+    def new_user_baseptr(self, mfn: int) -> None:
+        """Set the user page-table root, 0 for none. :raises XenError: EINVAL."""
+        state = self.running.state
+        old = state.user_cr3
+        if old == mfn << 12:
+            return
+        if mfn:
+            self.tables.get_type(self.tables.owned_index(mfn), L4)
+        state.user_cr3 = mfn << 12
+        if old:
+            self.tables.put_type(self.memory.index(old >> 12))
+
+    def set_gdt(self, vcpu: Vcpu, mfns: list[int], entries: int) -> None:
+        """:raises XenError: EINVAL; the old GDT stays."""
+        taken: list[int] = []
+        try:
+            for mfn in mfns:
+                index = self.tables.owned_index(mfn)
+                self.tables.get_type(index, SEGDESC)
+                taken.append(index)
+        except XenError as exc:
+            for index in taken:
+                self.tables.put_type(index)
+            raise XenError(errno.EINVAL, exc.why) from exc
+        for index in vcpu.gdt_frames:
+            self.tables.put_type(index)
+        vcpu.gdt_frames, vcpu.gdt_entries = taken, entries
+        self.area.map_gdt(vcpu.id, taken)
+        self.engine.flush_all()
+
+    def set_ldt(self, vcpu: Vcpu, base: int, entries: int) -> None:
+        """:param base: page-aligned guest address; 0 `entries` for none. :raises XenError: EINVAL."""
+        taken: list[int] = []
+        try:
+            for page in range((entries * 8 + PAGE_SIZE - 1) // PAGE_SIZE):
+                at = self.guest.translate(base + page * PAGE_SIZE)
+                if at < 0:
+                    raise XenError(errno.EINVAL, "LDT is not mapped")
+                self.tables.get_type(at >> 12, SEGDESC)
+                taken.append(at >> 12)
+        except XenError as exc:
+            for index in taken:
+                self.tables.put_type(index)
+            raise XenError(errno.EINVAL, exc.why) from exc
+        for index in vcpu.ldt_frames:
+            self.tables.put_type(index)
+        vcpu.ldt_frames, vcpu.ldt_entries, vcpu.ldt_base = taken, entries, base
+        self.area.map_ldt(vcpu.id, taken)
+        self.engine.flush_all()
+        if vcpu is self.running:
+            self.load_ldt(vcpu)
+
+    def load_ldt(self, vcpu: Vcpu) -> None:
+        selector = 0xE048 if vcpu.ldt_entries else 0
+        self.engine.set_ldt(selector, self.area.ldt_va(vcpu.id), max(0, vcpu.ldt_entries * 8 - 1))
+
+    def register_vcpu_info(self, vcpu: Vcpu, mfn: int, offset: int) -> None:
+        """Move a vCPU's vcpu_info into guest memory. :raises XenError: EINVAL."""
+        if offset > PAGE_SIZE - abi.SIZEOF_VCPU_INFO or offset & 7:
+            raise XenError(errno.EINVAL, f"vcpu_info at offset {offset}")
+        legacy = self.area.shared_info * PAGE_SIZE
+        state = vcpu.state
+        if not legacy <= state.vcpu_info < legacy + PAGE_SIZE:
+            raise XenError(errno.EINVAL, "vcpu_info is registered already")
+        index = self.tables.owned_index(mfn)
+        self.tables.get_type(index, WRITABLE)
+        new, old, size = index * PAGE_SIZE + offset, state.vcpu_info, abi.SIZEOF_VCPU_INFO
+        self.memory.bytes[new : new + size] = bytes(self.memory.bytes[old : old + size])
+        state.vcpu_info = new
+        # Nothing may be lost in between: look at all events once.
+        self.memory.bytes[new + abi.VCPU_INFO_EVTCHN_UPCALL_PENDING] = 1
+        self.memory.words[(new + abi.VCPU_INFO_EVTCHN_PENDING_SEL) >> 3] = (1 << 64) - 1
+        self.clock.update_vcpu(self.memory, vcpu)
+
+    # -- ending
+
+    def shut_down(self, code: int) -> None:
+        if self.shutdown_code is None:
+            self.shutdown_code = code
+        self.leave()
+
+    # -- consistency
+
+    def recount(self) -> list[str]:
+        """Broken invariants of the domain's memory; empty when all is well."""
+        return self.tables.recount()

@@ -1,0 +1,135 @@
+"""sched_op, set_timer_op, vcpu_op."""
+
+from __future__ import annotations
+
+import struct
+
+from hypervisor import abi
+from hypervisor.abi import errno
+from hypervisor.cpu.state import Vcpu
+from hypervisor.cpu.time import RUNSTATE_OFFLINE
+from hypervisor.domain import Domain
+from hypervisor.errors import XenError
+from hypervisor.hypercalls.registry import hypercall
+
+_U32 = struct.Struct("<I")
+MAX_POLL_PORTS = 128
+LONG_PAST = 1
+MIN_PERIOD_NS = 1_000_000
+
+
+@hypercall(abi.HYPERVISOR_sched_op)
+def sched_op(domain: Domain, command: int, argument: int, _3: int, _4: int, _5: int, _6: int) -> int:
+    command &= 0xFFFF_FFFF
+    if command == abi.SCHEDOP_yield:
+        domain.leave()
+    elif command == abi.SCHEDOP_block:
+        domain.block()
+    elif command == abi.SCHEDOP_shutdown:
+        (reason,) = _U32.unpack(domain.guest.read(argument, 4))
+        if reason > abi.SHUTDOWN_MAX:
+            raise XenError(errno.EINVAL, f"shutdown reason {reason}")
+        domain.shut_down(reason)
+    elif command == abi.SCHEDOP_shutdown_code:
+        (reason,) = _U32.unpack(domain.guest.read(argument, 4))
+        if domain.shutdown_code is None:
+            domain.shutdown_code = None if reason > abi.SHUTDOWN_MAX else domain.shutdown_code
+    elif command == abi.SCHEDOP_poll:
+        _poll(domain, argument)
+    elif command == abi.SCHEDOP_remote_shutdown:
+        (dom,) = struct.unpack("<H", domain.guest.read(argument, 2))
+        raise XenError(errno.EPERM if dom == domain.config.domid else errno.ESRCH, "remote shutdown")
+    elif command == abi.SCHEDOP_watchdog:
+        raise XenError(errno.ENOSYS, "no guest watchdogs")
+    else:
+        raise XenError(errno.ENOSYS, f"sched_op {command}")
+    return 0
+
+
+def _poll(domain: Domain, argument: int) -> None:
+    ports_at, count, timeout = struct.unpack("<QI4xQ", domain.guest.read(argument, 24))
+    if count > MAX_POLL_PORTS:
+        raise XenError(errno.EINVAL, f"poll of {count} ports")
+    ports = struct.unpack(f"<{count}I", domain.guest.read(ports_at, 4 * count))
+    events = domain.events.events
+    for port in ports:
+        if port >= events.max_ports:
+            raise XenError(errno.EINVAL, f"poll of port {port}")
+    vcpu = domain.running
+    if domain.traps.event_pending(vcpu) or any(events.is_pending(port) for port in ports):
+        return
+    if timeout and timeout <= domain.clock.now():
+        return
+    vcpu.poll = ports
+    vcpu.poll_deadline = timeout
+    vcpu.blocked = True
+    domain.leave()
+
+
+@hypercall(abi.HYPERVISOR_set_timer_op)
+def set_timer_op(domain: Domain, deadline: int, _2: int, _3: int, _4: int, _5: int, _6: int) -> int:
+    if deadline >> 63:
+        deadline = LONG_PAST  # negative: in the past, fire at once
+    domain.set_timer(domain.running, deadline)
+    return 0
+
+
+@hypercall(abi.HYPERVISOR_vcpu_op)
+def vcpu_op(domain: Domain, command: int, number: int, argument: int, _4: int, _5: int, _6: int) -> int:
+    vcpu = domain.vcpu(number & 0xFFFF_FFFF)
+    command &= 0xFFFF_FFFF
+    if command == abi.VCPUOP_is_up:
+        return int(vcpu.up)
+    if command in (abi.VCPUOP_initialise, abi.VCPUOP_up, abi.VCPUOP_down):
+        return _power(vcpu, command)
+    if command == abi.VCPUOP_get_runstate_info:
+        now = domain.clock.now()
+        times = list(vcpu.runstate_times)
+        times[vcpu.runstate] += max(0, now - vcpu.runstate_since)
+        domain.guest.write(argument, struct.pack("<i4x5Q", vcpu.runstate, vcpu.runstate_since, *times))
+    elif command == abi.VCPUOP_register_runstate_memory_area:
+        vcpu.runstate_area = domain.guest.read_u64(argument)
+    elif command == abi.VCPUOP_register_vcpu_info:
+        mfn, offset = struct.unpack("<QI", domain.guest.read(argument, 12))
+        domain.register_vcpu_info(vcpu, mfn, offset)
+    else:
+        _timers(domain, vcpu, command, argument)
+    return 0
+
+
+def _power(vcpu: Vcpu, command: int) -> int:
+    if command == abi.VCPUOP_initialise:
+        raise XenError(errno.EEXIST if vcpu.initialised else errno.ENOSYS, "one vCPU only")
+    if not vcpu.initialised:
+        raise XenError(errno.EINVAL, f"vCPU {vcpu.id} has no context")
+    vcpu.up = command == abi.VCPUOP_up
+    if not vcpu.up:
+        vcpu.runstate = RUNSTATE_OFFLINE
+    return 0
+
+
+def _timers(domain: Domain, vcpu: Vcpu, command: int, argument: int) -> None:
+    mine = vcpu is domain.running
+    if command == abi.VCPUOP_set_periodic_timer:
+        (period,) = struct.unpack("<Q", domain.guest.read(argument, 8))
+        if period < MIN_PERIOD_NS:
+            raise XenError(errno.EINVAL, f"timer period of {period} ns")
+        vcpu.periodic_ns = period
+        vcpu.periodic_next = domain.clock.now() + period
+        domain.timer_changed()
+    elif command == abi.VCPUOP_stop_periodic_timer:
+        vcpu.periodic_ns = vcpu.periodic_next = 0
+        domain.timer_changed()
+    elif command == abi.VCPUOP_set_singleshot_timer:
+        if not mine:
+            raise XenError(errno.EINVAL, "a one-shot timer is set by its own vCPU")
+        deadline, flags = struct.unpack("<QI", domain.guest.read(argument, 12))
+        if flags & abi.VCPU_SSHOTTMR_future and deadline < domain.clock.now():
+            raise XenError(errno.ETIME, "deadline has passed")
+        domain.set_timer(vcpu, max(LONG_PAST, deadline & (1 << 63) - 1))
+    elif command == abi.VCPUOP_stop_singleshot_timer:
+        if not mine:
+            raise XenError(errno.EINVAL, "a one-shot timer is stopped by its own vCPU")
+        domain.set_timer(vcpu, 0)
+    else:
+        raise XenError(errno.ENOSYS, f"vcpu_op {command}")

@@ -1,0 +1,340 @@
+"""A running PV machine: the engine, the domain, the only run loop.
+
+Threads: `Machine.run` and everything a trap handler does happen in one
+thread. `post`, `pause`, `unpause`, `stop`, `notify` and `stats` may be called
+from any other; they hand a function to the run loop, which takes it between
+two guest instructions.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import mmap
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from hypervisor import abi
+from hypervisor.abi import errno
+from hypervisor.cpu import time as guest_time
+from hypervisor.domain import Domain, MachineConfig
+from hypervisor.engines import unicorn as unicorn_engine
+from hypervisor.engines import x86
+from hypervisor.engines.base import EngineError
+from hypervisor.engines.tsc import measure_khz
+from hypervisor.errors import GuestFault, XenError
+from hypervisor.hypercalls.dispatch import Dispatcher
+from hypervisor.memory.frames import L4
+from hypervisor.sched.alarm import Alarm
+from hypervisor.toolstack.api import ShutdownReason
+from hypervisor.toolstack.builder.state import BootState
+
+LOG = logging.getLogger(__name__)
+
+_REASONS = {
+    abi.SHUTDOWN_poweroff: ShutdownReason.POWEROFF,
+    abi.SHUTDOWN_reboot: ShutdownReason.REBOOT,
+    abi.SHUTDOWN_suspend: ShutdownReason.SUSPEND,
+    abi.SHUTDOWN_crash: ShutdownReason.CRASH,
+    abi.SHUTDOWN_watchdog: ShutdownReason.WATCHDOG,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Why a machine does not run any more."""
+
+    reason: ShutdownReason
+    detail: str = ""
+
+
+class _HostRouter:
+    """Everything beyond this domain is the host side, for now: console and xenstore."""
+
+    def __init__(self, notify_host: Callable[[int], None]) -> None:
+        self._notify_host = notify_host
+
+    def send(self, peer: int, _peer_port: int, local_port: int) -> None:
+        if peer == 0:
+            self._notify_host(local_port)
+
+    def bind(self, peer: int, _peer_port: int, _local_port: int) -> None:
+        raise XenError(errno.ESRCH if peer else errno.EINVAL, f"domain {peer} waits for nobody")
+
+    def closed(self, _peer: int, _peer_port: int, _local_port: int) -> None:
+        return
+
+
+class Machine:
+    """One PV domain with its engine.
+
+    :param memory: maps the domain's whole extent (`hypervisor.memory.layout.total_frames` pages).
+    :param notify_host: called in the run loop's thread when the guest signals a port of the host side.
+    :param use_private: False makes the engine use its public path only.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        memory: mmap.mmap,
+        *,
+        notify_host: Callable[[int], None],
+        use_private: bool = True,
+    ) -> None:
+        if not config.tsc_khz:
+            config = dataclasses.replace(config, tsc_khz=measure_khz())
+        self.config = config
+        self.engine: Any = unicorn_engine.create(use_private=use_private)
+        self.domain = Domain(config, memory, self.engine, _HostRouter(notify_host), self._wake)
+        self.domain.leave = self._leave
+        self.domain.timer_changed = self._set_alarm
+        self.engine.map_memory(
+            self.domain.memory.base_mpa, self.domain.memory.frames * 4096, self.domain.memory.address
+        )
+        self._dispatcher = Dispatcher(self.domain)
+        self._traps = self.domain.traps
+        self.engine.set_handler(self)
+        self._alarm = Alarm(self.engine.kick_target())
+        self._posts: collections.deque[Callable[[], None]] = collections.deque()
+        self._condition = threading.Condition()
+        self._paused = True
+        self._stopped: Shutdown | None = None
+        self._leaving = False
+        self._cpu_time_ns = 0
+        self._entered_ns = 0
+        self._exits = 0
+
+    @property
+    def shared_info_mfn(self) -> int:
+        return self.domain.memory.mfn(self.domain.area.shared_info)
+
+    # -- start of day
+
+    def start(self, boot: BootState) -> None:
+        """Load the first vCPU after the builder filled memory. :raises XenError: the initial tables do not validate."""
+        domain, engine = self.domain, self.engine
+        regs = engine.regs
+        root = domain.tables.owned_index(boot.l4_mfn)
+        domain.tables.pin(boot.l4_mfn, L4)
+        domain.tables.get_type(root, L4)
+        vcpu = domain.vcpus[0]
+        vcpu.up = vcpu.initialised = True
+        vcpu.state.kernel_mode = 1
+        vcpu.state.kernel_cr3 = boot.l4_mfn << 12
+        for port in (boot.store_port, boot.console_port):
+            domain.events.open_host(port)
+        engine.reset_pv64(boot.l4_mfn << 12, domain.area.gdt_va(0), 0xFFFF)
+        engine.load_flat64(abi.FLAT_KERNEL_CS64, abi.FLAT_KERNEL_SS64)
+        for index in (x86.DS, x86.ES, x86.FS, x86.GS):
+            engine.load_segment(index, 0, 0)
+        for number in range(16):
+            regs.gpr[number] = 0
+        regs.fs_base = regs.gs_base = 0
+        regs.gpr[x86.RSP], regs.gpr[x86.RSI], regs.rip = boot.rsp, boot.rsi, boot.entry
+        regs.rflags = x86.FLAG_IF | 2
+        domain.clock.update_wallclock(domain.memory, domain.area.shared_info)
+        domain.clock.update_vcpu(domain.memory, vcpu)
+
+    # -- the run loop
+
+    def run(self) -> Shutdown:
+        """Run the guest until it ends or `stop` is called. Never raises for what a guest does."""
+        while True:
+            try:
+                ended = self._step()
+            except GuestFault as exc:
+                LOG.warning("the guest crashed: %s", exc)
+                ended = Shutdown(ShutdownReason.CRASH, str(exc))
+            except EngineError as exc:
+                LOG.error("the engine gave up: %s", exc)
+                ended = Shutdown(ShutdownReason.CRASH, f"engine: {exc}")
+            except Exception as exc:
+                LOG.exception("hypervisor bug; this domain ends")
+                ended = Shutdown(ShutdownReason.CRASH, f"hypervisor bug: {type(exc).__name__}: {exc}")
+            if ended:
+                self._alarm.close()
+                return ended
+
+    def _step(self) -> Shutdown | None:
+        domain = self.domain
+        self._take_posts()
+        if self._stopped:
+            return self._stopped
+        if domain.shutdown_code is not None:
+            return Shutdown(_REASONS.get(domain.shutdown_code, ShutdownReason.CRASH))
+        vcpu = domain.running
+        now = domain.clock.now()
+        self._fire_timers(now)
+        if self._paused or not vcpu.up or (vcpu.blocked and not self._unblock(now)):
+            self._idle(now)
+            return None
+        domain.clock.update_vcpu(domain.memory, vcpu)
+        guest_time.account(vcpu, now, guest_time.RUNSTATE_RUNNING)
+        self._traps.deliver_event()
+        domain.preempt = False
+        self._leaving = False
+        self._set_alarm()
+        if self._posts:
+            return None
+        self._entered_ns = started = time.monotonic_ns()
+        self.engine.run()
+        self._exits += 1
+        self._entered_ns = 0
+        self._cpu_time_ns += time.monotonic_ns() - started
+        guest_time.account(vcpu, domain.clock.now(), guest_time.RUNSTATE_RUNNABLE)
+        return None
+
+    def _unblock(self, now: int) -> bool:
+        """Whether the blocked vCPU may run on."""
+        vcpu = self.domain.running
+        if self._traps.event_pending(vcpu) or (
+            vcpu.poll is not None and vcpu.poll_deadline and vcpu.poll_deadline <= now
+        ):
+            vcpu.blocked = False
+            vcpu.poll = None
+        return not vcpu.blocked
+
+    def _idle(self, now: int) -> None:
+        """Wait for a post or the next deadline; the guest costs nothing meanwhile."""
+        vcpu = self.domain.running
+        if vcpu.blocked:
+            guest_time.account(vcpu, now, guest_time.RUNSTATE_BLOCKED)
+        deadline = self._next_deadline() if not self._paused else 0
+        with self._condition:
+            if self._posts:
+                return
+            timeout = max(0, deadline - self.domain.clock.now()) / 1e9 if deadline else None
+            self._condition.wait(timeout)
+
+    def _take_posts(self) -> None:
+        posts = self._posts
+        while posts:
+            posts.popleft()()
+
+    def _next_deadline(self) -> int:
+        """System time of the earliest timer of any vCPU, 0: none."""
+        best = 0
+        for vcpu in self.domain.vcpus:
+            if not vcpu.up:
+                continue
+            poll = vcpu.poll_deadline if vcpu.blocked and vcpu.poll is not None else 0
+            for deadline in (vcpu.state.deadline, vcpu.periodic_next, poll):
+                if deadline and (not best or deadline < best):
+                    best = deadline
+        return best
+
+    def _set_alarm(self) -> None:
+        deadline = self._next_deadline()
+        self._alarm.set(deadline + self.domain.clock.base if deadline else 0)
+        if self._posts:
+            self._alarm.now()
+
+    def _fire_timers(self, now: int) -> None:
+        for vcpu in self.domain.vcpus:
+            deadline = vcpu.state.deadline
+            if deadline and deadline <= now:
+                vcpu.state.deadline = 0
+                self.domain.events.raise_virq(abi.VIRQ_TIMER, vcpu.id)
+            if vcpu.periodic_next and vcpu.periodic_next <= now:
+                missed = (now - vcpu.periodic_next) // vcpu.periodic_ns
+                vcpu.periodic_next += (missed + 1) * vcpu.periodic_ns
+                self.domain.events.raise_virq(abi.VIRQ_TIMER, vcpu.id)
+
+    def _wake(self, number: int, port: int) -> None:
+        """An event became deliverable on a vCPU, or a port that may be polled went pending."""
+        for vcpu in self.domain.vcpus:
+            if vcpu.blocked and vcpu.poll is not None and port in vcpu.poll:
+                vcpu.blocked = False
+                vcpu.poll = None
+        vcpu = self.domain.vcpus[number]
+        if vcpu.blocked and self._traps.event_pending(vcpu):
+            vcpu.blocked = False
+            vcpu.poll = None
+
+    def _leave(self) -> None:
+        self._leaving = True
+        self.engine.stop()
+
+    # -- traps, called by the engine
+
+    def syscall(self) -> None:
+        if self._traps.state.kernel_mode:
+            self._dispatcher.hypercall()
+        else:
+            self._traps.user_syscall()
+        if not self._leaving:
+            self._traps.deliver_event()
+
+    def exception(self, vector: int, error_code: int, software: bool) -> None:
+        traps = self._traps
+        if software:
+            traps.software_interrupt(vector, 1 if vector in (x86.BP, x86.OF) else 2)
+        elif vector == x86.PF:
+            writes_table = error_code & 3 == 3 and traps.state.kernel_mode
+            if not (writes_table and self.domain.table_writes.emulate(traps.regs.cr2)):
+                traps.inject(x86.PF, error_code)
+        elif vector == x86.GP:
+            if not self.domain.privileged.emulate():
+                traps.inject(x86.GP, error_code)
+        elif vector < 32:
+            if vector == x86.NM:
+                # Xen clears TS before it tells the guest (do_device_not_available).
+                traps.regs.task_switched = False
+            traps.inject(vector, error_code)
+        else:
+            raise GuestFault(f"unexpected vector {vector}")
+        if not self._leaving:
+            traps.deliver_event()
+
+    def invalid_opcode(self) -> None:
+        if not self.domain.privileged.forced_cpuid():
+            self._traps.inject(x86.UD)
+        if not self._leaving:
+            self._traps.deliver_event()
+
+    # -- from other threads
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Have `function` called in the run loop soon."""
+        self._posts.append(function)
+        self.domain.preempt = True
+        with self._condition:
+            self._condition.notify()
+        if self._entered_ns:
+            self._alarm.now()
+
+    def pause(self) -> None:
+        self.post(lambda: self._set_paused(True))
+
+    def unpause(self) -> None:
+        self.post(lambda: self._set_paused(False))
+
+    def _set_paused(self, paused: bool) -> None:
+        self._paused = paused
+
+    def stop(self) -> None:
+        """End the run loop; what the guest was doing is lost."""
+        self.post(self._stop)
+
+    def _stop(self) -> None:
+        self._stopped = Shutdown(ShutdownReason.POWEROFF, "stopped by the host")
+
+    def notify(self, port: int) -> None:
+        """The host side signals the guest's `port`."""
+        self.post(lambda: self.domain.events.pend(port))
+
+    def stats(self) -> dict[str, Any]:
+        """``cpu_time_ns`` ns of guest running, ``vcpus``, ``exits``, ``paused``, ``memory_pages``, ``hypercalls``."""
+        running = time.monotonic_ns() - self._entered_ns if self._entered_ns else 0
+        return {
+            "cpu_time_ns": self._cpu_time_ns + running,
+            "vcpus": sum(1 for vcpu in self.domain.vcpus if vcpu.up),
+            "exits": self._exits,
+            "paused": self._paused,
+            "memory_pages": self.domain.frames.pages(),
+            "hypercalls": sum(self._dispatcher.counts.values()),
+            "engine": self.engine.name,
+        }

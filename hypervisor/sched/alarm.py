@@ -1,0 +1,84 @@
+"""A timer that interrupts the engine without waiting for Python.
+
+A POSIX timer calls a C function (the engine's stop request) in a thread of
+the C library, so a guest that computes is interrupted on time even when no
+Python thread gets to run. It fires again every millisecond until it is set
+anew: a stop request that falls between two runs of the engine is lost, the
+next one is not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+_CLOCK_MONOTONIC = 1
+_SIGEV_THREAD = 2
+_TIMER_ABSTIME = 1
+_REPEAT_NS = 1_000_000
+
+
+class _SigEvent(ctypes.Structure):
+    """struct sigevent of glibc on x86-64 (64 bytes)."""
+
+    _fields_ = (
+        ("value", ctypes.c_void_p),
+        ("signo", ctypes.c_int),
+        ("notify", ctypes.c_int),
+        ("function", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("pad", ctypes.c_uint8 * 32),
+    )
+
+
+class _ITimerSpec(ctypes.Structure):
+    _fields_ = (
+        ("interval_s", ctypes.c_int64),
+        ("interval_ns", ctypes.c_int64),
+        ("value_s", ctypes.c_int64),
+        ("value_ns", ctypes.c_int64),
+    )
+
+
+class Alarm:
+    """:param target: C function and its argument (`hypervisor.engines.base.Engine.kick_target`)."""
+
+    def __init__(self, target: tuple[int, int]) -> None:
+        libc: Any = ctypes.PyDLL(None, use_errno=True)
+        self._settime = libc.timer_settime
+        self._settime.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+        self._delete = libc.timer_delete
+        self._delete.argtypes = [ctypes.c_void_p]
+        function, argument = target
+        event = _SigEvent(argument, 0, _SIGEV_THREAD, function, None)
+        self._timer = ctypes.c_void_p()
+        create = libc.timer_create
+        create.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+        if create(_CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._timer)) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"timer_create: {os.strerror(code)}")
+        self._spec = _ITimerSpec()
+        self._spec_at = ctypes.addressof(self._spec)
+        self.at = 0
+
+    def set(self, deadline: int) -> None:
+        """Fire at CLOCK_MONOTONIC `deadline` (ns) and every millisecond after it; 0: never."""
+        if deadline == self.at:
+            return
+        self.at = deadline
+        spec = self._spec
+        spec.value_s, spec.value_ns = divmod(deadline, 1_000_000_000)
+        spec.interval_ns = _REPEAT_NS if deadline else 0
+        self._settime(self._timer, _TIMER_ABSTIME, self._spec_at, None)
+
+    def now(self) -> None:
+        """Fire at once, and every millisecond until set anew. From any thread."""
+        self.at = -1
+        spec = _ITimerSpec(0, _REPEAT_NS, 0, 1)
+        self._settime(self._timer, _TIMER_ABSTIME, ctypes.addressof(spec), None)
+
+    def close(self) -> None:
+        if self._timer:
+            self._delete(self._timer)
+            self._timer = ctypes.c_void_p()
