@@ -6,6 +6,7 @@ raises `XenstoreError` for the table in `hypervisor.xenstore.errors` to name.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from hypervisor.xenstore import path as paths
 from hypervisor.xenstore import perms, tree
 from hypervisor.xenstore.connection import Connection
 from hypervisor.xenstore.errors import Busy, Invalid, NotFound
-from hypervisor.xenstore.quota import check
+from hypervisor.xenstore.quota import Limits, check
 from hypervisor.xenstore.store import Store
 from hypervisor.xenstore.transaction import Transaction
 from hypervisor.xenstore.watch import Watch
@@ -23,6 +24,8 @@ from hypervisor.xenstore.wire import number as decimal
 
 if TYPE_CHECKING:
     from hypervisor.xenstore.server import Server
+
+LOG = logging.getLogger(__name__)
 
 OK = b"OK\0"
 
@@ -197,8 +200,27 @@ def _set_target(call: Call) -> bytes:
 
 
 def _control(call: Call) -> bytes:
-    words = strings(call.payload, 1, 16)
-    return call.server.control([w.decode("ascii", "replace") for w in words]).encode() + b"\0"
+    words = [word.decode("ascii", "replace") for word in strings(call.payload, 1, 16)]
+    return _control_text(call.server, words).encode() + b"\0"
+
+
+def _control_text(server: Server, words: list[str]) -> str:
+    if words == ["help"]:
+        return "check\nhelp\nprint <text>\nquota [<domid>]"
+    if words == ["check"]:
+        Store.restore(server.store.save())
+        return "OK"
+    if words[0] == "print":
+        LOG.info("control print: %s", " ".join(words[1:])[:256])
+        return "OK"
+    if words == ["quota"]:
+        return "\n".join(f"{name}: {getattr(server.limits, name)}" for name in Limits.__slots__)
+    if words[0] == "quota" and len(words) == 2:
+        conn = server.domain(_real_domid(words[1].encode()))
+        domid = conn.who.domid
+        used = f"nodes: {server.store.nodes_of(domid)}\nmemory: {server.store.bytes_of(domid)}"
+        return f"{used}\nwatches: {server.watches.count(conn)}\ntransactions: {len(conn.transactions)}"
+    raise Invalid("unknown control command: ask for help")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,6 @@ from hypervisor.xenstore.connection import Connection, Endpoint
 from hypervisor.xenstore.errors import (
     AccessDenied,
     AlreadyExists,
-    Invalid,
     NotFound,
     TooBig,
     UnknownOperation,
@@ -160,13 +159,13 @@ class Server:
 
     def domain_resumed(self, domid: int) -> None:
         """:raises NotFound: it is not being served."""
-        self._domain(domid)
+        self.domain(domid)
         self._shutdown.discard(domid)
         self._note(["s", domid, False])
 
     def set_target(self, domid: int, target: int) -> None:
         """:raises NotFound: one of the two is not being served."""
-        conn, _ = self._domain(domid), self._domain(target)
+        conn, _ = self.domain(domid), self.domain(target)
         conn.who.target = target
         self._note(["g", domid, target])
 
@@ -219,8 +218,12 @@ class Server:
         while self._ready:
             conn = next(iter(self._ready))
             del self._ready[conn]
-            if conn.endpoint is not None:
+            if conn.endpoint is None:
+                continue
+            try:
                 conn.endpoint.output_ready()
+            except Exception:  # whoever caused the output has nothing to do with its receiver
+                LOG.exception("%s: its transport failed", conn.label)
 
     def _answer(self, conn: Connection, packet: Packet) -> bytes:
         handler = HANDLERS.get(packet.type)
@@ -260,7 +263,7 @@ class Server:
     def add_watch(self, conn: Connection, watch: Watch) -> None:
         """Add a watch, and fire it once after the reply. :raises AlreadyExists: it is there."""
         self.watches.add(conn, watch)
-        self._note_domain(conn, "w", *watch_to_json(watch))
+        self._note_domain(conn, "w", *watch.to_json())
         self._after_reply.append(lambda: self._event(conn, watch, watch.path, None))
 
     def remove_watch(self, conn: Connection, path: str, token: bytes) -> None:
@@ -289,24 +292,6 @@ class Server:
         for ident in list(conn.transactions):
             del conn.transactions[ident]
             self._note_domain(conn, "e", ident)
-
-    def control(self, words: list[str]) -> str:
-        """The few CONTROL commands there are. :raises Invalid: another one."""
-        if words[0] == "help":
-            return "check\nhelp\nprint\nquota"
-        if words[0] == "print":
-            LOG.info("control print: %s", " ".join(words[1:])[:256])
-            return "OK"
-        if words[0] == "check":
-            Store.restore(self.store.save())
-            return "OK"
-        if words[0] == "quota" and len(words) == 1:
-            return "\n".join(f"{name}: {getattr(self.limits, name)}" for name in Limits.__slots__)
-        if words[0] == "quota" and words[1].isdigit():
-            domid = int(words[1])
-            used = f"nodes: {self.store.nodes_of(domid)}\nmemory: {self.store.bytes_of(domid)}"
-            return used + f"\nwatches: {self.watches.count(self._domain(domid))}"
-        raise Invalid("unknown control command: ask for help")
 
     # -- persistence --------------------------------------------------------------------------------------
 
@@ -339,7 +324,7 @@ class Server:
             if saved["shutdown"]:
                 server._shutdown.add(domid)
             for path, token, prefix, depth in saved["watches"]:
-                server.watches.add(conn, Watch(path, token.encode("latin-1"), prefix, depth))
+                server.watches.add(conn, Watch(path, token.encode("latin-1"), int(prefix), int(depth)))
             for ident in saved["transactions"]:
                 conn.transactions[ident] = Transaction(ident, server.store, conn.who, conn.limits, doomed=True)
             if saved["positions"] is not None:
@@ -353,7 +338,7 @@ class Server:
             **conn.save(),
             "target": conn.who.target,
             "shutdown": domid in self._shutdown,
-            "watches": [watch_to_json(w) for w in self.watches.of(conn)],
+            "watches": [w.to_json() for w in self.watches.of(conn)],
             "positions": list(positions) if positions is not None else None,
         }
 
@@ -363,7 +348,8 @@ class Server:
         bucket = Bucket(self.limits.write_rate, self.limits.write_burst, self._clock)
         return Connection(who, self.limits, bucket, label)
 
-    def _domain(self, domid: int) -> Connection:
+    def domain(self, domid: int) -> Connection:
+        """A domain's connection. :raises NotFound: it is not being served."""
         conn = self._domains.get(domid)
         if conn is None:
             raise NotFound(f"domain {domid} is not introduced")
@@ -391,7 +377,3 @@ class Server:
     def _note(self, record: Record) -> None:
         if self.journal is not None:
             self._records.append(record)
-
-
-def watch_to_json(watch: Watch) -> list[Any]:
-    return [watch.path, watch.token.decode("latin-1"), watch.prefix, watch.depth]

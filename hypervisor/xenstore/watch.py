@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from hypervisor.xenstore import path as paths
 from hypervisor.xenstore.errors import AlreadyExists, NotFound
@@ -37,6 +37,9 @@ class Watch:
     @property
     def size(self) -> int:
         return len(self.path) + len(self.token)
+
+    def to_json(self) -> list[Any]:
+        return [self.path, self.token.decode("latin-1"), self.prefix, self.depth]
 
     def event(self, path: str) -> bytes:
         """The payload of a WATCH_EVENT for a changed path."""

@@ -43,7 +43,7 @@ class Client:
                 assert packet.req_id == 0 and packet.tx_id == 0
                 path, token, rest = packet.payload.split(b"\0")
                 assert rest == b""
-                self.events.append((path.decode(), token.decode()))
+                self.events.append((path.decode(), token.decode("latin-1")))
             else:
                 self.replies.append(packet)
 
