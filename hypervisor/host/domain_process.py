@@ -109,16 +109,20 @@ class DomainProcess:
     def _committed(self) -> bool:
         """Wait for the host's word. Without it the domain was never made, so there is nothing to keep alive."""
         assert self._guest is not None and self._host is not None
+        host = self._host
         try:
-            self._host.send({"event": "built", "boot": self._guest.boot, "sandbox": self._report.to_json()})
-            message, fds = self._host.receive()
+            host.send({"event": "built", "boot": self._guest.boot, "sandbox": self._report.to_json()})
+            while True:
+                message, fds = host.receive()
+                channels.close_all(fds)
+                if message.get("op") == "commit":
+                    break
+                error = WrongState("the domain is still being made: try again")
+                host.send({"id": message.get("id"), "error": error.to_json()})
         except (ChannelClosed, BadMessage) as exc:
             LOG.warning("the host went away before the domain was made: %s", exc)
             return False
-        channels.close_all(fds)
-        if message.get("op") != "commit":
-            return False
-        self._host.setblocking(False)
+        host.setblocking(False)
         self._send({"id": message.get("id"), "result": {}})
         return True
 

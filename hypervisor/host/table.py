@@ -67,8 +67,10 @@ class Domain:
 
     async def refresh(self) -> str:
         """Ask the process for its CPU time; "" or why that cannot be known."""
-        if self.process is None or self.lost or not self.process.alive:
-            return "its process does not answer" if self.lost else ""
+        if self.lost:
+            return "its process does not answer"
+        if self.process is None or not self.process.alive or self.dying or self.record.phase is not Phase.MADE:
+            return ""
         try:
             stats = await self.process.request("stats", STATS_TIMEOUT)
             self.record.cpu_time_ns = int(stats["cpu_time_ns"])
