@@ -271,7 +271,7 @@ class Machine:
     def exception(self, vector: int, error_code: int, software: bool) -> None:
         traps = self._traps
         if software:
-            traps.software_interrupt(vector, 1 if vector in (x86.BP, x86.OF) else 2)
+            traps.software_interrupt(vector, self._interrupt_length(vector))
         elif vector == x86.PF:
             writes_table = error_code & 3 == 3 and traps.state.kernel_mode
             if not (writes_table and self.domain.table_writes.emulate(traps.regs.cr2)):
@@ -288,6 +288,13 @@ class Machine:
             raise GuestFault(f"unexpected vector {vector}")
         if not self._leaving:
             traps.deliver_event()
+
+    def _interrupt_length(self, vector: int) -> int:
+        """Bytes of the interrupt instruction before RIP: `int3` and `into` have one, `int n` two."""
+        if vector not in (x86.BP, x86.OF):
+            return 2
+        at = self.domain.guest.translate((self.engine.regs.rip - 1) & x86.MASK64)
+        return 1 if at >= 0 and self.domain.memory.bytes[at] in (0xCC, 0xCE) else 2
 
     def invalid_opcode(self) -> None:
         if not self.domain.privileged.forced_cpuid():

@@ -75,11 +75,11 @@ class PageTables:
         index = mfn - self.base
         if 0 <= index < self.frames.size and self.frames.refs[index]:
             return index
-        if mfn < layout.MAX_MFN:
+        if layout.FIRST_MFN <= mfn < layout.MAX_MFN:
             raise XenError(errno.EBUSY, f"frame {mfn:#x} is not the domain's")
         if mfn == PTE_ADDR >> 12:
             raise XenError(errno.EINVAL, "frame number is INVALID_MFN")
-        raise XenError(errno.EPERM, f"frame {mfn:#x} does not exist")
+        raise XenError(errno.EPERM, f"frame {mfn:#x} is no memory")
 
     def owned_index(self, mfn: int) -> int:
         """Index of a frame the domain owns. :raises XenError: EINVAL otherwise."""
