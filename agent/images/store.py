@@ -76,15 +76,14 @@ class Image:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest."""
-        roles = {"kernel": self.kernel_file, "ramdisk": self.ramdisk_file}
         return {
             "format": FORMAT,
             "name": self.name,
             "kernel": self.kernel_file.name,
             "ramdisk": self.ramdisk_file.name if self.ramdisk_file else None,
             "cmdline": self.cmdline,
-            "sha256": {role: file.sha256 for role, file in roles.items() if file},
-            "size": {role: file.size for role, file in roles.items() if file},
+            "sha256": {file.name: file.sha256 for file in self.files()},
+            "size": {file.name: file.size for file in self.files()},
             "packages": dict(self.packages),
             "created": self.created,
         }
@@ -191,7 +190,8 @@ def _text(value: object) -> str:
 
 
 def _file(data: dict[str, Any], role: str) -> ImageFile:
-    name, size, digest = _text(data[role]), data["size"][role], _text(data["sha256"][role])
+    name = _text(data[role])
+    size, digest = data["size"][name], _text(data["sha256"][name])
     if not _NAME.fullmatch(name) or name == MANIFEST:
         raise ValueError(f"{name!r} is not a file of the image")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1 or not re.fullmatch(r"[0-9a-f]{64}", digest):

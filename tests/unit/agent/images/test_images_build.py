@@ -169,8 +169,8 @@ def test_unwritable_store(tmp_path: Path, files: tuple[Path, Path]) -> None:
         (lambda folder: edit(folder, kernel="manifest.json"), False),
         (lambda folder: edit(folder, format=2), False),
         (lambda folder: edit(folder, cmdline=None), False),
-        (lambda folder: edit(folder, size={"kernel": True, "ramdisk": 9}), False),
-        (lambda folder: edit(folder, sha256={"kernel": "00"}), False),
+        (lambda folder: edit(folder, size={"vmlinuz": True, "initrd.img": 9}), False),
+        (lambda folder: edit(folder, sha256={"vmlinuz": "00"}), False),
         (lambda folder: edit(folder, packages=[1]), False),
     ],
 )
@@ -204,5 +204,5 @@ def test_manifest_says_what_is_in_the_image(images: Path, files: tuple[Path, Pat
     manifest = json.loads((images / "own" / "manifest.json").read_text())
     assert manifest == image.to_json()
     assert manifest["name"] == "own" and manifest["kernel"] == "vmlinuz" and manifest["ramdisk"] == "initrd.img"
-    assert len(manifest["sha256"]["kernel"]) == 64 and manifest["size"] == {"kernel": 8, "ramdisk": 9}
+    assert len(manifest["sha256"]["vmlinuz"]) == 64 and manifest["size"] == {"vmlinuz": 8, "initrd.img": 9}
     assert type(image).from_json(manifest, images / "own") == image
