@@ -7,9 +7,12 @@ Read in this order, later ones win: ``/etc/reeve/agent.conf``, for an ordinary u
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -192,26 +195,37 @@ def load(
     :param files: configuration files instead of the usual ones.
     :raises ConfigError: what is wrong and where.
     """
+    usual = config_files() if files is None else list(files)
+    about = {"prog": prog, "description": description, "epilog": epilog}
+    if argv:
+        # oslo.config ends the process for a bad value in a file when options are also command line options.
+        noise = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(noise):
+                return _settings(_values(argv, usual, cli=True, **about))
+        except SystemExit as exc:
+            if exc.code != 1:
+                sys.stderr.write(noise.getvalue())
+                raise
+            cause = " ".join(noise.getvalue().split())
+        _values((), usual, cli=False, **about)  # says which file and section, when it is in a file
+        raise ConfigError(f"the command line cannot be used: {cause}")
+    return _settings(_values((), usual, cli=False, **about))
+
+
+def _values(argv: Sequence[str], files: list[str], *, cli: bool, **about: Any) -> dict[str, dict[str, Any]]:
     conf = cfg.ConfigOpts()
     for group, options in GROUPS.items():
-        conf.register_cli_opts(options, group=group)
+        if cli:
+            conf.register_cli_opts(options, group=group)
+        else:
+            conf.register_opts(options, group=group)
     try:
-        conf(
-            list(argv),
-            project="reeve",
-            prog=prog,
-            default_config_files=config_files() if files is None else list(files),
-            default_config_dirs=[],
-            description=description,
-            epilog=epilog,
-        )
-        # Values are only converted when they are read.
-        values = {group: {option.dest: conf[group][option.dest] for option in opts} for group, opts in GROUPS.items()}
-    except cfg.Error as exc:
+        conf(list(argv), project="reeve", default_config_files=files, default_config_dirs=[], **about)
+        # A value is only converted when it is read.
+        return {group: {option.dest: conf[group][option.dest] for option in opts} for group, opts in GROUPS.items()}
+    except (cfg.Error, ValueError) as exc:
         raise ConfigError(f"the configuration cannot be used: {' '.join(str(exc).split())}") from exc
-    except ValueError as exc:
-        raise ConfigError(f"the configuration cannot be used: {exc}") from exc
-    return _settings(values)
 
 
 def _settings(values: Mapping[str, Mapping[str, Any]]) -> Settings:

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from agent_rig import Rig
+
+from agent.api import InstructionError, Plan, own_domain
+from hypervisor.errors import NotOurs
+
+
+def test_plans_of_every_verb_survive_json(rig: Rig) -> None:
+    uuid = rig.create()
+    args = {
+        "create": {"name": "other", "memory_mib": 8, "kernel": str(rig.kernel), "metadata": {"k": "v"}},
+        "shutdown": {"uuid": uuid, "force": True},
+        "list": {},
+    }
+    for name, verb in rig.verbs.items():
+        plan = verb.plugin.plan(args.get(name, {"uuid": uuid}), rig.host)
+        assert plan.steps
+        text = json.dumps(plan.to_json())
+        assert Plan.from_json(json.loads(text), verb.plugin.step_kinds) == plan
+        assert {type(step) for step in plan.steps} <= set(verb.plugin.step_kinds)
+
+
+def test_every_step_and_argument_is_described(rig: Rig) -> None:
+    for verb in rig.verbs.values():
+        assert verb.plugin.summary and verb.plugin.args_schema["additionalProperties"] is False
+        assert all(kind.title for kind in verb.plugin.step_kinds)
+        assert all(prop.get("description") for prop in verb.plugin.args_schema.get("properties", {}).values())
+
+
+def test_an_unknown_step_is_refused(rig: Rig) -> None:
+    with pytest.raises(InstructionError, match="step 'x' this plugin lacks"):
+        Plan.from_json({"steps": [{"step": "x"}]}, ())
+
+
+def test_own_domain_wants_the_marker(rig: Rig) -> None:
+    assert own_domain(rig.host, rig.create()).name == "web"
+    with pytest.raises(NotOurs, match="was not made by this agent"):
+        own_domain(rig.host, rig.foreign())
