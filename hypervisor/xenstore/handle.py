@@ -146,16 +146,15 @@ class Handle:
             callback(path)
 
     def _end(self, word: bytes) -> None:
-        try:
-            self._call(Op.TRANSACTION_END, word)
-        finally:
-            self._tx = 0
+        # What the commit makes watches call is outside of it.
+        tx, self._tx = self._tx, 0
+        self._call(Op.TRANSACTION_END, word, tx)
 
-    def _call(self, op: Op, payload: bytes) -> bytes:
+    def _call(self, op: Op, payload: bytes, tx: int | None = None) -> bytes:
         # A callback may send requests while one is being answered, hence the numbers.
         self._requests = (self._requests + 1) & 0xFFFF_FFFF
         number = self._requests
-        self._server.process(self._conn, Packet(op, number, self._tx, payload))
+        self._server.process(self._conn, Packet(op, number, self._tx if tx is None else tx, payload))
         reply = self._replies.pop(number)
         if reply.type == Op.ERROR:
             name = reply.payload[:-1]

@@ -16,6 +16,7 @@ class Limits:
     """Per unprivileged domain.
 
     :ivar nodes: nodes it may own.
+    :ivar levels: of a path that it makes; a longer way costs time at each step of each change below it.
     :ivar node_size: bytes of one node: value, child names and permissions.
     :ivar memory: bytes of all nodes it owns, paths included.
     :ivar permissions: entries of one node.
@@ -32,6 +33,7 @@ class Limits:
     """
 
     nodes: int = 1000
+    levels: int = 64
     node_size: int = 2048
     memory: int = 1 << 20
     permissions: int = 5

@@ -30,7 +30,8 @@ ERROR_RING_INDEX = 2
 ERROR_PROTOCOL = 3
 
 REQUESTS_PER_TURN = 8
-"""Requests taken in one call before the other domains have their turn."""
+TURN_SECONDS = 0.002
+"""Requests taken in one call, and time for them, before the other domains have their turn."""
 
 
 class XenstoreRing:
@@ -134,6 +135,7 @@ class XenstoreRing:
     def _take_requests(self) -> None:
         conn = self._conn
         assert conn is not None
+        end = self._server.clock() + TURN_SECONDS
         for _ in range(REQUESTS_PER_TURN):
             delay = self._server.throttle(conn)
             if delay:
@@ -141,6 +143,8 @@ class XenstoreRing:
                 return
             if not conn.accepts or not self._take_one(conn) or self._broken:
                 return
+            if self._server.clock() >= end:
+                break
         if self._requests.available():
             self._wake_in(0.0)
 

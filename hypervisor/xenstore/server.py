@@ -72,7 +72,7 @@ class Server:
         self.watches: WatchTable[Connection] = WatchTable()
         self.journal = journal
         self.ring_mapper = ring_mapper
-        self._clock = clock
+        self.clock = clock
         self._domains: dict[int, Connection] = {}
         self._shutdown: set[int] = set()
         self._restored: dict[int, tuple[int, int]] = {}
@@ -345,7 +345,7 @@ class Server:
     # -- helpers --------------------------------------------------------------------------------------------
 
     def _connection(self, who: Who, label: str = "") -> Connection:
-        bucket = Bucket(self.limits.write_rate, self.limits.write_burst, self._clock)
+        bucket = Bucket(self.limits.write_rate, self.limits.write_burst, self.clock)
         return Connection(who, self.limits, bucket, label)
 
     def domain(self, domid: int) -> Connection:

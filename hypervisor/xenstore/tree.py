@@ -153,6 +153,7 @@ def forget_domain(store: Store, domid: int) -> list[Change]:
 
 
 def _create(view: View, who: Who, path: str, value: bytes, limits: Limits) -> list[Change]:
+    check(who, path.count("/"), limits.levels, "levels in a path")
     missing = [path]
     ancestor_path = paths.parent(path)
     while (ancestor := view.get(ancestor_path)) is None:

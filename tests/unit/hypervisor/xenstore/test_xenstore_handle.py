@@ -174,8 +174,10 @@ def test_a_callback_may_send_requests_itself(handle, world) -> None:
             handle.write("/a", "pong")
 
     handle.watch("/a", answer)
-    handle.write("/a", "ping")
+    with handle.transaction():
+        handle.write("/a", "ping")
     assert seen == [None, "ping", "pong"]
+    assert handle.read("/a") == "pong"
 
 
 def test_callbacks_can_be_deferred(world) -> None:

@@ -32,6 +32,15 @@ def small(make_world):
     return make_world(SMALL)
 
 
+def test_levels_of_a_path(make_world) -> None:
+    world = make_world(Limits(levels=6))
+    domain = world.domain(5)
+    assert domain.ask(Op.WRITE, b"a/b/c/d\0") == b"ENOSPC"
+    assert domain.ask(Op.READ, b"a\0") == b"ENOENT"
+    assert domain.ask(Op.WRITE, b"a/b/c\0") == OK
+    assert world.dom0.ask(Op.WRITE, b"/a" * 1000 + b"\0") == OK
+
+
 def test_nodes(small) -> None:
     domain = small.domain(5)
     answers = [domain.ask(Op.WRITE, b"n%d\0" % i) for i in range(10)]

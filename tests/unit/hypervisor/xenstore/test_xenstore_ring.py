@@ -156,6 +156,21 @@ def test_many_requests_are_taken_in_turns(guest) -> None:
     assert len(guest.read()) == 20
 
 
+def test_a_turn_ends_when_its_time_is_over(world, guest, monkeypatch) -> None:
+    answer = world.server.process
+
+    def slow(*args) -> None:
+        world.clock.now += 0.5
+        answer(*args)
+
+    monkeypatch.setattr(world.server, "process", slow)
+    guest.put(Packet(Op.GET_DOMAIN_PATH, 9, 0, b"5\0").encode() * 3)
+    guest.ring.on_notify()
+    assert guest.index[REQ_CONS] == 18
+    guest.run_calls()
+    assert guest.index[REQ_CONS] == 3 * 18
+
+
 def test_a_full_reply_ring_holds_its_own_guest_only(world, guest) -> None:
     world.dom0.ask(Op.WRITE, b"/local/domain/5/big\0" + b"x" * 1000)
     for _ in range(3):
