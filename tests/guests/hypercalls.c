@@ -49,7 +49,10 @@ static int may_succeed(u64 nr, u64 op, u64 pointer, u64 count)
     case HC_grant_table_op:
         return count == 0;
     case HC_memory_op:
-        return op == 2; /* maximum_ram_page */
+        /* maximum_ram_page; a reservation that cannot be read stops before its first extent; sharing's counters */
+        return op == 2 || op == 0 || op == 1 || op == 6 || op == 18 || op == 19;
+    case HC_physdev_op:
+        return op == 4; /* IRQ_UNMASK_NOTIFY, does nothing */
     case HC_xen_version:
         return op == 0 || op == 7 || (op == 10 && pointer == 0); /* version, pagesize, the build id's length */
     case HC_vcpu_op:
@@ -57,7 +60,7 @@ static int may_succeed(u64 nr, u64 op, u64 pointer, u64 count)
     case HC_sched_op:
         return op == SCHEDOP_yield;
     case HC_hvm_op:
-        return op == 5 && pointer == 0; /* flush_tlbs */
+        return (op == 5 || op == 24) && pointer == 0; /* flush_tlbs, guest_request_vm_event */
     }
     return 0;
 }

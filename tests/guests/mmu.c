@@ -213,6 +213,21 @@ static void write_kinds(void)
     }
 }
 
+/* Direct writes are emulated only for a guest that asked for it. */
+static void writable_page_tables(void)
+{
+    u64 *entry = table_entry((u64)page, 1);
+
+    check_value("no direct write before the assist is enabled", by_write(page, *entry), FAULT);
+    check_value("enable the assist", HC2(vm_assist, VMASST_CMD_enable, VMASST_TYPE_writable_pagetables), 0);
+    check_value("a direct write after that", by_write(page, *entry), 0);
+    check_value("disable it", HC2(vm_assist, VMASST_CMD_disable, VMASST_TYPE_writable_pagetables), 0);
+    check_value("no direct write again", by_write(page, *entry), FAULT);
+    check_value("enable it again", HC2(vm_assist, VMASST_CMD_enable, VMASST_TYPE_writable_pagetables), 0);
+    check_value("an assist that is none", HC2(vm_assist, VMASST_CMD_enable, 31), -XEN_EINVAL);
+    check_value("a command that is none", HC2(vm_assist, 2, VMASST_TYPE_writable_pagetables), -XEN_ENOSYS);
+}
+
 void guest_main(void)
 {
     check_begin("mmu");
@@ -223,6 +238,7 @@ void guest_main(void)
     }
     page = page_alloc();
     other = page_alloc();
+    writable_page_tables();
     foreign_frames();
     l1_values();
     write_kinds();

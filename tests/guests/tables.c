@@ -195,7 +195,7 @@ static void descriptors(void)
     info.mfn = va_to_mfn((void *)start_info->pt_base);
     check_value("refused: vcpu_info in the L4", HC3(vcpu_op, VCPUOP_register_vcpu_info, 0, &info), -XEN_EINVAL);
     info = (struct vcpu_register_vcpu_info){.mfn = va_to_mfn(page), .offset = PAGE_SIZE - 32};
-    check_value("refused: vcpu_info across a border", HC3(vcpu_op, VCPUOP_register_vcpu_info, 0, &info), -XEN_EINVAL);
+    check_value("refused: vcpu_info across a border", HC3(vcpu_op, VCPUOP_register_vcpu_info, 0, &info), -XEN_ENXIO);
 }
 
 void guest_main(void)

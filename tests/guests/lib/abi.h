@@ -62,6 +62,7 @@ enum {
     XEN_ENOENT = 2,
     XEN_ESRCH = 3,
     XEN_EIO = 5,
+    XEN_ENXIO = 6,
     XEN_E2BIG = 7,
     XEN_ENOMEM = 12,
     XEN_EACCES = 13,
@@ -213,6 +214,8 @@ struct multicall_entry {
     s64 result;
     u64 args[6];
 };
+
+enum { VMASST_CMD_enable = 0, VMASST_CMD_disable = 1, VMASST_TYPE_writable_pagetables = 2 };
 
 /* Scheduling and vCPUs. */
 enum { SCHEDOP_yield = 0, SCHEDOP_block = 1, SCHEDOP_shutdown = 2, SCHEDOP_poll = 3 };
