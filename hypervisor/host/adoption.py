@@ -11,6 +11,7 @@ the record says and what the process says must agree; then the domain is ours ag
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -19,13 +20,13 @@ import signal
 import socket
 from pathlib import Path
 
-from hypervisor.errors import HypervisorBug, ToolstackError
+from hypervisor.errors import HostFailure, HypervisorBug, ToolstackError
 from hypervisor.host import channel as channels
 from hypervisor.host.channel import BadMessage, Channel, ChannelClosed, Message
 from hypervisor.host.domain_process import SOCKET_NAME
 from hypervisor.host.handles import Handles
 from hypervisor.host.lifecycle import Lifecycle
-from hypervisor.host.process import ProcessHold
+from hypervisor.host.process import KILL_TIMEOUT, ProcessHold
 from hypervisor.host.records import DomainRecord, Phase
 from hypervisor.host.table import Domain
 from hypervisor.toolstack.api import DomainState
@@ -35,18 +36,45 @@ LOG = logging.getLogger(__name__)
 IDENTITY_TIMEOUT = 5.0
 """Seconds the start of the host process waits for all domains; after that they are UNKNOWN until they speak."""
 
+RETRIES, RETRY_AFTER = 20, 0.2
+
 
 @dataclasses.dataclass(slots=True)
 class Contact:
-    """A domain process that listens: `pid` is who made the socket, by the kernel's word."""
+    """A domain process that listens: `pid` is who made the socket, by the kernel's word.
+
+    :ivar task: what waits for its identity.
+    """
 
     pid: int
     pidfd: int
     sock: socket.socket
+    task: asyncio.Task[None] | None = None
 
     def close(self) -> None:
         self.sock.close()
         os.close(self.pidfd)
+
+    def gone(self, timeout: float = 0.0) -> bool:
+        """:param timeout: seconds to wait for its end."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(timeout * 1000))
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    async def end(self) -> None:
+        """:raises HostFailure: it does not go."""
+        self.kill()
+        gone = await asyncio.to_thread(self.gone, KILL_TIMEOUT)
+        if self.task is not None and not self.task.done():
+            self.task.cancel()
+        else:
+            self.close()
+        if not gone:
+            raise HostFailure(f"process {self.pid} does not end: it hangs in the host's kernel")
 
 
 def contact(directory: Path) -> Contact | None:
@@ -113,10 +141,13 @@ class Adoption:
         if found is None:
             self._life.lost(domain)
             return
-        domain.lost = True
-        task = asyncio.get_running_loop().create_task(self._identify(domain, found))
-        self._waiting.add(task)
-        task.add_done_callback(self._waiting.discard)
+        self._wait_for(domain, found)
+
+    def _wait_for(self, domain: Domain, found: Contact) -> None:
+        domain.lost, domain.orphan = True, found
+        found.task = asyncio.get_running_loop().create_task(self._identify(domain, found))
+        self._waiting.add(found.task)
+        found.task.add_done_callback(self._waiting.discard)
 
     async def _identify(self, domain: Domain, found: Contact) -> None:
         """Wait, without limit, until the process has said who it is."""
@@ -124,9 +155,8 @@ class Adoption:
         try:
             message, fds = await _receive(channel)
         except (ChannelClosed, BadMessage) as exc:
-            LOG.warning("domain %s: its process left without a word: %s", domain.uuid, exc)
-            found.close()
-            self._life.lost(domain)
+            LOG.warning("domain %s: process %d closed the connection: %s", domain.uuid, found.pid, exc)
+            await self._again(domain, found)
             return
         except BaseException:
             found.close()
@@ -142,8 +172,23 @@ class Adoption:
             self._refuse(domain, found, "it says it is another domain")
             return
         domain.process = ProcessHold(found.pid, found.pidfd, channel, handles, self._life.zygote)
-        domain.lost = False
+        domain.lost, domain.orphan = False, None
         self._take_over(domain, message)
+
+    async def _again(self, domain: Domain, found: Contact) -> None:
+        """It did not speak with us: it is gone, or still holds the connection of the host process before us."""
+        for _ in range(RETRIES):
+            if await asyncio.to_thread(found.gone, RETRY_AFTER):
+                found.close()
+                domain.orphan = None
+                self._life.lost(domain)
+                return
+            once_more = contact(self._life.records.directory(domain.uuid))
+            if once_more is not None:
+                found.close()
+                self._wait_for(domain, once_more)
+                return
+        self._refuse(domain, found, "it does not answer")
 
     def _take_over(self, domain: Domain, message: Message) -> None:
         record = domain.record
@@ -163,7 +208,6 @@ class Adoption:
         """Not provably ours: leave it alone, and say nothing of its state."""
         LOG.error("domain %s: process %d is not adopted: %s", domain.uuid, found.pid, why)
         domain.record.detail = f"process {found.pid} at its socket is not adopted: {why}"
-        found.close()
 
 
 async def _receive(channel: Channel) -> tuple[Message, list[int]]:
@@ -204,10 +248,8 @@ def _kill(directory: Path) -> None:
     if found is None:
         return
     try:
-        signal.pidfd_send_signal(found.pidfd, signal.SIGKILL)
-        poll = select.poll()
-        poll.register(found.pidfd, select.POLLIN)
-        if not poll.poll(5000):
+        found.kill()
+        if not found.gone(KILL_TIMEOUT):
             LOG.error("process %d does not end", found.pid)
     finally:
         found.close()

@@ -82,6 +82,15 @@ class Channel:
             close_all(fds)
             raise
 
+    def is_closed(self) -> bool:
+        """The other end is gone and has left nothing to read."""
+        try:
+            return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def close(self) -> None:
         self._sock.close()
 

@@ -214,14 +214,14 @@ class DomainProcess:
         return self._guest
 
     def _accept(self) -> None:
-        """A host process is back: the newest connection is the host."""
+        """A host process is back. While one is attached no other is taken."""
         assert self._listener is not None and self._guest is not None
         try:
             sock, _ = self._listener.accept()
         except OSError as exc:
             LOG.warning("accept: %s", exc)
             return
-        if not channels.allowed(channels.peer(sock)[1]):
+        if not channels.allowed(channels.peer(sock)[1]) or self._host_is_there():
             sock.close()
             return
         sock.setblocking(False)
@@ -241,9 +241,14 @@ class DomainProcess:
                 LOG.warning("a host connected and left: %s", exc)
                 new.close()
                 return
-            old, self._host = self._host, new
-        if old is not None:
-            old.close()
+            self._host = new
+
+    def _host_is_there(self) -> bool:
+        host = self._host
+        if host is not None and host.is_closed():
+            self._detach(host)
+            host = None
+        return host is not None
 
     def _detach(self, host: Channel) -> None:
         with self._lock:

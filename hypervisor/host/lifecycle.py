@@ -215,6 +215,7 @@ class Lifecycle:
             raise HostFailure("the domain process did not say where it built the rings: see domain.log")
         domain.attachment = self.backends.attach(domain, boot, adopted=False)
         await process.request("commit")
+        record.pid = process.pid
         record.phase = Phase.MADE
         record.started_at = time.time()
         self.records.save(record)
@@ -256,6 +257,9 @@ class Lifecycle:
         if domain.process is not None:
             await domain.process.end()
             domain.process = None
+        if domain.orphan is not None:
+            await domain.orphan.end()
+            domain.orphan, domain.lost = None, False
         if domain.record.claim is not None:
             self.ledger.release(domain.record.claim)
             domain.record.claim = None

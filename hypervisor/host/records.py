@@ -40,6 +40,7 @@ class DomainRecord:
     :ivar claim: its machine frames; None when it holds none any more (its process is gone).
     :ivar created_at: seconds since the epoch; `started_at` of the present incarnation.
     :ivar restarts: how often it was built anew.
+    :ivar pid: of its process, for people; what counts is who listens at its socket.
     :ivar console: what its console backend saved (`ConsoleRing.save`).
     """
 
@@ -54,6 +55,7 @@ class DomainRecord:
     started_at: float = 0.0
     restarts: int = 0
     cpu_time_ns: int = 0
+    pid: int = 0
     console: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

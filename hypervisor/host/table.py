@@ -21,6 +21,11 @@ LOG = logging.getLogger(__name__)
 STATS_TIMEOUT = 1.0
 
 
+class Orphan(Protocol):
+    async def end(self) -> None:
+        """Kill it and let go of it."""
+
+
 class Attachment(Protocol):
     """The backends of one running domain (xenstore and console rings)."""
 
@@ -44,6 +49,7 @@ class Domain:
     :ivar lock: one verb at a time.
     :ivar process: None when the domain holds nothing any more.
     :ivar lost: the process is there but has not identified itself yet: nothing can be said of its state.
+    :ivar orphan: that process.
     :ivar dying: its end is being dealt with.
     """
 
@@ -53,6 +59,7 @@ class Domain:
     process: ProcessHold | None = None
     attachment: Attachment | None = None
     lost: bool = False
+    orphan: Orphan | None = None
     dying: bool = False
 
     @property

@@ -2,8 +2,9 @@
 
 The file begins with ``#scripted`` and holds one word a line: ``print TEXT``, ``wait`` (for ever, echoing
 typed lines and obeying control/shutdown), ``deaf`` (wait, obeying nothing), ``poweroff``, ``reboot``,
-``crash``, ``segv``, ``spin``, ``once WORD`` (only in a domain that finds no marker file ``<kernel>.once``
-at build), ``raise``. Words of the command line override nothing.
+``crash``, ``segv``, ``raise``, ``spin``, ``await`` (until the process gets SIGUSR1), ``try CALL`` (a system
+call that must be refused), ``once WORD`` (only in the domain's first incarnation), ``die-in-build``,
+``hang-in-build``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import mmap
 import os
 import select
+import signal
 import struct
 import threading
 import time
@@ -70,6 +72,7 @@ class ScriptedGuest:
         self._packets = b""
         self._typed = b""
         self._deaf = False
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
     # -- what the host calls ------------------------------------------------------------------------------------
 
@@ -110,6 +113,8 @@ class ScriptedGuest:
             ctypes.string_at(8)
         elif name == "raise":
             raise RuntimeError("scripted bug")
+        elif name == "await":
+            signal.sigwait({signal.SIGUSR1})
         elif name == "spin":
             while True:
                 self._go.wait()
@@ -178,14 +183,18 @@ class ScriptedRuntime:
             raise KernelInvalid(f"kernel {path} is no script")
         self._check_ramdisk(request)
         words = []
+        marker = Path(f"{path}.{request.spec.uuid}.once")
+        first = not marker.exists()
+        marker.touch()
         for line in lines[1:]:
             if line == "die-in-build":
                 os._exit(3)
+            if line == "hang-in-build":
+                Path(f"{path}.hangs").write_text(str(os.getpid()))
+                select.select([], [], [], 3)
             if line.startswith("once "):
-                marker = Path(f"{path}.{request.spec.uuid}.once")
-                if marker.exists():
+                if not first:
                     continue
-                marker.touch()
                 line = line.removeprefix("once ")
             if line:
                 words.append(line)
