@@ -163,6 +163,10 @@ class Connection:
             if connection.endpoint is not None:
                 connection.endpoint.resume()
 
+    def rewind(self) -> None:
+        """The first queued message counts as unsent as a whole; its transport knows how much of it was sent."""
+        self._offset = 0
+
     def reset(self) -> None:
         """Forget input, output and transactions (not the watches, which the server keeps)."""
         self.parser.clear()

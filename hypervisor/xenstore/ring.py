@@ -96,9 +96,9 @@ class XenstoreRing:
             self._stop(ERROR_PROTOCOL, str(exc))
 
     def close(self) -> None:
-        """Let go of the page. The domain is to be released from the server before."""
+        """Let go of the page. A domain that was not released from the server goes on with its next ring."""
         if self._conn is not None:
-            self._conn.endpoint = None
+            self._server.detach(self._conn)
             self._conn = None
             self._requests.close()
             self._replies.close()

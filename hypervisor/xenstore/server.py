@@ -114,8 +114,15 @@ class Server:
             self._ready[conn] = None
         return conn
 
+    def detach(self, conn: Connection) -> None:
+        """A domain's ring lets go, and the domain may live on: it waits for another `introduce`."""
+        if conn.endpoint is not None and not conn.closed:
+            self._restored[conn.who.domid] = conn.endpoint.positions()
+            conn.rewind()
+        conn.endpoint = None
+
     def restored_positions(self, domid: int) -> tuple[int, int] | None:
-        """Ring positions (next byte to read, first byte of the unread output) of a domain that was restored."""
+        """Ring positions (next byte to read, first byte of the queued output) of a domain that was served before."""
         return self._restored.pop(domid, None)
 
     def introduce_by_request(self, domid: int, gfn: int, port: int) -> None:

@@ -175,6 +175,28 @@ def test_killed_at_any_record_each_request_happens_once(tmp_path: Path, monkeypa
     assert deaths > 5
 
 
+@pytest.mark.parametrize("same_process", [True, False])
+def test_a_ring_that_lets_go_is_followed_by_another(tmp_path: Path, same_process: bool) -> None:
+    host = Host(tmp_path / "state")
+    host.handle.write("/local/domain/5/big", "x" * 900)
+    host.put(Packet(Op.READ, 1, 0, b"big\0").encode() * 3)
+    host.turn()  # one and a part of the replies are in the ring
+    assert host.ring is not None
+    host.ring.close()
+    assert host.server.journal is not None
+    host.server.journal.compact()  # type: ignore[attr-defined]
+    host.handle.write("/local/domain/5/other", "y")
+    if same_process:
+        host.ring = XenstoreRing(host.server, 5, memoryview(host.page), lambda: None, host.later)
+    else:
+        host.boot()
+    got = host.take()
+    for _ in range(3):
+        host.turn()
+        got += host.take()
+    assert [(p.req_id, p.payload) for p in got] == [(1, b"x" * 900)] * 3
+
+
 class Recorder:
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
