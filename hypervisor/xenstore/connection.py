@@ -6,10 +6,10 @@ directions, and nothing of it can grow without bound:
 * input: one unfinished packet;
 * replies: a client with `Limits.outstanding` unread ones is not read from;
 * watch events: equal ones are sent once; beyond `Limits.event_bytes` a
-  domain loses events, its own fault, while a tool that does not read ends up
-  as `stuck`. A domain whose changes fill a tool's queue is not read from
-  until the tool has caught up, so no domain floods a tool, and no domain can
-  hold up another.
+  domain loses events, its own fault. A domain with as many bytes of events
+  waiting at tools is not read from until the tools have caught up, so no
+  domain floods a tool, no domain can hold up another, and a tool that never
+  reads holds up nobody for long: its transport cuts it off.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ class Connection:
             return False
         if self.who.privileged:
             return self._bytes < self.limits.tool_output_bytes
-        return self._replies < self.limits.outstanding and self._blamed < self.limits.outstanding
+        return self._replies < self.limits.outstanding and self._blamed < self.limits.event_bytes
 
     @property
     def stuck(self) -> bool:
         """A tool that lets its output pile up beyond every measure."""
-        return self.who.privileged and self._bytes > 2 * self.limits.tool_output_bytes
+        return self.who.privileged and self._bytes > 16 * self.limits.tool_output_bytes
 
     def new_transaction_id(self) -> int:
         while True:
@@ -114,7 +114,7 @@ class Connection:
     def push_event(self, payload: bytes, origin: Connection | None, *, once: bool = True) -> bytes | None:
         """Queue a watch event.
 
-        :param origin: whose change it is; held back while a tool has too much of it to read.
+        :param origin: whose change it is; held back while tools have too much of it to read.
         :param once: leave it out when an equal one is waiting.
         :returns: its bytes, or None when it was left out.
         """
@@ -155,7 +155,7 @@ class Connection:
                 continue
             self._events.discard(message.data)
             self._event_bytes -= len(message.data)
-            if message.origin is not None and message.origin._forgive():
+            if message.origin is not None and message.origin._forgive(len(message.data)):
                 woken.append(message.origin)
         if not was_accepting and self.accepts:
             woken.append(self)
@@ -202,12 +202,12 @@ class Connection:
             self._events.add(message.data)
             self._event_bytes += len(message.data)
             if message.origin is not None:
-                message.origin._blamed += 1
+                message.origin._blamed += len(message.data)
         else:
             self._replies += 1
 
-    def _forgive(self) -> bool:
-        """One event less to wait for. :returns: whether requests are accepted again just now."""
+    def _forgive(self, size: int) -> bool:
+        """So much less to wait for. :returns: whether requests are accepted again just now."""
         before = self.accepts
-        self._blamed -= 1
+        self._blamed -= size
         return not before and self.accepts

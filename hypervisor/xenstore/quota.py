@@ -25,9 +25,11 @@ class Limits:
     :ivar transactions: open at once.
     :ivar transaction_nodes: nodes one transaction may touch.
     :ivar transaction_bytes: bytes one transaction may have written and not committed.
-    :ivar outstanding: replies it has not read and watch events of its making that others have not read.
-    :ivar event_bytes: bytes of watch events waiting for it; what comes beyond is dropped.
-    :ivar tool_output_bytes: bytes waiting for one socket client before it counts as stuck.
+    :ivar outstanding: replies it has not read; no further request of it is taken then.
+    :ivar event_bytes: bytes of watch events waiting for it; what comes beyond is dropped. Also bytes of events of
+        its making that wait for tools; no further request of it is taken then.
+    :ivar tool_output_bytes: bytes waiting for one tool; no further request of it is taken then. With 16 times as
+        much (events, for it watches and does not read) it is cut off.
     :ivar write_rate: writes a second while another connection has a transaction open.
     :ivar write_burst: writes it may do at once before that rate holds.
     """
