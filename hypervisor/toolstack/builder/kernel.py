@@ -106,6 +106,9 @@ def _check_notes(notes: XenNotes, name: str) -> None:
             f"{name} is for loader {notes.loader[:32]!r} and system {notes.guest_os[:32]!r}: "
             "Xen loads Linux or the loader 'generic'"
         )
+    if notes.guest_os.startswith("linux") and not pv and not notes.legacy:
+        # Linux with CONFIG_XEN for full virtualisation alone still carries the descriptive notes.
+        raise KernelNotXen(f"{name} has Xen notes but no PV entry: give a kernel built with CONFIG_XEN_PV")
     if not notes.xen_version.startswith("xen-3.0"):
         raise KernelNotXen(f"{name} is for Xen interface {notes.xen_version[:32]!r}: a kernel for 'xen-3.0' is needed")
 

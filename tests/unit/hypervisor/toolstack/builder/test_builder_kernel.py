@@ -43,9 +43,9 @@ def test_supported_features_note_adds_to_the_string(make: Any) -> None:
 
 
 def test_without_virt_base_and_entry_notes_libelf_defaults_hold(make: Any) -> None:
-    image = make.elf(make.notes(virt_base=None, entry=None, hypercall_page=0x101000), entry=0x100004)
+    image = make.elf(make.notes(virt_base=None, entry=None, guest_os="XTF"), entry=0x100004)
     kernel = parse_kernel(image, "k")
-    assert (kernel.virt_base, kernel.entry, kernel.hypercall_page) == (0, 0x100004, 0x101000)
+    assert (kernel.virt_base, kernel.entry, kernel.hypercall_page) == (0, 0x100004, None)
 
 
 def test_legacy_guest_string(make: Any) -> None:
@@ -103,6 +103,7 @@ def test_lzo_is_named_as_unsupported(make: Any) -> None:
     [
         ({"phys32_entry": 0x100000, "entry": None, "virt_base": None}, KernelPvhOnly, "PVH"),
         ({"loader": "other", "guest_os": "plan9"}, KernelNotXen, "plan9"),
+        ({"entry": None, "virt_base": None, "paddr_offset": 0}, KernelNotXen, "CONFIG_XEN_PV"),
         ({"xen_version": "xen-2.0"}, KernelNotXen, "xen-2.0"),
         ({"features": "!dom0"}, Unsupported, "dom0"),
         ({"features": "!auto_translated_physmap"}, Unsupported, "auto_translated_physmap"),
@@ -111,7 +112,7 @@ def test_lzo_is_named_as_unsupported(make: Any) -> None:
         ({"virt_base": 0xFFFF800000000000, "entry": 0xFFFF800000100000}, KernelInvalid, "VIRT_BASE"),
         ({"virt_base": 0x800000000000, "entry": 0x800000100000}, KernelInvalid, "VIRT_BASE"),
         ({"hypercall_page": 0x1000}, KernelInvalid, "hypercall page"),
-        ({"virt_base": None, "paddr_offset": 4096, "entry": None}, KernelInvalid, "PADDR_OFFSET"),
+        ({"virt_base": None, "paddr_offset": 4096, "guest_os": "other"}, KernelInvalid, "PADDR_OFFSET"),
     ],
 )
 def test_refused_notes(make: Any, notes: dict[str, Any], error: type[Exception], text: str) -> None:
