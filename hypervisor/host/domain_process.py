@@ -101,9 +101,10 @@ class DomainProcess:
     def _build(self) -> Guest:
         self._listener = channels.listen(self.directory / SOCKET_NAME, socket.SOCK_SEQPACKET, backlog=4)
         memory = mmap.mmap(self.handles.memory, 0)
-        guest = self.runtime.build(self.request, memory, self._notify_host)
+        sealed: list[sandbox.Report] = []
+        guest = self.runtime.build(self.request, memory, self._notify_host, lambda: sealed.append(sandbox.restrict()))
         self._guest = guest
-        self._report = sandbox.enter(required=self.sandbox_required)
+        self._report = sandbox.lock_down(sealed[0] if sealed else sandbox.restrict(), required=self.sandbox_required)
         return guest
 
     def _committed(self) -> bool:

@@ -1,110 +1,112 @@
-"""The runtime of domain processes: the domain builder and the PV machine behind `hypervisor.host.runtime`."""
+"""The runtime of real domains: builder and machine, put together for one domain process.
+
+Imported by the zygote only: it loads the engine, so that every domain process
+starts with it and shares its pages.
+"""
 
 from __future__ import annotations
 
-import functools
+import logging
 import mmap
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from hypervisor.domain import MachineConfig
-from hypervisor.engines import unicorn as unicorn_engine
+from hypervisor.engines import unicorn
 from hypervisor.engines.tsc import measure_khz
-from hypervisor.errors import Unsupported
+from hypervisor.errors import HostFailure, HypervisorBug, XenError
 from hypervisor.host.runtime import CONSOLE_PORT, STORE_PORT, BuildRequest, Ended, RuntimeFacts
 from hypervisor.machine import Machine
 from hypervisor.toolstack import builder
-from hypervisor.toolstack.api import Capability, DomainType
+from hypervisor.toolstack.api import Capability
+from hypervisor.toolstack.builder import BootState, BuildMemory, Kernel
 from hypervisor.types import Mfn, Port
 
+LOG = logging.getLogger(__name__)
+
 MAX_VCPUS = 1
-"""vCPUs of one domain that this machine runs."""
-
-
-@functools.cache
-def tsc_khz() -> int:
-    """Measured once, in the zygote: every domain process inherits it."""
-    return measure_khz()
+CAPABILITIES = (Capability.PV, Capability.CONSOLE, Capability.REBOOT, Capability.ADOPTION)
 
 
 class PvGuest:
-    """`hypervisor.host.runtime.Guest` over a `Machine`."""
+    """A `hypervisor.host.runtime.Guest` over a `Machine`."""
 
-    def __init__(self, machine: Machine, boot: builder.BootState) -> None:
+    def __init__(self, machine: Machine, boot: BootState) -> None:
         self._machine = machine
-        self._boot = boot
-
-    @property
-    def boot(self) -> dict[str, Any]:
-        return self._boot.to_json()
+        self.boot: dict[str, Any] = {
+            "store_mfn": int(boot.store_mfn),
+            "console_mfn": int(boot.console_mfn),
+            "entry": boot.entry,
+            "guest_os": boot.guest_os,
+            "guest_version": boot.guest_version,
+        }
+        self.pause = machine.pause
+        self.unpause = machine.unpause
+        self.notify = machine.notify
+        self.stats = machine.stats
 
     def run(self) -> Ended:
-        ended = self._machine.run()
-        return Ended(ended.reason, ended.detail)
-
-    def pause(self) -> None:
-        self._machine.pause()
-
-    def unpause(self) -> None:
-        self._machine.unpause()
-
-    def notify(self, port: int) -> None:
-        self._machine.notify(port)
-
-    def stats(self) -> dict[str, Any]:
-        return self._machine.stats()
+        shutdown = self._machine.run()
+        return Ended(shutdown.reason, shutdown.detail)
 
 
 class PvRuntime:
-    """Builds 64-bit PV guests on the Unicorn engine."""
+    """A `hypervisor.host.runtime.Runtime`. What costs time and is the same for all domains is done here, once."""
 
     def __init__(self) -> None:
-        self._check = unicorn_engine.selfcheck()
-        tsc_khz()
+        self._check = unicorn.selfcheck()
+        self._tsc_khz = measure_khz()
 
     def facts(self) -> RuntimeFacts:
-        detail = (("engine", self._check.reason), ("tsc_khz", str(tsc_khz())))
-        capabilities = (Capability.PV, Capability.CONSOLE, Capability.REBOOT, Capability.ADOPTION)
-        return RuntimeFacts("pv", MAX_VCPUS, tuple(str(c) for c in capabilities), detail)
+        private = self._check.layout is not None
+        detail = {"engine": "unicorn", "engine_path": "private" if private else "public", "tsc_khz": str(self._tsc_khz)}
+        return RuntimeFacts("pv", MAX_VCPUS, tuple(CAPABILITIES), tuple(sorted(detail.items())))
 
-    def build(self, request: BuildRequest, memory: mmap.mmap, notify_host: Callable[[int], None]) -> PvGuest:
-        """See `hypervisor.host.runtime.Runtime.build`."""
-        spec = request.spec
-        if spec.type is not DomainType.PV:
-            raise Unsupported(f"domain type {spec.type}: this hypervisor runs pv guests; give type pv")
-        kernel = _load_kernel(spec.boot.kernel, request.cache_dir)
-        ramdisk = builder.load_ramdisk(spec.boot.ramdisk, guest_os=kernel.notes.guest_os) if spec.boot.ramdisk else None
-        builder.plan_memory(kernel, len(ramdisk) if ramdisk else 0, spec.memory_mib)
+    def build(
+        self, request: BuildRequest, memory: mmap.mmap, notify_host: Callable[[int], None], seal: Callable[[], None]
+    ) -> PvGuest:
+        """:raises ToolstackError: kernel, ramdisk or memory are not what a guest can be made of."""
+        kernel, ramdisk = self._read(request)
+        seal()
         config = MachineConfig(
-            uuid=spec.uuid,
-            name=spec.name,
+            uuid=request.spec.uuid,
+            name=request.spec.name,
             domid=request.domid,
             base_mfn=request.base_mfn,
             nr_pages=request.nr_pages,
             max_pages=request.max_pages,
-            vcpus=spec.vcpus,
-            max_vcpus=spec.effective_max_vcpus,
-            tsc_khz=tsc_khz(),
+            vcpus=request.spec.vcpus,
+            max_vcpus=request.spec.effective_max_vcpus,
+            tsc_khz=self._tsc_khz,
         )
-        machine = Machine(
-            config, memory, notify_host=notify_host, use_private=os.environ.get("REEVE_PUBLIC_ENGINE") != "1"
-        )
-        with memoryview(memory) as view:
-            target = builder.BuildMemory(view, Mfn(request.base_mfn), request.nr_pages)
+        try:
+            machine = Machine(config, memory, notify_host=notify_host)
             boot = builder.build(
-                target,
+                BuildMemory(memoryview(memory), Mfn(request.base_mfn), request.nr_pages),
                 kernel,
                 ramdisk,
-                spec.boot.cmdline,
+                request.spec.boot.cmdline,
                 shared_info_mfn=Mfn(machine.shared_info_mfn),
                 store_port=Port(STORE_PORT),
                 console_port=Port(CONSOLE_PORT),
             )
-        machine.start(boot)
+            machine.start(boot)
+        except (XenError, HypervisorBug) as exc:
+            LOG.exception("the machine could not be started")
+            raise HostFailure(f"the machine could not be started: {exc!r}; see the log of the host process") from exc
         return PvGuest(machine, boot)
 
-
-def _load_kernel(path: str, cache_dir: str) -> builder.Kernel:
-    return builder.KernelCache(Path(cache_dir)).load(path) if cache_dir else builder.load_kernel(path)
+    def _read(self, request: BuildRequest) -> tuple[Kernel, bytes | None]:
+        """Everything that comes from files."""
+        spec = request.spec
+        if request.engine not in ("", "unicorn"):
+            raise HostFailure(f"engine {request.engine!r} is not installed: set engine to unicorn or leave it empty")
+        if request.cache_dir:
+            kernel = builder.KernelCache(request.cache_dir).load(spec.boot.kernel)
+        else:
+            kernel = builder.load_kernel(spec.boot.kernel)
+        ramdisk = None
+        if spec.boot.ramdisk is not None:
+            ramdisk = builder.load_ramdisk(spec.boot.ramdisk, guest_os=kernel.notes.guest_os)
+        builder.plan_memory(kernel, len(ramdisk or b""), spec.memory_mib)
+        return kernel, ramdisk

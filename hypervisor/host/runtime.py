@@ -106,10 +106,14 @@ class Guest(Protocol):
 class Runtime(Protocol):
     def facts(self) -> RuntimeFacts: ...
 
-    def build(self, request: BuildRequest, memory: mmap.mmap, notify_host: Callable[[int], None]) -> Guest:
-        """Read kernel and ramdisk, fill `memory`, import what is imported late: afterwards no file can be opened.
+    def build(
+        self, request: BuildRequest, memory: mmap.mmap, notify_host: Callable[[int], None], seal: Callable[[], None]
+    ) -> Guest:
+        """Read kernel and ramdisk, fill `memory`, make the machine.
 
         :param memory: the domain's whole extent, shared.
+        :param seal: to be called once, after the last file was read and before the first thread is started: rights
+            that belong to threads are given up there.
         :param notify_host: tells the host that the guest signalled one of `HOST_PORTS`; any thread.
         :raises ToolstackError: with cause and cure.
         """

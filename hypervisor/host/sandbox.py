@@ -63,11 +63,10 @@ class Report:
         return {"seccomp": self.seccomp, "landlock": self.landlock, "missing": list(self.missing)}
 
 
-def enter(*, required: bool) -> Report:
-    """Drop everything, for all threads of this process, for good.
+def restrict() -> Report:
+    """Lines 1 and 2, for the calling thread and those it starts: call it before the first one, after the last file.
 
-    :param required: without seccomp refuse to go on.
-    :raises HostFailure: seccomp is required and missing.
+    :raises HostFailure: the kernel is none of this century.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     _limits()
@@ -77,19 +76,28 @@ def enter(*, required: bool) -> Report:
     landlock = _landlock(libc)
     if not landlock:
         missing.append("Landlock is not in this kernel: seccomp alone guards files")
-    reason = seccomp.install(libc)
+    return Report(False, landlock, tuple(missing))
+
+
+def lock_down(report: Report, *, required: bool) -> Report:
+    """Line 3, for all threads of this process; after `restrict`.
+
+    :param required: without seccomp refuse to go on.
+    :raises HostFailure: seccomp is required and missing.
+    """
+    reason = seccomp.install(ctypes.CDLL(None, use_errno=True))
+    missing = report.missing
     if reason:
         if required:
             raise HostFailure(f"no seccomp ({reason}): run on a kernel with seccomp filters, or set sandbox=auto")
-        missing.append(f"seccomp: {reason}")
-    report = Report(not reason, landlock, tuple(missing))
-    for line in report.missing:
+        missing = (*missing, f"seccomp: {reason}")
+    for line in missing:
         LOG.warning("sandbox: %s", line)
-    return report
+    return Report(not reason, report.landlock, missing)
 
 
 def probe() -> Report:
-    """What `enter` would reach on this machine, without entering."""
+    """What a domain process would reach on this machine."""
     libc = ctypes.CDLL(None, use_errno=True)
     version = libc.syscall(_SYS_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_CREATE_RULESET_VERSION)
     reason = seccomp.unavailable(libc)

@@ -173,7 +173,9 @@ class ScriptedRuntime:
     def facts(self) -> RuntimeFacts:
         return RuntimeFacts("scripted", 4, ("pv", "console", "reboot", "adoption", "smp"))
 
-    def build(self, request: BuildRequest, memory: mmap.mmap, notify_host: Callable[[int], None]) -> ScriptedGuest:
+    def build(
+        self, request: BuildRequest, memory: mmap.mmap, notify_host: Callable[[int], None], seal: Callable[[], None]
+    ) -> ScriptedGuest:
         path = Path(request.spec.boot.kernel)
         try:
             lines = path.read_text(errors="replace").split("\n")
@@ -198,6 +200,7 @@ class ScriptedRuntime:
                 line = line.removeprefix("once ")
             if line:
                 words.append(line)
+        seal()
         return ScriptedGuest(request, memory, notify_host, words)
 
     def _check_ramdisk(self, request: BuildRequest) -> None:
