@@ -35,12 +35,12 @@ class Kit:
 
     :ivar connect: a new connection to the host; each caller closes its own.
     :ivar guests: kernel and ramdisk for each kind of guest above that this driver can run.
-    :ivar line: what every guest prints while booting.
+    :ivar line: what a guest prints while booting; `lines` for guests that print something else.
     :ivar memory_mib: enough for every guest.
     :ivar boot_timeout: seconds, generous, from unpause to `line` on a busy machine.
     :ivar add_foreign: makes a domain behind the driver's back, as another toolstack would; None if that cannot be.
     :ivar restart_host: kills the host process with SIGKILL and starts it again; needs capability ADOPTION.
-    :ivar reads_notes: `create` looks at a kernel's ELF notes.
+    :ivar no_notes: a kernel without Xen notes, for a driver whose `create` looks at them.
     """
 
     name: str
@@ -51,8 +51,9 @@ class Kit:
     boot_timeout: float = 30.0
     add_foreign: Callable[[DomainSpec], None] | None = None
     restart_host: Callable[[], None] | None = None
-    reads_notes: bool = False
+    no_notes: KernelBoot | None = None
     stop: Callable[[], None] = lambda: None
+    lines: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
 
 def newc(name: str, content: bytes) -> bytes:
@@ -73,6 +74,7 @@ class Bench:
 
     toolstack: Toolstack
     kit: Kit
+    guests: dict[str, str] = dataclasses.field(default_factory=dict)  # of each UUID
 
     def spec(self, guest: str = WAITS, **fields: object) -> DomainSpec:
         ident = str(uuid.uuid4())
@@ -83,7 +85,13 @@ class Bench:
             "memory_mib": self.kit.memory_mib,
             "owner": OWNER,
         }
-        return DomainSpec(**{**values, **fields})  # type: ignore[arg-type]
+        spec = DomainSpec(**{**values, **fields})  # type: ignore[arg-type]
+        self.guests[spec.uuid] = guest
+        return spec
+
+    def line(self, uuid_text: str) -> bytes:
+        """What this domain's guest prints while booting."""
+        return self.kit.lines.get(self.guests[uuid_text], self.kit.line)
 
     def boot(self, guest: str) -> object:
         if guest not in self.kit.guests:
@@ -99,7 +107,7 @@ class Bench:
     def booted(self, guest: str = WAITS, **fields: object) -> DomainInfo:
         """A domain whose guest has printed its line."""
         info = self.start(guest, **fields)
-        self.until(lambda: self.kit.line in self.toolstack.console_log(info.uuid), f"{guest} guest to boot")
+        self.until(lambda: self.line(info.uuid) in self.toolstack.console_log(info.uuid), f"{guest} guest to boot")
         return info
 
     def until(self, condition: Callable[[], bool], what: str, timeout: float | None = None) -> None:

@@ -24,7 +24,7 @@ def read_until(console: Console, wanted: bytes, timeout: float) -> bytes:
 def test_the_log_holds_what_the_guest_printed(bench: Bench) -> None:
     info = bench.booted()
     log = bench.toolstack.console_log(info.uuid)
-    assert bench.kit.line in log
+    assert bench.line(info.uuid) in log
     assert bench.toolstack.console_log(info.uuid, 4) == log[-4:]
     assert bench.toolstack.console_log(info.uuid, 0) == b""
 
@@ -32,7 +32,7 @@ def test_the_log_holds_what_the_guest_printed(bench: Bench) -> None:
 def test_the_log_is_kept_while_an_ended_domain_is_kept(bench: Bench) -> None:
     info = bench.start(kit.POWEROFF, on_poweroff=OnEvent.PRESERVE)
     bench.until(lambda: bench.toolstack.get_domain(info.uuid).shutdown_reason is not None, "it to end")
-    assert bench.kit.line in bench.toolstack.console_log(info.uuid)
+    assert bench.line(info.uuid) in bench.toolstack.console_log(info.uuid)
 
 
 def test_an_attached_console_shows_the_boot(bench: Bench) -> None:
@@ -42,7 +42,7 @@ def test_an_attached_console_shows_the_boot(bench: Bench) -> None:
     try:
         assert console.read(timeout=0.05) == b""
         bench.toolstack.unpause(info.uuid)
-        assert bench.kit.line in read_until(console, bench.kit.line, bench.kit.boot_timeout)
+        assert bench.line(info.uuid) in read_until(console, bench.line(info.uuid), bench.kit.boot_timeout)
     finally:
         console.close()
 

@@ -150,6 +150,13 @@ def test_a_folder_is_no_kernel(bench: Bench, tmp_path: Path) -> None:
     bench.refused(errors.KernelInvalid, bench.spec(boot=KernelBoot(kernel=str(tmp_path))))
 
 
+def test_a_kernel_without_xen_notes_is_refused(bench: Bench) -> None:
+    if bench.kit.no_notes is None:
+        pytest.skip(f"the {bench.kit.name} kit has no kernel without Xen notes")
+    error = bench.refused(errors.KernelNotXen, bench.spec(boot=bench.kit.no_notes))
+    assert bench.kit.no_notes.kernel in error.message
+
+
 @pytest.mark.parametrize("content", [None, b""])
 def test_a_ramdisk_that_is_not_there_is_refused(bench: Bench, tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "ramdisk"

@@ -88,7 +88,7 @@ def test_domains_survive_the_host_process(bench: Bench) -> None:
         assert other.get_domain(running.uuid).state is DomainState.RUNNING
         assert other.get_domain(running.uuid).domid == running.domid
         assert other.get_domain(paused.uuid).state is DomainState.PAUSED
-        assert bench.kit.line in other.console_log(running.uuid)
+        assert bench.line(running.uuid) in other.console_log(running.uuid)
         console = other.open_console(running.uuid)
         console.write(b"echo still-here\n")
         bench.until(lambda: b"still-here" in other.console_log(running.uuid), "the guest to answer")

@@ -119,7 +119,7 @@ def test_a_preserved_domain_keeps_what_it_held(bench: Bench) -> None:
     assert ended is not None
     assert (ended.state, ended.shutdown_reason) == (DomainState.SHUTDOWN, ShutdownReason.POWEROFF)
     assert bench.toolstack.host_info().memory_free_mib < free
-    assert bench.kit.line in bench.toolstack.console_log(info.uuid)
+    assert bench.line(info.uuid) in bench.toolstack.console_log(info.uuid)
 
 
 @pytest.mark.parametrize("verb", ["unpause", "pause", "shutdown", "reboot"])
@@ -152,7 +152,7 @@ def test_a_crash_is_that_domains_only(bench: Bench) -> None:
 
 
 def twice(bench: Bench, uuid: str) -> Callable[[], bool]:
-    return lambda: bench.toolstack.console_log(uuid).count(bench.kit.line) >= 2
+    return lambda: bench.toolstack.console_log(uuid).count(bench.line(uuid)) >= 2
 
 
 def test_reboot_keeps_the_uuid_and_changes_the_domid(bench: Bench) -> None:
@@ -218,7 +218,7 @@ def test_reset_runs_a_paused_domain(bench: Bench) -> None:
     bench.needs(Capability.REBOOT)
     info = bench.toolstack.create(bench.spec())
     bench.toolstack.reset(info.uuid)
-    bench.until(lambda: bench.kit.line in bench.toolstack.console_log(info.uuid), "it to boot")
+    bench.until(lambda: bench.line(info.uuid) in bench.toolstack.console_log(info.uuid), "it to boot")
 
 
 def test_reset_runs_an_ended_domain(bench: Bench) -> None:
