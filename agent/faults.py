@@ -3,6 +3,7 @@
 Inert unless the environment variable ``REEVE_TEST_KILL_AT`` is set when the process starts. It names one
 boundary, for example ``create:build:ran``:
 
+* ``consumer:taken``: a message is held and not yet in the journal;
 * ``consumer:journalled`` and ``consumer:acked``: around the acknowledgement;
 * ``VERB:planned``: the plan is in the journal, no step was begun;
 * ``VERB:STEP:begun``, ``VERB:STEP:ran``, ``VERB:STEP:done``: after the journal's begin line, after the step's

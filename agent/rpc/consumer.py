@@ -143,6 +143,7 @@ class Consumer:
     def _take_in(self) -> None:
         while self._held and self._has_room() and not self._stop.is_set():
             message = self._held[0]
+            boundary("consumer:taken")
             try:
                 self._receive(_raw(message))
             except JournalCorrupt:

@@ -1,0 +1,172 @@
+"""A private RabbitMQ broker on loopback: own folders, own node name, own ports, stopped by its process group.
+
+Nothing of the machine's own broker is used or touched. Runs as any user, root included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+START_SECONDS = 90
+SCRIPTS = Path("/usr/lib/rabbitmq/bin")
+
+
+class RabbitMissing(Exception):
+    """There is no RabbitMQ here, or it does not start; says why."""
+
+
+@dataclasses.dataclass
+class Rabbit:
+    """:ivar folder: everything it writes."""
+
+    folder: Path
+    port: int
+    dist_port: int
+    epmd_port: int
+    node: str
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"amqp://guest:guest@127.0.0.1:{self.port}/"
+
+    def env(self) -> dict[str, str]:
+        folder = self.folder
+        return {
+            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+            "HOME": str(folder),
+            "LANG": "C.UTF-8",
+            "RABBITMQ_NODENAME": self.node,
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(self.dist_port),
+            "RABBITMQ_MNESIA_BASE": str(folder / "mnesia"),
+            "RABBITMQ_MNESIA_DIR": str(folder / "mnesia" / "node"),
+            "RABBITMQ_LOG_BASE": str(folder / "log"),
+            "RABBITMQ_PID_FILE": str(folder / "pid"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
+            "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
+            "RABBITMQ_ADVANCED_CONFIG_FILE": str(folder / "none.config"),
+            "RABBITMQ_CONF_ENV_FILE": str(folder / "none.env"),
+            "RABBITMQ_GENERATED_CONFIG_DIR": str(folder / "generated"),
+            "ERL_EPMD_PORT": str(self.epmd_port),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none -kernel inet_dist_use_interface {127,0,0,1}",
+        }
+
+    def start(self) -> None:
+        """:raises RabbitMissing: it does not come up; with the end of its output."""
+        with open(self.folder / "output", "ab") as output:
+            self.process = subprocess.Popen(
+                [_script("rabbitmq-server")],
+                env=self.env(),
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        end = time.monotonic() + START_SECONDS
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.kill()
+                raise RabbitMissing(f"rabbitmq-server did not start: {self._tail()}")
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """SIGKILL, as a power failure would."""
+        self._signal(signal.SIGKILL)
+
+    def stop(self) -> None:
+        self._signal(signal.SIGTERM)
+        self._stop_epmd()
+
+    def ctl(self, *args: str) -> str:
+        done = subprocess.run(
+            [_script("rabbitmqctl"), "-q", "-n", self.node, *args],
+            env=self.env(),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        return done.stdout
+
+    def _signal(self, number: int) -> None:
+        if self.process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(10)
+        self.process = None
+
+    def _stop_epmd(self) -> None:
+        """The name server on our own port, which the Erlang VM left behind."""
+        epmd = shutil.which("epmd")
+        if epmd:
+            subprocess.run([epmd, "-port", str(self.epmd_port), "-kill"], capture_output=True, timeout=20, check=False)
+
+    def _answers(self) -> bool:
+        """Speaks AMQP: a wrong protocol header is answered with the right one."""
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as sock:
+                sock.settimeout(1)
+                sock.sendall(b"AMQP\x00\x00\x00\x00")
+                return sock.recv(4) == b"AMQP"
+        except OSError:
+            return False
+
+    def _tail(self) -> str:
+        text = (self.folder / "output").read_text(errors="replace")
+        return " | ".join(text.strip().splitlines()[-5:])
+
+
+@contextlib.contextmanager
+def private_broker(folder: Path) -> Iterator[Rabbit]:
+    """A running broker with its data in `folder`. :raises RabbitMissing: not installed or not startable."""
+    if _script("rabbitmq-server") is None:
+        raise RabbitMissing("rabbitmq-server is not installed: apt-get install rabbitmq-server")
+    for name in ("mnesia", "log", "generated"):
+        (folder / name).mkdir()
+    (folder / "enabled_plugins").write_text("[].\n")
+    (folder / "rabbitmq.conf").write_text("vm_memory_high_watermark.relative = 0.9\ndisk_free_limit.absolute = 1MB\n")
+    ports = _free_ports(3)
+    rabbit = Rabbit(folder, *ports, node=f"reeve-{uuid.uuid4().hex[:8]}@localhost")
+    try:
+        rabbit.start()
+        yield rabbit
+    finally:
+        rabbit.stop()
+
+
+def _script(name: str) -> str | None:
+    # The package's wrapper in /usr/sbin changes to the user rabbitmq; the script itself runs as we are.
+    direct = SCRIPTS / name
+    return str(direct) if direct.exists() else shutil.which(name)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]
+    finally:
+        for sock in sockets:
+            sock.close()
