@@ -29,6 +29,7 @@ _INTR_CB = ctypes.CFUNCTYPE(None, _PTR, ctypes.c_uint32, _PTR)
 _INVALID_CB = ctypes.CFUNCTYPE(ctypes.c_bool, _PTR, _PTR)
 _INSN_CB = ctypes.CFUNCTYPE(None, _PTR, _PTR)
 _BLOCK_CB = ctypes.CFUNCTYPE(None, _PTR, ctypes.c_uint64, ctypes.c_uint32, _PTR)
+_PORT_IN_CB = ctypes.CFUNCTYPE(ctypes.c_uint32, _PTR, ctypes.c_uint32, ctypes.c_int, _PTR)
 _KICK_CB = ctypes.CFUNCTYPE(None, _PTR)
 
 # uc_ctl control words (public unicorn.h: UC_CTL_WRITE(type, number of arguments)).
@@ -38,8 +39,14 @@ _CTL_TLB_FLUSH = _CTL_WRITE | uc_const.UC_CTL_TLB_FLUSH
 # Westmere: no XSAVE, AVX or FSGSBASE, which the engine cannot do, and a baseline that real hosts can offer too.
 CPU_MODEL = uc_x86.UC_CPU_X86_WESTMERE
 
-_TRAMPOLINE = 0x1000  # machine frames below layout.FIRST_MFN belong to nobody
+_TRAMPOLINE = 0x2_0000  # machine frames below layout.FIRST_MFN belong to nobody
+_FLAT_CS, _FLAT_SS = 0xE033, 0xE02B  # Xen's flat ring-3 selectors (public/arch-x86/xen-x86_64.h)
 _SLOT_LDT, _SLOT_GDT = 6, 8
+
+
+def _port_in(_uc: int, _port: int, _size: int, _data: int) -> int:
+    """Nothing answers at any port: all ones, as an empty bus reads. (The library never checks IOPL for `in`, `out`.)"""
+    return 0xFFFF_FFFF
 
 
 class UnicornEngine:
@@ -106,6 +113,7 @@ class UnicornEngine:
 
     def set_handler(self, handler: TrapHandler) -> None:
         self._handler = handler
+        self._add_hook(unicorn.UC_HOOK_INSN, _PORT_IN_CB, _port_in, uc_x86.UC_X86_INS_IN)
         if self._direct:
             self._add_hook(unicorn.UC_HOOK_INTR, _INTR_CB, self._direct_intr)
             self._add_hook(unicorn.UC_HOOK_INSN_INVALID, _INVALID_CB, self._direct_invalid)
@@ -148,16 +156,18 @@ class UnicornEngine:
         """Run one `iretq` without paging from a page of our own: the public way to change the privilege level."""
         uc = self._uc
         uc.mem_map(_TRAMPOLINE, 0x1000)
-        gdt = struct.pack("<3Q", 0, 0x00AF_FB00_0000_FFFF, 0x00CF_F300_0000_FFFF)
+        # The GDT lies so that the selectors which the guest will have anyway name these two descriptors.
+        descriptors = struct.pack("<2Q", 0x00CF_F300_0000_FFFF, 0x00AF_FB00_0000_FFFF)
+        gdt_base = _TRAMPOLINE + 0x100 - (_FLAT_SS & ~7)
         target = _TRAMPOLINE + 0x20
-        frame = struct.pack("<5Q", target, 0x08 | 3, 0x202, _TRAMPOLINE + 0x800, 0x10 | 3)
+        frame = struct.pack("<5Q", target, _FLAT_CS, 0x202, _TRAMPOLINE + 0x800, _FLAT_SS)
         uc.mem_write(_TRAMPOLINE, b"\x48\xcf".ljust(0x20, b"\x90") + b"\x90" * 16)
-        uc.mem_write(_TRAMPOLINE + 0x100, gdt)
+        uc.mem_write(_TRAMPOLINE + 0x100, descriptors)
         uc.mem_write(_TRAMPOLINE + 0x200, frame)
-        uc.reg_write(uc_x86.UC_X86_REG_GDTR, (0, _TRAMPOLINE + 0x100, len(gdt) - 1, 0))
+        uc.reg_write(uc_x86.UC_X86_REG_GDTR, (0, gdt_base, 0xFFFF, 0))
         uc.reg_write(uc_x86.UC_X86_REG_RSP, _TRAMPOLINE + 0x200)
         uc.emu_start(_TRAMPOLINE, target)
-        if uc.reg_read(uc_x86.UC_X86_REG_CS) != 0x0B:
+        if uc.reg_read(uc_x86.UC_X86_REG_CS) != _FLAT_CS:
             raise EngineError("the engine did not enter ring 3: this build of the library is not usable")
         uc.mem_unmap(_TRAMPOLINE, 0x1000)
 
@@ -216,8 +226,8 @@ class UnicornEngine:
 
     def _direct_invalid(self, _uc: int, _data: int) -> bool:
         try:
-            self._direct.take_exception()  # type: ignore[union-attr]
-            self._handler.invalid_opcode()  # type: ignore[union-attr]
+            _, software = self._direct.take_exception()  # type: ignore[union-attr]
+            self._invalid(software)
         except BaseException as exc:
             self._fail(exc)
         return True
@@ -232,6 +242,15 @@ class UnicornEngine:
         # The library adds the length of `syscall` to whatever RIP is now.
         regs.rip = (regs.rip - 2) & x86.MASK64  # type: ignore[union-attr]
 
+    def _invalid(self, software: bool) -> None:
+        """#UD; the library reports `int 6` in the same way, with RIP still at the instruction."""
+        assert self._handler is not None
+        if software:
+            self.regs.rip += 2
+            self._handler.exception(x86.UD, 0, True)
+        else:
+            self._handler.invalid_opcode()
+
     # -- public hooks: note and stop
 
     def _public_intr(self, _uc: int, number: int, _data: int) -> None:
@@ -245,8 +264,15 @@ class UnicornEngine:
         public.forget_exception()
         handler.exception(number, error_code, software)
 
+    def _public_undefined(self, software: bool) -> None:
+        assert self._public is not None
+        self._public.forget_exception()
+        self._invalid(software)
+
     def _public_invalid(self, _uc: int, _data: int) -> bool:
-        self._pending = self._handler.invalid_opcode  # type: ignore[union-attr]
+        rip = self.regs.rip
+        software = (self._peek(rip), self._peek(rip + 1)) == (0xCD, 6)
+        self._pending = lambda: self._public_undefined(software)
         self._stop(self._handle)
         return True
 

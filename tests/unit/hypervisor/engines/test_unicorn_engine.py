@@ -120,6 +120,10 @@ def test_software_interrupt(bench: Bench) -> None:
     assert bench.run(b"\xcd\x82") == [("exception", 0x82, 0, True, CODE + 2)]
 
 
+def test_int_6_is_no_undefined_opcode(bench: Bench) -> None:
+    assert bench.run(b"\xcd\x06") == [("exception", x86.UD, 0, True, CODE + 2)]
+
+
 def test_breakpoint(bench: Bench) -> None:
     assert bench.run(b"\xcc") == [("exception", x86.BP, 0, True, CODE + 1)]
 
@@ -216,6 +220,11 @@ def test_saved_state_restores(bench: Bench) -> None:
     bench.engine.restore_cpu(state)
     bench.run(bytes.fromhex("66480f7ed9 0f05"))  # movq rcx, xmm3
     assert bench.engine.regs.gpr[x86.RCX] == 0x1122_3344_5566_7788
+
+
+def test_ports_read_as_an_empty_bus(bench: Bench) -> None:
+    """in al, 0x64; syscall"""
+    assert bench.run(bytes.fromhex("31c0 e464 0f05"))[0][2] == 0xFF
 
 
 def test_cpuid_is_the_chosen_model(bench: Bench) -> None:
