@@ -1,0 +1,244 @@
+"""Run a micro-guest in this process: the domain builder, a `Machine` in a thread, a console and a xenstore.
+
+Everything of the host side happens in the machine's own thread, so a test has nothing to lock; it waits on
+conditions with a deadline and never sleeps.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import mmap
+import os
+import pathlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from hypervisor.devices.console import ConsoleRing
+from hypervisor.domain import MachineConfig
+from hypervisor.engines.tsc import measure_khz
+from hypervisor.machine import Machine, Shutdown
+from hypervisor.memory import layout
+from hypervisor.toolstack import builder
+from hypervisor.toolstack.api import ShutdownReason
+from hypervisor.types import Mfn
+from hypervisor.xenstore import domain_nodes
+from hypervisor.xenstore.domain_nodes import DomainNodes
+from hypervisor.xenstore.handle import Handle
+from hypervisor.xenstore.ring import XenstoreRing
+from hypervisor.xenstore.server import Server
+
+UUID = "3f2504e0-4f89-41d3-9a0c-0305e82c3301"
+BASE_MFN = 0x20000
+DEADLINE = 30.0
+"""Seconds that a guest may take for anything; a loaded machine must not fail a test."""
+STORE_PORT, CONSOLE_PORT = 1, 2
+
+
+def _load_builder() -> ModuleType:
+    """``build.py`` beside this file: the tests folder is no package."""
+    name = "reeve_guest_build"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).with_name("build.py"))
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+build = _load_builder()
+
+
+@functools.cache
+def _kernel(name: str) -> builder.Kernel:
+    return builder.load_kernel(str(build.build_guest(name)))
+
+
+@functools.cache
+def _tsc_khz() -> int:
+    return measure_khz()
+
+
+class MemoryLog:
+    """The console's log, kept in memory."""
+
+    def __init__(self, changed: threading.Condition) -> None:
+        self.data = bytearray()
+        self._changed = changed
+
+    def write(self, data: bytes) -> None:
+        with self._changed:
+            self.data += data
+            self._changed.notify_all()
+
+    def tail(self, size: int) -> bytes:
+        return bytes(self.data[-size:])
+
+    def close(self) -> None:
+        return
+
+
+def make_memory(max_pages: int) -> mmap.mmap:
+    """An anonymous file of a domain's whole extent, mapped."""
+    size = layout.total_frames(max_pages) * mmap.PAGESIZE
+    fd = os.memfd_create("guest", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+        return mmap.mmap(fd, size)
+    finally:
+        os.close(fd)
+
+
+class GuestRun:
+    """One micro-guest, built and paused; `start` lets it go.
+
+    :param pages: RAM at boot and at most.
+    :ivar ended: why the run loop returned, None while it runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        cmdline: str = "",
+        pages: int = 2048,
+        public: bool = False,
+        base_mfn: int = BASE_MFN,
+        domid: int = 7,
+    ) -> None:
+        kernel = _kernel(name)
+        self.memory = make_memory(pages)
+        config = MachineConfig(UUID, name, domid, base_mfn, pages, pages, tsc_khz=_tsc_khz())
+        self.machine = Machine(config, self.memory, notify_host=self._from_guest, use_private=not public)
+        view = memoryview(self.memory)
+        target = builder.BuildMemory(view, Mfn(base_mfn), pages)
+        self.boot = builder.build(target, kernel, None, cmdline, shared_info_mfn=Mfn(self.machine.shared_info_mfn))
+        self.machine.start(self.boot)
+        self.changed = threading.Condition()
+        self.ended: Shutdown | None = None
+        self._timers: list[threading.Timer] = []
+        self._connect(view, name, domid, pages)
+        self._thread = threading.Thread(target=self._run, name=f"guest-{name}", daemon=True)
+        self._thread.start()
+
+    def _connect(self, view: memoryview, name: str, domid: int, pages: int) -> None:
+        base, machine = self.machine.config.base_mfn, self.machine
+        self.server = Server()
+        self.store = Handle(self.server)
+        domain_nodes.prepare_host(self.store)
+        nodes = DomainNodes(
+            domid=domid, uuid=UUID, name=name, memory_kib=pages * 4, max_memory_kib=pages * 4, vcpus=1, max_vcpus=1,
+            store_port=STORE_PORT, store_mfn=self.boot.store_mfn, console_port=CONSOLE_PORT,
+            console_mfn=self.boot.console_mfn, owner="test", kernel=name, ramdisk="", cmdline="",
+            console_tty="", start_time=0.0,
+        )  # fmt: skip
+        domain_nodes.lay_out(self.store, nodes)
+        page = (self.boot.store_mfn - base) * 4096
+        self._store_ring = XenstoreRing(
+            self.server, domid, view[page : page + 4096], lambda: machine.notify(STORE_PORT), self._call_later
+        )
+        page = (self.boot.console_mfn - base) * 4096
+        self.log = MemoryLog(self.changed)
+        sink: Any = self.log
+        self.console = ConsoleRing(
+            view[page : page + 4096], lambda: machine.notify(CONSOLE_PORT), sink, self._call_later
+        )
+        self.domid = domid
+
+    def _from_guest(self, port: int) -> None:
+        if port == STORE_PORT:
+            self._store_ring.on_notify()
+        elif port == CONSOLE_PORT:
+            self.console.on_notify()
+
+    def _call_later(self, seconds: float, function: Callable[[], None]) -> None:
+        if not seconds:
+            self.machine.post(function)
+            return
+        timer = threading.Timer(seconds, lambda: self.machine.post(function))
+        timer.daemon = True
+        timer.start()
+
+    def _run(self) -> None:
+        ended = self.machine.run()
+        self.console.close()
+        with self.changed:
+            self.ended = ended
+            self.changed.notify_all()
+
+    # -- what tests do
+
+    def start(self) -> GuestRun:
+        self.machine.unpause()
+        return self
+
+    @property
+    def text(self) -> str:
+        """All that the guest printed."""
+        return self.log.data.decode("latin-1")
+
+    def wait(self, ready: Callable[[], bool], what: str, seconds: float = DEADLINE) -> None:
+        """Until `ready`, asked after each piece of output and at the end of the guest."""
+        with self.changed:
+            done = self.changed.wait_for(lambda: ready() or self.ended is not None, seconds)
+        assert done and ready(), f"no {what}; ended: {self.ended}; the guest said:\n{self.text}"
+
+    def wait_text(self, text: str) -> None:
+        self.wait(lambda: text in self.text, repr(text))
+
+    def wait_end(self, seconds: float = DEADLINE) -> Shutdown:
+        self.wait(lambda: self.ended is not None, "end", seconds)
+        self._thread.join(DEADLINE)
+        assert self.ended is not None
+        return self.ended
+
+    def call(self, function: Callable[[], Any], seconds: float = DEADLINE) -> Any:
+        """`function` in the machine's thread, between two guest instructions; its result."""
+        done = threading.Event()
+        result: list[Any] = []
+
+        def run() -> None:
+            result.append(function())
+            done.set()
+
+        self.machine.post(run)
+        assert done.wait(seconds), f"the machine took no post; ended: {self.ended}"
+        return result[0]
+
+    def type(self, text: str) -> None:
+        self.call(lambda: self.console.send_input(text.encode()))
+
+    def request_shutdown(self, reason: str) -> None:
+        self.call(lambda: domain_nodes.request_shutdown(self.store, self.domid, reason))
+
+    def failures(self) -> list[str]:
+        """The guest's own verdicts that were not PASS."""
+        return [line for line in self.text.splitlines() if line.startswith("FAIL")]
+
+    def close(self) -> None:
+        """End it, however it is."""
+        if self.ended is None:
+            self.machine.stop()
+            self.wait_end()
+
+
+def running(runs: list[GuestRun], *args: Any, **kwargs: Any) -> GuestRun:
+    """A started guest that is remembered in `runs` for the end of the test."""
+    run = GuestRun(*args, **kwargs)
+    runs.append(run)
+    return run.start()
+
+
+def guest_runs() -> Iterator[list[GuestRun]]:
+    """Body of a fixture: the runs of one test, all ended behind it."""
+    runs: list[GuestRun] = []
+    yield runs
+    for run in runs:
+        run.close()
+
+
+EXPECTED_POWEROFF = Shutdown(ShutdownReason.POWEROFF)
