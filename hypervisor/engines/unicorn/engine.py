@@ -113,7 +113,6 @@ class UnicornEngine:
 
     def set_handler(self, handler: TrapHandler) -> None:
         self._handler = handler
-        self._add_hook(unicorn.UC_HOOK_INSN, _PORT_IN_CB, _port_in, uc_x86.UC_X86_INS_IN)
         if self._direct:
             self._add_hook(unicorn.UC_HOOK_INTR, _INTR_CB, self._direct_intr)
             self._add_hook(unicorn.UC_HOOK_INSN_INVALID, _INVALID_CB, self._direct_invalid)
@@ -123,6 +122,9 @@ class UnicornEngine:
             self._add_hook(unicorn.UC_HOOK_INSN_INVALID, _INVALID_CB, self._public_invalid)
             self._add_hook(unicorn.UC_HOOK_INSN, _INSN_CB, self._public_syscall, uc_x86.UC_X86_INS_SYSCALL)
             self._add_hook(unicorn.UC_HOOK_BLOCK, _BLOCK_CB, self._public_block)
+        # Behind the hook of `syscall`: the library walks one list for all instructions and leaves it when a stop was
+        # requested meanwhile, so a hook before it would lose system calls.
+        self._add_hook(unicorn.UC_HOOK_INSN, _PORT_IN_CB, _port_in, uc_x86.UC_X86_INS_IN)
 
     def _add_hook(self, kind: int, prototype: Any, function: Callable[..., Any], *extra: int) -> None:
         callback = prototype(function)
