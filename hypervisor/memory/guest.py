@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 
 from hypervisor.abi import errno
-from hypervisor.engines.x86 import PTE_ADDR, PTE_P, PTE_PSE, PTE_RW, PTE_US, is_canonical
+from hypervisor.engines.x86 import PTE_ADDR, PTE_P, PTE_PSE, PTE_RW, PTE_US
 from hypervisor.errors import XenError
 from hypervisor.memory.codewatch import CodeWatch
 from hypervisor.memory.physical import DomainMemory
@@ -19,6 +19,11 @@ from hypervisor.types import PAGE_SIZE
 
 MAX_COPY = 1 << 20
 """Most bytes of one copy; hypercall arguments are smaller by far."""
+
+_LOW_END = 1 << 47
+_XEN_END = 0xFFFF_8800_0000_0000
+"""Between these lie the non-canonical addresses and Xen's area: the guest may read its M2P there, but hand over none
+of it (HYPERVISOR_VIRT_END of public/arch-x86/xen-x86_64.h)."""
 
 
 class GuestAccess:
@@ -42,7 +47,7 @@ class GuestAccess:
         words, base, limit = self._words, self._base, self._limit
         need = PTE_P | PTE_US | PTE_RW if write else PTE_P | PTE_US
         table = (self._cr3() & PTE_ADDR) - base
-        if not is_canonical(va):
+        if not 0 <= va < _LOW_END and not _XEN_END <= va < 1 << 64:
             return -1
         for shift in (36, 27, 18):
             if not 0 <= table < limit:
@@ -73,7 +78,9 @@ class GuestAccess:
         return (table + ((va >> 9) & 0xFF8)) >> 3
 
     def read(self, va: int, size: int) -> bytes:
-        """A private copy. :raises XenError: EFAULT."""
+        """A private copy. Nothing is read for size 0, wherever `va` points. :raises XenError: EFAULT."""
+        if not size:
+            return b""
         if (va & 0xFFF) + size <= PAGE_SIZE:
             at = self.translate(va)
             if at < 0:
