@@ -21,8 +21,6 @@ MAX_VCPUS = 32
 
 # VIRQs bound per vCPU; the others are bound once per domain, on vCPU 0.
 VCPU_VIRQS = frozenset((abi.VIRQ_TIMER, abi.VIRQ_DEBUG, abi.VIRQ_XENOPROF, abi.VIRQ_XENPMU))
-GLOBAL_VIRQS = frozenset((abi.VIRQ_CONSOLE, abi.VIRQ_DOM_EXC, abi.VIRQ_ARGO))
-PRIVILEGED_VIRQS = frozenset((abi.VIRQ_CONSOLE, abi.VIRQ_DOM_EXC))
 NR_VIRQS = 24
 
 
@@ -41,7 +39,6 @@ class Channel:
 
     :ivar peer: domain at the other end (unbound: the only one that may bind), 0 for the host side.
     :ivar peer_port: its port when bound.
-    :ivar xen_consumer: bound by the toolstack for the guest (console, xenstore); the guest may close it all the same.
     """
 
     state: ChannelState = ChannelState.FREE
@@ -144,8 +141,6 @@ class EventChannels:
     def bind_virq(self, virq: int, vcpu: int, max_vcpus: int) -> Port:
         if not 0 <= virq < NR_VIRQS:
             raise XenError(errno.EINVAL, f"no VIRQ {virq}")
-        if virq in PRIVILEGED_VIRQS:
-            raise XenError(errno.EPERM, f"VIRQ {virq} is not for guests")
         if virq not in VCPU_VIRQS and vcpu != 0:
             raise XenError(errno.EINVAL, f"VIRQ {virq} is bound on vCPU 0")
         if not 0 <= vcpu < max_vcpus:
@@ -187,8 +182,8 @@ class EventChannels:
             raise XenError(errno.EINVAL, f"port {port} cannot be sent to")
 
     def status(self, port: int) -> Channel:
-        """The channel itself; a port in range that is closed is a FREE one."""
-        if not 0 < port < self.events.max_ports:
+        """The channel itself; a port in range that is closed is a FREE one, as port 0 always is."""
+        if not 0 <= port < self.events.max_ports:
             raise XenError(errno.EINVAL, f"no port {port}")
         return self.channels[port] if port < len(self.channels) else Channel()
 
@@ -203,8 +198,10 @@ class EventChannels:
         channel.vcpu = vcpu
 
     def unmask(self, port: int) -> None:
-        channel = self._channel(port)
-        self.events.unmask(port, channel.vcpu)
+        """No error, and no effect, when the port is in range and closed."""
+        channel = self.status(port)
+        if channel.state is not ChannelState.FREE:
+            self.events.unmask(port, channel.vcpu)
 
     def reset(self) -> None:
         for port in range(1, len(self.channels)):

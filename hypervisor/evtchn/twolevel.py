@@ -18,8 +18,8 @@ class TwoLevel:
     """See `hypervisor.evtchn.core.Abi`.
 
     :param shared_info: frame index.
-    :param wake: called with a vCPU number when an event became deliverable there, or with (port, None semantics of)
-        a port that someone polls.
+    :param wake: called with (vCPU number, port) when a port went pending: the event may be deliverable there now,
+        or someone polls the port.
     """
 
     max_ports = 4096
@@ -55,8 +55,10 @@ class TwoLevel:
         self._bytes[info + _UPCALL_PENDING] = 1
 
     def unmask(self, port: int, vcpu: int) -> None:
-        data, bit = self._bytes, 1 << (port & 7)
-        data[self._masks + (port >> 3)] &= ~bit & 0xFF
+        data, at, bit = self._bytes, self._masks + (port >> 3), 1 << (port & 7)
+        if not data[at] & bit:
+            return
+        data[at] &= ~bit & 0xFF
         if data[self._pending + (port >> 3)] & bit:
             self._select(port, vcpu)
             self._wake(vcpu, port)
