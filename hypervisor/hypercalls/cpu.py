@@ -30,6 +30,17 @@ _ASSISTS = frozenset(
 )
 
 
+_CALLBACKS = frozenset(
+    (
+        abi.CALLBACKTYPE_event,
+        abi.CALLBACKTYPE_failsafe,
+        abi.CALLBACKTYPE_syscall,
+        abi.CALLBACKTYPE_syscall32,
+        abi.CALLBACKTYPE_sysenter,
+    )
+)
+
+
 def fix_code_selector(selector: int) -> int:
     """A guest handler runs in ring 3 (fixup_guest_code_selector)."""
     return selector | 3
@@ -69,10 +80,11 @@ def callback_op(domain: Domain, command: int, argument: int, _3: int, _4: int, _
     state = domain.running.state
     if command == abi.CALLBACKOP_unregister:
         (kind,) = struct.unpack("<H", domain.guest.read(argument, 2))
-        if kind in (abi.CALLBACKTYPE_event, abi.CALLBACKTYPE_failsafe, abi.CALLBACKTYPE_syscall):
-            raise XenError(errno.EINVAL, "this callback cannot be unregistered")
-        kind, flags, address = kind, 0, 0
-    elif command == abi.CALLBACKOP_register:
+        if kind == abi.CALLBACKTYPE_nmi:
+            return 0
+        known = kind in _CALLBACKS
+        raise XenError(errno.EINVAL if known else errno.ENOSYS, f"callback {kind} cannot be unregistered")
+    if command == abi.CALLBACKOP_register:
         kind, flags, address = _CALLBACK.unpack(domain.guest.read(argument, _CALLBACK.size))
         if not x86.is_canonical(address):
             raise XenError(errno.EINVAL, f"callback at {address:#x}")
@@ -92,7 +104,7 @@ def callback_op(domain: Domain, command: int, argument: int, _3: int, _4: int, _
     elif kind == abi.CALLBACKTYPE_nmi:
         pass  # accepted, as nothing here raises an NMI
     else:
-        raise XenError(errno.ENOSYS if command == abi.CALLBACKOP_register else errno.EINVAL, f"callback type {kind}")
+        raise XenError(errno.ENOSYS, f"callback type {kind}")
     return 0
 
 

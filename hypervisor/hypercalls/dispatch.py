@@ -40,7 +40,7 @@ class Dispatcher:
         domain = self._domain
         regs = domain.engine.regs
         gpr = regs.gpr
-        number = gpr[x86.RAX] & x86.MASK32
+        number = gpr[x86.RAX]
         if number == abi.HYPERVISOR_iret:
             domain.traps.iret()
             return

@@ -9,7 +9,7 @@ from hypervisor.abi import errno
 from hypervisor.cpu.cpuid import XEN_VERSION
 from hypervisor.domain import Domain
 from hypervisor.errors import XenError
-from hypervisor.hypercalls.registry import Handler, hypercall
+from hypervisor.hypercalls.registry import Continuation, Handler, hypercall
 from hypervisor.memory.layout import M2P_VIRT_START
 
 CAPABILITIES = b"xen-3.0-x86_64 "
@@ -72,8 +72,8 @@ def console_io(domain: Domain, command: int, count: int, buffer: int, _4: int, _
             domain.console(domain.guest.read(buffer, part))
             buffer += part
             count -= part
-            if domain.preempt:
-                break
+            if count and domain.preempt:
+                raise Continuation(command, count, buffer)
         return 0
     raise XenError(errno.EPERM, f"console_io {command}: not for guests")
 

@@ -20,12 +20,19 @@ _COMMAND_MASK = (1 << START_EXTENT_SHIFT) - 1
 MAX_MFN_ANSWER = (1 << 35) - 1
 """XENMEM_machphys_mapping's max_mfn. The guest caches it for life, so it must hold on every host it may move to."""
 CHUNK = 512
+MAX_EXTENTS = 0xFFFF_FFFF >> START_EXTENT_SHIFT
+"""More could not be continued; Xen does none of them then."""
 
 
 def _reservation(domain: Domain, argument: int) -> tuple[int, int]:
-    """(address of the extent list, number of extents)."""
-    start, count, order, _flags, dom = _RESERVATION.unpack(domain.guest.read(argument, _RESERVATION.size))
+    """(address of the extent list, number of extents); none when it cannot be read or is too long, as in Xen."""
+    try:
+        start, count, order, _flags, dom = _RESERVATION.unpack(domain.guest.read(argument, _RESERVATION.size))
+    except XenError:
+        return 0, 0
     require_self(domain, dom)
+    if count > MAX_EXTENTS:
+        return 0, 0
     if order != 0:
         raise XenError(errno.EINVAL, f"extent order {order}: single pages only")
     return start, count
@@ -40,7 +47,7 @@ def _decrease(domain: Domain, argument: int, start: int) -> int:
             _release_page(domain, domain.guest.read_u64(extents + 8 * number))
         except XenError:
             return number
-    return count
+    return max(start, count)
 
 
 def _release_page(domain: Domain, mfn: int) -> None:
@@ -61,13 +68,15 @@ def _release_page(domain: Domain, mfn: int) -> None:
 
 def _populate(domain: Domain, argument: int, start: int, command: int) -> int:
     extents, count = _reservation(domain, argument)
+    free: list[int] = []
     for number in range(start, count):
         if _gives_way(domain, number, start):
             raise Continuation(command | number << START_EXTENT_SHIFT, argument)
-        found = domain.frames.free_frames(1)
-        if not found:
+        if not free:
+            free = domain.frames.free_frames(min(CHUNK, count - number))[::-1]
+        if not free:
             return number
-        index = found[0]
+        index = free.pop()
         mfn = domain.memory.mfn(index)
         at = extents + 8 * number
         try:
@@ -78,7 +87,7 @@ def _populate(domain: Domain, argument: int, start: int, command: int) -> int:
         domain.frames.refs[index] = 1
         if command == abi.XENMEM_populate_physmap:
             domain.area.set_m2p(mfn, pfn)
-    return count
+    return max(start, count)
 
 
 def _gives_way(domain: Domain, number: int, start: int) -> bool:

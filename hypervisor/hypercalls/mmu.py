@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 
 from hypervisor import abi
@@ -18,6 +19,7 @@ CHUNK = 256
 """Entries taken between two looks at whether someone waits."""
 BUDGET = 4096
 """Most entries in one go."""
+_REQUEST_SIZE = 16
 
 _REQUESTS = struct.Struct("<2Q")
 _MMUEXT = struct.Struct("<I4xQQ")
@@ -39,9 +41,19 @@ def require_self(domain: Domain, domid: int) -> None:
 def _resume(domain: Domain, count: int, pdone: int) -> tuple[int, int]:
     """(entries still to do, entries done before this call)."""
     if count & PREEMPTED:
-        done = domain.guest.read_u32(pdone) if pdone else 0
+        done = 0
+        if pdone:
+            with contextlib.suppress(XenError):
+                done = domain.guest.read_u32(pdone)
         return count & ~PREEMPTED & 0xFFFF_FFFF, done
     return count & 0xFFFF_FFFF, 0
+
+
+def _report_done(domain: Domain, pdone: int, done: int) -> None:
+    """As in Xen, a bad `pdone` is no error: the work is done."""
+    if pdone:
+        with contextlib.suppress(XenError):
+            domain.guest.write(pdone, _U32.pack(done & 0xFFFF_FFFF))
 
 
 @hypercall(abi.HYPERVISOR_mmu_update)
@@ -53,18 +65,18 @@ def mmu_update(domain: Domain, requests: int, count: int, pdone: int, foreign: i
     done = 0
     try:
         while left:
-            chunk = min(left, CHUNK)
-            data = domain.guest.read(requests, chunk * _REQUESTS.size)
+            # Up to the end of a page: what precedes an unreadable request is done, as in Xen.
+            chunk = min(left, CHUNK, (-requests % PAGE_SIZE) // _REQUEST_SIZE or 1)
+            data = domain.guest.read(requests, chunk * _REQUEST_SIZE)
             for ptr, value in _REQUESTS.iter_unpack(data):
                 _update_one(domain, ptr, value)
                 done += 1
             left -= chunk
-            requests += chunk * _REQUESTS.size
+            requests += chunk * _REQUEST_SIZE
             if left and (domain.preempt or done >= BUDGET):
                 raise Continuation(requests, left | PREEMPTED, pdone, foreign)
     finally:
-        if pdone:
-            domain.guest.write(pdone, _U32.pack(before + done))
+        _report_done(domain, pdone, before + done)
     return 0
 
 
@@ -122,8 +134,7 @@ def mmuext_op(domain: Domain, operations: int, count: int, pdone: int, foreign: 
             if left and (domain.preempt or done >= BUDGET):
                 raise Continuation(operations, left | PREEMPTED, pdone, foreign)
     finally:
-        if pdone:
-            domain.guest.write(pdone, _U32.pack(before + done))
+        _report_done(domain, pdone, before + done)
     return 0
 
 

@@ -11,15 +11,12 @@ from hypervisor.errors import XenError
 from hypervisor.hypercalls.registry import REGISTRY, Continuation, hypercall
 
 _ENTRY = struct.Struct("<8Q")
-MAX_CALLS = 1 << 20
-_FORBIDDEN = (abi.HYPERVISOR_multicall, abi.HYPERVISOR_iret)
+_FORBIDDEN = {abi.HYPERVISOR_multicall: errno.EINVAL, abi.HYPERVISOR_iret: errno.ENOSYS}
 
 
 @hypercall(abi.HYPERVISOR_multicall)
 def multicall(domain: Domain, calls: int, count: int, _3: int, _4: int, _5: int, _6: int) -> int:
     count &= 0xFFFF_FFFF
-    if count > MAX_CALLS:
-        raise XenError(errno.EINVAL, f"multicall of {count}")
     table = REGISTRY.table
     for number in range(count):
         if number and domain.preempt:
@@ -28,7 +25,7 @@ def multicall(domain: Domain, calls: int, count: int, _3: int, _4: int, _5: int,
         handler = table[operation] if operation < len(table) and operation not in _FORBIDDEN else None
         try:
             if handler is None:
-                raise XenError(errno.ENOSYS, f"hypercall {operation} in a multicall")
+                raise XenError(_FORBIDDEN.get(operation, errno.ENOSYS), f"hypercall {operation} in a multicall")
             result = handler(domain, *arguments)
         except XenError as exc:
             result = -exc.errno
