@@ -80,6 +80,12 @@ JOURNAL = (
         min=60,
         help="How long finished instructions are kept: the same id gets the same answer and is not done again.",
     ),
+    cfg.IntOpt(
+        "keep-read-seconds",
+        default=600,
+        min=0,
+        help="The same for instructions that only read (list, show), which may be many and may be done again.",
+    ),
 )
 LIMITS = (
     cfg.IntOpt(
@@ -150,6 +156,7 @@ class Settings:
     reply_seconds: int
     journal_path: Path
     keep_seconds: int
+    keep_read_seconds: int
     max_message_bytes: int
     max_pending: int
     driver: str
@@ -252,6 +259,7 @@ def _settings(values: Mapping[str, Mapping[str, Any]]) -> Settings:
         reply_seconds=broker["reply_seconds"],
         journal_path=Path(values["journal"]["path"] or state_dir / "agent" / "journal.sqlite"),
         keep_seconds=values["journal"]["keep_seconds"],
+        keep_read_seconds=values["journal"]["keep_read_seconds"],
         max_message_bytes=values["limits"]["max_message_bytes"],
         max_pending=values["limits"]["max_pending"],
         driver=driver["name"],

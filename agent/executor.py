@@ -7,6 +7,7 @@ start calls `Executor.run` with the same id and it goes on from what the journal
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import threading
 import time
@@ -26,6 +27,8 @@ LOG = logging.getLogger(__name__)
 
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 10.0
+_FAULTS = (Exception, SystemExit)
+"""What a plugin may do wrong, ``sys.exit()`` included."""
 OUTCOME_UNKNOWN = "instruction.outcome_unknown"
 
 
@@ -53,6 +56,7 @@ class Executor:
     """:param stopping: set when the agent ends; waiting steps give way.
 
     :param unknown_seconds: how long a step whose outcome cannot be seen is asked again.
+    :param keep_seconds: how long an outcome is kept; `keep_read_seconds` that of a verb that only reads.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class Executor:
         stopping: threading.Event,
         *,
         unknown_seconds: float = 300.0,
+        keep_seconds: float = 604800.0,
+        keep_read_seconds: float = 600.0,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._journal = journal
@@ -70,6 +76,8 @@ class Executor:
         self._host = host
         self._stopping = stopping
         self._unknown_seconds = unknown_seconds
+        self._keep_seconds = keep_seconds
+        self._keep_read_seconds = keep_read_seconds
         self._now = now
 
     def run(self, ident: str) -> None:
@@ -113,13 +121,14 @@ class Executor:
                 )
             verb.check(instruction.args)
             plan = verb.plugin.plan(instruction.args, self._host)
+            data = _json(plan.to_json())
         except JournalError:
             raise
-        except Exception as exc:
+        except _FAULTS as exc:
             self._fail(entry, exc)
             return
         if not verb.plugin.read_only:
-            self._journal.planned(instruction.id, plan.to_json(), plan.domain)
+            self._journal.planned(instruction.id, data, plan.domain)
         boundary(f"{instruction.verb}:planned")
         with log_fields(instruction.id, plan.domain):
             self._forward(self._work(entry, verb, plan), 0)
@@ -147,7 +156,7 @@ class Executor:
                 verdict = self._look(work, begun)
             except (Interrupted, JournalError):
                 raise
-            except Exception as exc:
+            except _FAULTS as exc:
                 self._settle_failure(work, begun, exc)
                 return
             LOG.info("step %s was interrupted: %s", plan.steps[begun].name, verdict.value)
@@ -155,7 +164,7 @@ class Executor:
                 self._mark(work, begun, StepState.DONE)
         self._forward(work, next((i for i, s in enumerate(work.states) if s is not StepState.DONE), len(plan.steps)))
 
-    def _settle_failure(self, work: _Work, index: int, exc: Exception) -> None:
+    def _settle_failure(self, work: _Work, index: int, exc: BaseException) -> None:
         error = self._error(work.entry, exc, work.plan.steps[index])
         if error["code"] == OUTCOME_UNKNOWN:
             # Nobody can say whether it happened: taking it back blindly could destroy what is wanted.
@@ -171,24 +180,24 @@ class Executor:
                 self._mark(work, index, StepState.BEGUN)
                 boundary(f"{work.name}:{step.name}:begun")
                 started = time.monotonic()
-                output = step.run(work.ctx)
+                output = _json(step.run(work.ctx) or {})
                 seconds = time.monotonic() - started
                 boundary(f"{work.name}:{step.name}:ran")
             except (Interrupted, JournalError):
                 raise
-            except Exception as exc:
+            except _FAULTS as exc:
                 error = self._error(work.entry, exc, step)
                 self._undo(work, error, index if work.states[index] is StepState.BEGUN else None)
                 return
-            work.ctx.outputs[step.name] = output or {}
-            self._mark(work, index, StepState.DONE, output or {}, seconds)
+            work.ctx.outputs[step.name] = output
+            self._mark(work, index, StepState.DONE, output, seconds)
             boundary(f"{work.name}:{step.name}:done")
         try:
-            result = work.verb.plugin.result(work.entry.instruction.args, work.plan, work.ctx)
-        except Exception as exc:
+            result = _json(work.verb.plugin.result(work.entry.instruction.args, work.plan, work.ctx))
+        except _FAULTS as exc:
             # Every step is done: that the outcome cannot be described does not make it a failure.
             LOG.warning("%s is done, its result cannot be read: %s", work.name, exc)
-            result = {"detail": f"done; its result could not be read: {exc}"}
+            result = {"detail": _line(f"done; its result could not be read: {exc}")}
         self._finish(work, None, result)
 
     def _undo(self, work: _Work, error: dict[str, Any], failed: int | None) -> None:
@@ -211,7 +220,7 @@ class Executor:
                 self._patiently(work, lambda step=step: step.undo(work.ctx))  # type: ignore[misc]
             except (Interrupted, JournalError):
                 raise
-            except Exception as exc:
+            except _FAULTS as exc:
                 why = self._error(work.entry, exc, step)
                 LOG.error("step %s cannot be undone: %s", step.name, why["message"])
                 error = error | {"message": f"{error['message']}; step {step.name} not undone: {why['message']}"}
@@ -289,7 +298,7 @@ class Executor:
         self._store(work.entry, error, result, steps)
         boundary(f"{work.name}:finished")
 
-    def _fail(self, entry: Entry, exc: Exception) -> None:
+    def _fail(self, entry: Entry, exc: BaseException) -> None:
         """It failed before anything was begun."""
         error = self._error(entry, exc)
         LOG.info("%s refused: %s", entry.instruction.verb, error["message"])
@@ -303,21 +312,22 @@ class Executor:
         steps: tuple[dict[str, Any], ...],
     ) -> None:
         instruction = entry.instruction
-        self._journal.finish(
-            Reply(
-                id=instruction.id,
-                host=instruction.host,
-                verb=instruction.verb,
-                result=result,
-                error=error,
-                steps=steps,
-                accepted=entry.received,
-                finished=self._now(),
-            )
+        reply = Reply(
+            id=instruction.id,
+            host=instruction.host,
+            verb=instruction.verb,
+            result=result,
+            error=error,
+            steps=steps,
+            accepted=entry.received,
+            finished=self._now(),
         )
+        verb = self._verbs.get(instruction.verb)
+        reads = verb is not None and verb.plugin.read_only
+        self._journal.finish(reply, self._keep_read_seconds if reads else self._keep_seconds)
         LOG.info("%s %s", instruction.verb, "done" if error is None else f"failed ({error['code']})")
 
-    def _error(self, entry: Entry, exc: Exception, step: Step | None = None) -> dict[str, Any]:
+    def _error(self, entry: Entry, exc: BaseException, step: Step | None = None) -> dict[str, Any]:
         if isinstance(exc, ToolstackError | AgentError):
             return {"code": exc.code, "message": _line(exc.message), "retryable": exc.retryable}
         where = f"{entry.instruction.verb!r}" if step is None else f"step {step.name!r} of {entry.instruction.verb!r}"
@@ -341,4 +351,12 @@ def _remains(step: Step, state: StepState | None) -> bool:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())[:1000]
+    """One line that any encoder takes."""
+    return " ".join(text.encode(errors="replace").decode().split())[:1000]
+
+
+def _json(data: dict[str, Any]) -> dict[str, Any]:
+    """What a plugin gave, as it will be read back. :raises ValueError, TypeError: it is no JSON object."""
+    text = json.dumps(data, allow_nan=False, ensure_ascii=False)
+    text.encode()
+    return dict(json.loads(text))

@@ -102,7 +102,15 @@ class Service:
             claims=self.claims,
             settings={"image_dir": str(settings.image_dir)},
         )
-        executor = Executor(self.journal, verbs, host, self.stopping, unknown_seconds=float(settings.unknown_seconds))
+        executor = Executor(
+            self.journal,
+            verbs,
+            host,
+            self.stopping,
+            unknown_seconds=float(settings.unknown_seconds),
+            keep_seconds=float(settings.keep_seconds),
+            keep_read_seconds=float(settings.keep_read_seconds),
+        )
         self.dispatcher = Dispatcher(
             settings.host,
             self.journal,
@@ -152,7 +160,7 @@ class Service:
         """Keep house until `stop`. :raises Exception: what made going on impossible."""
         while not self.ended.wait(HOUSEKEEPING_SECONDS):
             try:
-                self.journal.forget(float(self.settings.keep_seconds))
+                self.journal.forget()
             except JournalError as exc:
                 LOG.warning("old instructions stay in the journal: %s", exc)
         if self.fatal is not None:

@@ -31,10 +31,11 @@ CREATE TABLE instructions (
     error TEXT,
     reply TEXT,
     received REAL NOT NULL,
-    finished REAL
+    finished REAL,
+    expires REAL
 );
 CREATE INDEX instructions_unfinished ON instructions (seq) WHERE finished IS NULL;
-CREATE INDEX instructions_finished ON instructions (finished) WHERE finished IS NOT NULL;
+CREATE INDEX instructions_expiring ON instructions (expires) WHERE expires IS NOT NULL;
 CREATE TABLE waiters (
     id TEXT NOT NULL REFERENCES instructions (id) ON DELETE CASCADE,
     reply_to TEXT NOT NULL,

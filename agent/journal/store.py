@@ -150,16 +150,20 @@ class Journal:
             if failed is not None:
                 db.execute("UPDATE steps SET state = ? WHERE id = ? AND idx = ?", (StepState.FAILED, ident, failed))
 
-    def finish(self, reply: wire.Reply) -> None:
-        """Store the outcome, give back its claim and queue the reply for everyone who asked: one transaction."""
+    def finish(self, reply: wire.Reply, keep_seconds: float) -> None:
+        """Store the outcome, give back its claim and queue the reply for everyone who asked: one transaction.
+
+        :param keep_seconds: how long the same id gets this answer again.
+        """
         with self._write() as db:
             db.execute(
-                "UPDATE instructions SET phase = ?, error = ?, reply = ?, finished = ? WHERE id = ?",
+                "UPDATE instructions SET phase = ?, error = ?, reply = ?, finished = ?, expires = ? WHERE id = ?",
                 (
                     Phase.DONE if reply.ok else Phase.FAILED,
                     None if reply.error is None else json.dumps(reply.error),
                     json.dumps(reply.to_json()),
                     self._now(),
+                    self._now() + keep_seconds,
                     reply.id,
                 ),
             )
@@ -169,10 +173,10 @@ class Journal:
                 self._enqueue(db, wire.encode_reply(reply, reply_to, dialect))
             db.execute("DELETE FROM waiters WHERE id = ?", (reply.id,))
 
-    def forget(self, keep_seconds: float) -> int:
-        """Drop finished instructions older than `keep_seconds`; how many."""
+    def forget(self) -> int:
+        """Drop the finished instructions whose time to keep has passed; how many."""
         with self._write() as db:
-            return db.execute("DELETE FROM instructions WHERE finished < ?", (self._now() - keep_seconds,)).rowcount
+            return db.execute("DELETE FROM instructions WHERE expires < ?", (self._now(),)).rowcount
 
     # Claims
 

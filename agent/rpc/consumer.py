@@ -12,6 +12,7 @@ import fcntl
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -129,8 +130,15 @@ class Consumer:
         channel = connection.channel()
         queue = broker.instruction_queue(self._host)(channel)
         queue.declare()
-        consumer = kombu.Consumer(channel, [queue], on_message=self._held.append, prefetch_count=self._prefetch)
-        consumer.consume()
+        channel.basic_qos(0, self._prefetch, False)
+        # Exclusive: a second agent with this host's name is refused by the broker instead of taking half.
+        channel.basic_consume(
+            queue=queue.name,
+            no_ack=False,
+            exclusive=True,
+            consumer_tag=f"reeve-agent-{uuid.uuid4().hex[:8]}",
+            callback=lambda message: self._held.append(channel.message_to_python(message)),
+        )
         LOG.info("taking instructions from %s of %s", queue.name, broker.redact(self._url))
         self.connected.set()
         while not self._stop.is_set():

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import collections
 import fcntl
 import itertools
 import json
@@ -77,6 +78,7 @@ class Channel(filesystem.Channel):  # type: ignore[misc]
     def __init__(self, connection: Any, **kwargs: Any) -> None:
         super().__init__(connection, **kwargs)
         self._taken: dict[str, Path] = {}
+        self._listed: dict[str, collections.deque[str]] = {}  # names seen by the last look into the folder
 
     @property
     def _data(self) -> Path:
@@ -112,7 +114,11 @@ class Channel(filesystem.Channel):  # type: ignore[misc]
 
     def _get(self, queue: str) -> dict[str, Any]:
         _check_queue(queue)
-        for name in sorted(self._files(queue), key=_sort_key):
+        listed = self._listed.setdefault(queue, collections.deque())
+        if not listed:
+            listed.extend(sorted(self._files(queue), key=_sort_key))
+        while listed:
+            name = listed.popleft()
             taken = self._unacked / name
             try:
                 os.rename(self._data / name, taken)

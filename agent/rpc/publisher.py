@@ -45,7 +45,7 @@ class Publisher:
         self._journal = journal
         self._reply_seconds = reply_seconds
         self._longest_pause = longest_pause
-        self._reports: collections.deque[wire.Report] = collections.deque(maxlen=MAX_REPORTS)
+        self._reports: collections.deque[wire.Outgoing] = collections.deque(maxlen=MAX_REPORTS)
         self._returned: BaseException | None = None
         self._wake = threading.Event()
         self._stop = threading.Event()
@@ -62,7 +62,10 @@ class Publisher:
         self._wake.set()
 
     def report(self, report: wire.Report) -> None:
-        self._reports.append(report)
+        try:
+            self._reports.append(wire.encode_report(report))
+        except (TypeError, ValueError):
+            LOG.exception("a %s report that is no JSON is dropped", report.kind)
         self.wake()
 
     def flush(self, timeout: float) -> bool:
@@ -119,7 +122,7 @@ class Publisher:
                     return
             while self._reports:
                 report = self._reports[0]
-                self._send(producer, wire.encode_report(report), mandatory=False)
+                self._send(producer, report, mandatory=False)
                 if self._reports and self._reports[0] is report:
                     self._reports.popleft()
             if not self._wake.is_set():

@@ -245,6 +245,18 @@ def test_an_idle_agent_does_not_burn_the_cpu(agent: AgentProcess) -> None:
     assert used / (time.monotonic() - started) < 0.1
 
 
+def test_a_second_agent_of_one_name_takes_nothing(service: Service, client: Client, tmp_path: Path, url: str) -> None:
+    options = ["--agent-state-dir", str(tmp_path / "second"), "--agent-host", HOST, "--broker-url", url]
+    second = Service(conf.load([], options), FakeToolstack(None))
+    second.start()
+    until(second.publisher.connected.is_set)
+    assert all(client.call("list", timeout=WAIT).ok for _ in range(4))
+    assert not second.consumer.connected.is_set() and depth(url, QUEUE) == (0, 1)
+    service.close()
+    until(second.consumer.connected.is_set)
+    second.close()
+
+
 def _cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

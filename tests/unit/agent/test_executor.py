@@ -303,3 +303,42 @@ def test_poll_ends_at_the_deadline_and_gives_way(rig: Rig) -> None:
     ctx.deadline = None
     with pytest.raises(Interrupted):
         ctx.poll(lambda left: None, 60.0)
+
+
+@pytest.mark.parametrize("where", ["plan", "run make", "run more", "result"])
+def test_a_plugin_that_exits_does_not_end_the_worker(build: Rig, where: str) -> None:
+    WORLD.fail[where] = [SystemExit(3)]  # type: ignore[list-item]
+    reply = build.run("build")
+    build.clean()
+    if where == "result":
+        assert reply.ok and WORLD.things == ["a", "b"]
+    else:
+        assert reply.error is not None and reply.error["code"] == "plugin.failed" and WORLD.things == []
+
+
+@pytest.mark.parametrize("value", [object(), float("nan"), {"x": {1, 2}}, "\ud800"])
+@pytest.mark.parametrize("where", ["plan", "output", "result"])
+def test_what_is_no_json_is_the_plugin_s_mistake(
+    build: Rig, monkeypatch: pytest.MonkeyPatch, where: str, value: Any
+) -> None:
+    if where == "plan":
+        monkeypatch.setattr(Build, "plan", lambda *_: Plan((Make(value),)))
+    elif where == "output":
+        monkeypatch.setattr(MakeMore, "run", lambda *_: {"x": value})
+    else:
+        monkeypatch.setattr(Build, "result", lambda *_: {"x": value})
+    reply = build.run("build")
+    build.clean()
+    if where == "result":
+        assert reply.ok and reply.result is not None and "could not be read" in reply.result["detail"]
+    else:
+        assert reply.error is not None and reply.error["code"] == "plugin.failed" and WORLD.things == []
+
+
+def test_outcomes_of_reading_verbs_are_kept_for_a_shorter_time(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, keep_seconds=1000.0, keep_read_seconds=-1.0)
+    rig.run("list")
+    uuid = rig.create()
+    assert rig.journal.forget() == 1
+    assert rig.refused("domain.name_in_use", "create", {"name": "web", "memory_mib": 1, "kernel": str(rig.kernel)})
+    assert rig.toolstack.get_domain(uuid) and rig.journal.forget() == 0

@@ -69,7 +69,7 @@ def test_a_duplicate_is_never_new(journal: Journal) -> None:
     assert journal.accept(ONE) is Accepted.RUNNING
     assert journal.accept(dataclasses.replace(ONE, reply_to="replies.2")) is Accepted.RUNNING
     assert journal.accept(dataclasses.replace(ONE, args={"name": "other"})) is Accepted.REUSED
-    journal.finish(finished())
+    journal.finish(finished(), 100)
     assert sorted(row.routing_key for row in journal.outbox()) == ["replies.1", "replies.2"]
     for row in journal.outbox():
         journal.published(row.seq)
@@ -86,7 +86,7 @@ def test_finish_gives_the_claim_back_and_closes_the_row(journal: Journal) -> Non
     journal.undoing("id-1", {"code": "x.y", "message": "m", "retryable": False})
     entry = journal.entry("id-1")
     assert entry is not None and entry.phase is Phase.UNDOING and entry.error is not None
-    journal.finish(finished(result=None, error={"code": "x.y"}))
+    journal.finish(finished(result=None, error={"code": "x.y"}), 100)
     entry = journal.entry("id-1")
     assert entry is not None and entry.phase is Phase.FAILED
     assert journal.counts() == {"unfinished": 0, "outbox": 1, "claims": 0, "quarantine": 0}
@@ -106,10 +106,11 @@ def test_step_lines_add_up(journal: Journal) -> None:
 def test_old_answers_are_forgotten_but_nothing_unfinished(journal: Journal, clock: Clock) -> None:
     journal.accept(ONE)
     journal.accept(dataclasses.replace(ONE, id="id-2"))
-    journal.finish(finished())
-    clock.time += 100
-    assert journal.forget(200) == 0
-    assert journal.forget(50) == 1
+    journal.finish(finished(), 100)
+    clock.time += 99
+    assert journal.forget() == 0
+    clock.time += 2
+    assert journal.forget() == 1
     assert journal.entry("id-1") is None and journal.unfinished() == ["id-2"]
     assert journal.accept(ONE) is Accepted.NEW
 
