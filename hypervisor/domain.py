@@ -62,6 +62,7 @@ class Domain:
 
     :ivar running: the vCPU whose registers the engine holds.
     :ivar shutdown_code: SHUTDOWN_* once the guest ended itself, else None.
+    :ivar declared_code: what the guest wants a later end to count as (SCHEDOP_shutdown_code), else None.
     :ivar vm_assist: bit mask of VMASST_TYPE_* that are on.
     """
 
@@ -95,9 +96,10 @@ class Domain:
         self.traps.set_vcpu(self.running)
         self.cpuid = CpuidPolicy(engine.cpuid, self.scale)
         self.table_writes = PageTableWrites(engine.regs, self.guest, self.tables)
-        self.privileged = PrivilegedOps(self.traps, self.cpuid, self.block, self.new_baseptr)
+        self.privileged = PrivilegedOps(self.traps, self.cpuid, self.new_baseptr)
         self.vm_assist = 0
         self.shutdown_code: int | None = None
+        self.declared_code: int | None = None
         self.preempt = False
         self.console: Callable[[bytes], None] = lambda _data: None
         self.leave: Callable[[], None] = lambda: None
@@ -198,9 +200,11 @@ class Domain:
         self.engine.set_ldt(selector, self.area.ldt_va(vcpu.id), max(0, vcpu.ldt_entries * 8 - 1))
 
     def register_vcpu_info(self, vcpu: Vcpu, mfn: int, offset: int) -> None:
-        """Move a vCPU's vcpu_info into guest memory. :raises XenError: EINVAL."""
+        """Move a vCPU's vcpu_info into guest memory. :raises XenError: ENXIO for the offset, else EINVAL."""
         if offset > PAGE_SIZE - abi.SIZEOF_VCPU_INFO or offset & 7:
-            raise XenError(errno.EINVAL, f"vcpu_info at offset {offset}")
+            raise XenError(errno.ENXIO, f"vcpu_info at offset {offset}")
+        if vcpu is not self.running and vcpu.up:
+            raise XenError(errno.EINVAL, f"vCPU {vcpu.id} runs: it moves its vcpu_info itself")
         legacy = self.area.shared_info * PAGE_SIZE
         state = vcpu.state
         if not legacy <= state.vcpu_info < legacy + PAGE_SIZE:
@@ -219,7 +223,7 @@ class Domain:
 
     def shut_down(self, code: int) -> None:
         if self.shutdown_code is None:
-            self.shutdown_code = code
+            self.shutdown_code = code if self.declared_code is None else self.declared_code
         self.leave()
 
     # -- consistency

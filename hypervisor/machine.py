@@ -34,6 +34,10 @@ from hypervisor.toolstack.builder.state import BootState
 
 LOG = logging.getLogger(__name__)
 
+_WRITABLE_TABLES = 1 << abi.VMASST_TYPE_writable_pagetables
+_LONGEST_WAIT_S = 3600.0
+"""A guest may ask for a timer in centuries, more than a wait can take; it is looked at again then."""
+
 _REASONS = {
     abi.SHUTDOWN_poweroff: ShutdownReason.POWEROFF,
     abi.SHUTDOWN_reboot: ShutdownReason.REBOOT,
@@ -177,9 +181,11 @@ class Machine:
         domain.preempt = False
         self._leaving = False
         self._set_alarm()
-        if self._posts:
-            return None
+        # Announced before the last look at the posts: whoever posts after that look sees that a kick is needed.
         self._entered_ns = started = time.monotonic_ns()
+        if self._posts:
+            self._entered_ns = 0
+            return None
         self.engine.run()
         self._exits += 1
         self._entered_ns = 0
@@ -206,8 +212,9 @@ class Machine:
         with self._condition:
             if self._posts:
                 return
-            timeout = max(0, deadline - self.domain.clock.now()) / 1e9 if deadline else None
-            self._condition.wait(timeout)
+            self._alarm.quiet()
+            timeout = max(0, deadline - self.domain.clock.now()) / 1e9 if deadline else _LONGEST_WAIT_S
+            self._condition.wait(min(timeout, _LONGEST_WAIT_S))
 
     def _take_posts(self) -> None:
         posts = self._posts
@@ -273,7 +280,7 @@ class Machine:
         if software:
             traps.software_interrupt(vector, self._interrupt_length(vector))
         elif vector == x86.PF:
-            writes_table = error_code & 3 == 3 and traps.state.kernel_mode
+            writes_table = error_code & 3 == 3 and traps.state.kernel_mode and self.domain.vm_assist & _WRITABLE_TABLES
             if not (writes_table and self.domain.table_writes.emulate(traps.regs.cr2)):
                 traps.inject(x86.PF, error_code)
         elif vector == x86.GP:
@@ -283,6 +290,8 @@ class Machine:
             if vector == x86.NM:
                 # Xen clears TS before it tells the guest (do_device_not_available).
                 traps.regs.task_switched = False
+            elif vector == x86.DB and traps.regs.rflags & x86.FLAG_TF:
+                traps.vcpu.debug_registers[6] |= x86.DR6_BS
             traps.inject(vector, error_code)
         else:
             raise GuestFault(f"unexpected vector {vector}")
@@ -310,8 +319,9 @@ class Machine:
         self.domain.preempt = True
         with self._condition:
             self._condition.notify()
-        if self._entered_ns:
-            self._alarm.now()
+            # Under the lock: an idle machine must not find its alarm set off behind its back.
+            if self._entered_ns:
+                self._alarm.now()
 
     def pause(self) -> None:
         self.post(lambda: self._set_paused(True))
@@ -335,7 +345,8 @@ class Machine:
 
     def stats(self) -> dict[str, Any]:
         """``cpu_time_ns`` ns of guest running, ``vcpus``, ``exits``, ``paused``, ``memory_pages``, ``hypercalls``."""
-        running = time.monotonic_ns() - self._entered_ns if self._entered_ns else 0
+        entered = self._entered_ns  # read once: the run loop clears it
+        running = time.monotonic_ns() - entered if entered else 0
         return {
             "cpu_time_ns": self._cpu_time_ns + running,
             "vcpus": sum(1 for vcpu in self.domain.vcpus if vcpu.up),

@@ -24,7 +24,6 @@ _OUT = frozenset((0xE6, 0xE7, 0xEE, 0xEF))
 class PrivilegedOps:
     """Emulator for one domain.
 
-    :param block: SCHEDOP_block of the current vCPU.
     :param new_baseptr: MMUEXT_NEW_BASEPTR with a machine frame number.
     """
 
@@ -32,13 +31,11 @@ class PrivilegedOps:
         self,
         traps: Traps,
         cpuid: CpuidPolicy,
-        block: Callable[[], None],
         new_baseptr: Callable[[int], None],
     ) -> None:
         self._traps = traps
         self._cpuid = cpuid
         self._msr = MsrPolicy(traps)
-        self._block = block
         self._new_baseptr = new_baseptr
         self._regs: Any = traps.regs
 
@@ -72,22 +69,20 @@ class PrivilegedOps:
         return True
 
     def _io_allowed(self) -> bool:
+        """The guest kernel counts as ring 0 once it asked for an architectural IOPL, else as ring 1 (iopl_ok)."""
         state = self._traps.state
-        return bool(state.iopl >= (1 if state.kernel_mode else 3))
+        kernel_level = 0 if self._traps.architectural_iopl else 1
+        return bool(state.iopl >= (kernel_level if state.kernel_mode else 3))
 
     def _execute(self, ins: Instruction) -> bool:
         op = ins.opcode
         if op in _IN or op in _OUT:
             return self._port(ins)
-        if not self._traps.state.kernel_mode:
-            return False
         if op in (0xFA, 0xFB):  # cli, sti: without effect on a PV guest's events, but allowed at its IOPL
             return self._io_allowed()
-        if op == 0xF4:
-            # Behind the hlt, as the block may only end with the vCPU running on.
-            self._block()
-            return True
-        if op in (0x0F08, 0x0F09):  # invd, wbinvd: no device sees our memory, nothing to write back
+        if not self._traps.state.kernel_mode:
+            return False
+        if op == 0x0F09:  # wbinvd: no device sees our memory, nothing to write back
             return True
         if op == 0x0F06:
             self._regs.task_switched = False

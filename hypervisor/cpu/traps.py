@@ -24,8 +24,12 @@ _PENDING = abi.VCPU_INFO_EVTCHN_UPCALL_PENDING
 _CR2 = abi.VCPU_INFO_ARCH + abi.ARCH_VCPU_INFO_CR2
 _IRET = struct.Struct("<9Q")
 _FRAME7, _FRAME8 = struct.Struct("<7Q"), struct.Struct("<8Q")
+_WRITABLE = 1 << 41  # of a data descriptor
 _CLEARED = x86.FLAG_TF | x86.FLAG_NT | x86.FLAG_RF | x86.FLAG_VM | x86.FLAG_AC
 _WITH_ERROR_CODE = frozenset((x86.DF, x86.TS, x86.NP, x86.SSF, x86.GP, x86.PF, x86.AC))
+
+_OPEN_GATES = frozenset((x86.BP, x86.OF, 0x80))
+_SYSCALL_LENGTH = 2
 
 TI_IF = 4  # trap_info.flags: mask event delivery while handling (TI_SET_IF)
 
@@ -71,10 +75,9 @@ class Traps:
 
     # -- into the guest kernel
 
-    def bounce(self, address: int, error_code: int | None, mask_events: bool, extra: tuple[int, ...] = ()) -> None:
+    def bounce(self, address: int, error_code: int | None, mask_events: bool) -> None:
         """Build a bounce frame and continue at `address` in the guest kernel.
 
-        :param extra: words below the frame (the failsafe callback's data segments).
         :raises GuestFault: no handler, or no stack to put the frame on.
         """
         state, regs = self.state, self.regs
@@ -82,7 +85,7 @@ class Traps:
         flags = regs.rflags
         memory = self.memory
         mask_at = state.vcpu_info + _MASK
-        masked = memory.bytes[mask_at] != 0
+        masked = memory.bytes[mask_at]
         cs, ss, rsp = regs.cs, regs.ss, gpr[x86.RSP]
         if state.kernel_mode:
             stack = rsp
@@ -102,8 +105,6 @@ class Traps:
             frame = _FRAME7.pack(gpr[x86.RCX], gpr[x86.R11], regs.rip, cs, flags, rsp, ss)
         else:
             frame = _FRAME8.pack(gpr[x86.RCX], gpr[x86.R11], error_code, regs.rip, cs, flags, rsp, ss)
-        if extra:
-            frame = struct.pack(f"<{len(extra)}Q", *extra) + frame
         stack = ((stack & ~15) - len(frame)) & x86.MASK64
         self._push(stack, frame)
         if mask_events:
@@ -150,18 +151,24 @@ class Traps:
         self.bounce(address, error_code if vector in _WITH_ERROR_CODE else None, masks)
 
     def software_interrupt(self, vector: int, length: int) -> None:
-        """`int n`, `int3`, `into`: allowed when the gate's privilege level permits the mode it came from."""
+        """`int n`, `int3`, `into`: allowed when the gate's privilege level permits the mode it came from.
+
+        #BP, #OF and `int 0x80` have gates of their own in Xen, open to all. No error code, whatever the vector.
+        """
         state, regs = self.state, self.regs
-        allowed = state.trap_flags[vector] & 3
-        # A 64-bit guest kernel has level 1 for this purpose, its programs 3 (pv/traps.c, pv_inject_sw_interrupt).
-        if not state.trap_address[vector] or allowed < (1 if state.kernel_mode else 3):
+        address = state.trap_address[vector]
+        # A 64-bit guest kernel has level 1 for this purpose, its programs 3 (x86/traps.c, permit_softint).
+        allowed = vector in _OPEN_GATES or state.trap_flags[vector] & 3 >= (1 if state.kernel_mode else 3)
+        if address and allowed:
+            self.bounce(address, None, bool(state.trap_flags[vector] & TI_IF))
+        elif vector in (x86.BP, x86.OF):
+            self.inject(vector)
+        else:
             regs.rip = (regs.rip - length) & x86.MASK64
             self.inject(x86.GP, vector << 3 | 2)
-            return
-        self.inject(vector)
 
     def user_syscall(self) -> None:
-        """A `syscall` from a user program."""
+        """A `syscall` from a user program. Without a callback it is an invalid instruction (switch_to_kernel)."""
         state, regs = self.state, self.regs
         gpr = regs.gpr
         rip, flags = regs.rip, regs.rflags
@@ -169,10 +176,16 @@ class Traps:
         gpr[x86.R11] = flags
         if regs.long_mode_code:
             regs.cs, regs.ss = abi.FLAT_USER_CS64, abi.FLAT_USER_SS64
-            self.bounce(state.syscall_callback, None, bool(state.syscall_masks))
+            address, masks = state.syscall_callback, state.syscall_masks
         else:
             regs.cs, regs.ss = abi.FLAT_USER_CS32, abi.FLAT_USER_SS32
-            self.bounce(state.syscall32_callback, None, bool(state.syscall32_masks))
+            address, masks = state.syscall32_callback, state.syscall32_masks
+        if address:
+            self.bounce(address, None, bool(masks))
+        else:
+            regs.rip = (rip - _SYSCALL_LENGTH) & x86.MASK64
+            self.inject(x86.UD)
+        regs.clear_flags(x86.FLAG_DF)
 
     def deliver_event(self) -> bool:
         """Call the event callback if an event is pending and not masked; True if it was called."""
@@ -209,43 +222,47 @@ class Traps:
         if self.architectural_iopl:
             state.iopl = (rflags >> 12) & 3
         self.memory.bytes[state.vcpu_info + _MASK] = 0 if rflags & x86.FLAG_IF else 1
+        rflags = (rflags & ~(x86.FLAG_IOPL | x86.FLAG_VM)) | x86.FLAG_IF | 2
         gpr[x86.RAX] = rax
+        regs.rip = rip
+        gpr[x86.RSP] = rsp
+        regs.rflags = rflags
         if not flags & abi.VGCF_in_syscall:
             gpr[x86.R11] = r11
             gpr[x86.RCX] = rcx
-        else:
+        elif x86.is_canonical(rip):
+            # By `sysret`: R11 and RCX tell where to, and the selectors are Xen's flat ones whatever the frame says.
             gpr[x86.R11] = rflags
             gpr[x86.RCX] = rip
-        regs.rip = rip
-        gpr[x86.RSP] = rsp
-        regs.rflags = (rflags & ~(x86.FLAG_IOPL | x86.FLAG_VM)) | x86.FLAG_IF | 2
-        if cs | 3 == KERNEL_CS and ss | 3 == KERNEL_SS:
+            if cs != abi.FLAT_USER_CS32:
+                engine.load_flat64(KERNEL_CS, KERNEL_SS)
+                return
+        if cs | 3 == KERNEL_CS and ss | 3 == KERNEL_SS and x86.is_canonical(rip):
             engine.load_flat64(KERNEL_CS, KERNEL_SS)
-        elif not x86.is_canonical(rip) or not self._load_cs_ss(cs | 3, ss | 3 if ss & ~3 else ss):
-            self.failsafe(cs, ss)
+        else:
+            self._load_cs_ss(cs | 3, ss | 3)
 
-    def _load_cs_ss(self, cs: int, ss: int) -> bool:
-        """Load the selectors an iret asks for; False when the processor would refuse them."""
-        code = self.area.descriptor(self.vcpu.id, cs, self.vcpu.ldt_entries)
-        if not code & x86.DESC_P or not code & x86.DESC_S or not code & x86.DESC_CODE or x86.desc_dpl(code) != 3:
-            return False
-        stack = 0
-        if ss & ~3:
-            stack = self.area.descriptor(self.vcpu.id, ss, self.vcpu.ldt_entries)
-            writable_data = stack & x86.DESC_S and not stack & x86.DESC_CODE and stack & 1 << 41
-            if not stack & x86.DESC_P or not writable_data or x86.desc_dpl(stack) != 3:
-                return False
-        elif not code & x86.DESC_L:
-            return False
+    def _load_cs_ss(self, cs: int, ss: int) -> None:
+        """Load the selectors an iret asks for. What the processor's own `iretq` would refuse faults there."""
+        vcpu = self.vcpu
+        code = self.area.descriptor(vcpu.id, cs, vcpu.ldt_entries) if cs & ~3 else 0
+        if not code & x86.DESC_S or not code & x86.DESC_CODE or x86.desc_dpl(code) != 3:
+            return self._refuse_return(x86.GP, cs, cs, ss)
+        if not code & x86.DESC_P:
+            return self._refuse_return(x86.NP, cs, cs, ss)
+        if not x86.is_canonical(self.regs.rip):
+            return self._refuse_return(x86.GP, 0, cs, ss)
+        stack = self.area.descriptor(vcpu.id, ss, vcpu.ldt_entries) if ss & ~3 else 0
+        writable = stack & x86.DESC_S and not stack & x86.DESC_CODE and stack & _WRITABLE
+        if not writable or x86.desc_dpl(stack) != 3:
+            return self._refuse_return(x86.GP, ss, cs, ss)
+        if not stack & x86.DESC_P:
+            return self._refuse_return(x86.SSF, ss, cs, ss)
         self.engine.load_segment(x86.CS, cs, code)
         self.engine.load_segment(x86.SS, ss, stack)
-        return True
+        return None
 
-    def failsafe(self, cs: int, ss: int) -> None:
-        """The guest asked to return to a context that cannot be loaded: tell its failsafe callback."""
-        state, regs = self.state, self.regs
-        regs.cs, regs.ss = cs | 3, ss
-        if not state.failsafe_callback:
-            raise GuestFault(f"iret to unusable selectors {cs:#x}, {ss:#x} and no failsafe callback")
-        data = (regs.ds, regs.es, regs.fs, regs.gs)
-        self.bounce(state.failsafe_callback, None, bool(state.failsafe_masks), data)
+    def _refuse_return(self, vector: int, selector: int, cs: int, ss: int) -> None:
+        """The fault has the context that was to be entered (entry.S: iret_exit_to_guest's exception table entry)."""
+        self.regs.cs, self.regs.ss = cs, ss
+        self.inject(vector, selector & 0xFFFC)

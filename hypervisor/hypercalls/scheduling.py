@@ -7,7 +7,7 @@ import struct
 from hypervisor import abi
 from hypervisor.abi import errno
 from hypervisor.cpu.state import Vcpu
-from hypervisor.cpu.time import RUNSTATE_OFFLINE
+from hypervisor.cpu.time import RUNSTATE_OFFLINE, account
 from hypervisor.domain import Domain
 from hypervisor.errors import XenError
 from hypervisor.hypercalls.registry import hypercall
@@ -16,6 +16,9 @@ _U32 = struct.Struct("<I")
 MAX_POLL_PORTS = 128
 LONG_PAST = 1
 MIN_PERIOD_NS = 1_000_000
+MAX_PERIOD_NS = (1 << 62) - 1
+FAR_FUTURE_NS, HUGE_TIMEOUT_NS = 1 << 50, 100_000_000
+"""Linux has been seen to set timers wrapped negative or weeks ahead when it has none: Xen fires them after 100 ms."""
 
 
 @hypercall(abi.HYPERVISOR_sched_op)
@@ -32,8 +35,8 @@ def sched_op(domain: Domain, command: int, argument: int, _3: int, _4: int, _5: 
         domain.shut_down(reason)
     elif command == abi.SCHEDOP_shutdown_code:
         (reason,) = _U32.unpack(domain.guest.read(argument, 4))
-        if domain.shutdown_code is None:
-            domain.shutdown_code = None if reason > abi.SHUTDOWN_MAX else domain.shutdown_code
+        if domain.declared_code is None:
+            domain.declared_code = reason & 0xFF
     elif command == abi.SCHEDOP_poll:
         _poll(domain, argument)
     elif command == abi.SCHEDOP_remote_shutdown:
@@ -68,8 +71,9 @@ def _poll(domain: Domain, argument: int) -> None:
 
 @hypercall(abi.HYPERVISOR_set_timer_op)
 def set_timer_op(domain: Domain, deadline: int, _2: int, _3: int, _4: int, _5: int, _6: int) -> int:
-    if deadline >> 63:
-        deadline = LONG_PAST  # negative: in the past, fire at once
+    now = domain.clock.now()
+    if deadline >> 63 or deadline - now >= FAR_FUTURE_NS:
+        deadline = now + HUGE_TIMEOUT_NS
     domain.set_timer(domain.running, deadline)
     return 0
 
@@ -81,7 +85,7 @@ def vcpu_op(domain: Domain, command: int, number: int, argument: int, _4: int, _
     if command == abi.VCPUOP_is_up:
         return int(vcpu.up)
     if command in (abi.VCPUOP_initialise, abi.VCPUOP_up, abi.VCPUOP_down):
-        return _power(vcpu, command)
+        return _power(domain, vcpu, command)
     if command == abi.VCPUOP_get_runstate_info:
         now = domain.clock.now()
         times = list(vcpu.runstate_times)
@@ -97,14 +101,19 @@ def vcpu_op(domain: Domain, command: int, number: int, argument: int, _4: int, _
     return 0
 
 
-def _power(vcpu: Vcpu, command: int) -> int:
+def _power(domain: Domain, vcpu: Vcpu, command: int) -> int:
     if command == abi.VCPUOP_initialise:
         raise XenError(errno.EEXIST if vcpu.initialised else errno.ENOSYS, "one vCPU only")
     if not vcpu.initialised:
         raise XenError(errno.EINVAL, f"vCPU {vcpu.id} has no context")
-    vcpu.up = command == abi.VCPUOP_up
-    if not vcpu.up:
-        vcpu.runstate = RUNSTATE_OFFLINE
+    if command == abi.VCPUOP_up:
+        vcpu.up = True
+    elif not any(other.up for other in domain.vcpus if other is not vcpu):
+        domain.shut_down(abi.SHUTDOWN_poweroff)  # the last one goes down
+    else:
+        vcpu.up = False
+        account(vcpu, domain.clock.now(), RUNSTATE_OFFLINE)
+        domain.leave()
     return 0
 
 
@@ -112,7 +121,7 @@ def _timers(domain: Domain, vcpu: Vcpu, command: int, argument: int) -> None:
     mine = vcpu is domain.running
     if command == abi.VCPUOP_set_periodic_timer:
         (period,) = struct.unpack("<Q", domain.guest.read(argument, 8))
-        if period < MIN_PERIOD_NS:
+        if not MIN_PERIOD_NS <= period <= MAX_PERIOD_NS:
             raise XenError(errno.EINVAL, f"timer period of {period} ns")
         vcpu.periodic_ns = period
         vcpu.periodic_next = domain.clock.now() + period
@@ -126,7 +135,7 @@ def _timers(domain: Domain, vcpu: Vcpu, command: int, argument: int) -> None:
         deadline, flags = struct.unpack("<QI", domain.guest.read(argument, 12))
         if flags & abi.VCPU_SSHOTTMR_future and deadline < domain.clock.now():
             raise XenError(errno.ETIME, "deadline has passed")
-        domain.set_timer(vcpu, max(LONG_PAST, deadline & (1 << 63) - 1))
+        domain.set_timer(vcpu, LONG_PAST if deadline >> 63 else max(LONG_PAST, deadline))
     elif command == abi.VCPUOP_stop_singleshot_timer:
         if not mine:
             raise XenError(errno.EINVAL, "a one-shot timer is stopped by its own vCPU")

@@ -78,6 +78,11 @@ class Alarm:
         spec = _ITimerSpec(0, _REPEAT_NS, 0, 1)
         self._settime(self._timer, _TIMER_ABSTIME, ctypes.addressof(spec), None)
 
+    def quiet(self) -> None:
+        """Stop what repeats: the engine does not run, so there is nobody to interrupt. `set` starts it again."""
+        if self.at:
+            self.set(0)
+
     def close(self) -> None:
         if self._timer:
             self._delete(self._timer)
