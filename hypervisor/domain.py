@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import mmap
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +15,9 @@ from hypervisor.cpu.cpuid import CpuidPolicy
 from hypervisor.cpu.emulate import PrivilegedOps
 from hypervisor.cpu.ptwr import PageTableWrites
 from hypervisor.cpu.state import Vcpu
-from hypervisor.cpu.time import Clock
+from hypervisor.cpu.time import RUNSTATE_OFFLINE, RUNSTATE_RUNNABLE, Clock, account
 from hypervisor.cpu.traps import Traps
+from hypervisor.engines import x86
 from hypervisor.engines.tsc import TscScale, read_tsc
 from hypervisor.errors import XenError
 from hypervisor.evtchn.core import EventChannels, Router
@@ -27,7 +30,8 @@ from hypervisor.memory.physical import DomainMemory
 from hypervisor.memory.xenarea import XenArea
 from hypervisor.types import PAGE_SIZE, DomId
 
-LEGACY_VCPUS = 32
+RUNSTATE_UPDATE = 1 << 63  # XEN_RUNSTATE_UPDATE (public/vcpu.h)
+_RUNSTATE = struct.Struct("<i4x5Q")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,6 +107,7 @@ class Domain:
         self.preempt = False
         self.console: Callable[[bytes], None] = lambda _data: None
         self.leave: Callable[[], None] = lambda: None
+        self.vcpus_changed: Callable[[Vcpu], None] = lambda _vcpu: None
         self.timer_changed: Callable[[], None] = lambda: None
 
     # -- vCPUs
@@ -121,6 +126,60 @@ class Domain:
         if not self.memory.bytes[info + abi.VCPU_INFO_EVTCHN_UPCALL_PENDING]:
             vcpu.blocked = True
             self.leave()
+
+    def set_up(self, vcpu: Vcpu, up: bool) -> None:
+        """VCPUOP_up and VCPUOP_down of an initialised vCPU; when the last one goes down the domain ends."""
+        if up:
+            if not vcpu.up:
+                vcpu.up = True
+                account(vcpu, self.clock.now(), RUNSTATE_RUNNABLE)
+                self.vcpus_changed(vcpu)
+        elif not any(other.up for other in self.vcpus if other is not vcpu):
+            self.shut_down(abi.SHUTDOWN_poweroff)
+        else:
+            vcpu.up = False
+            account(vcpu, self.clock.now(), RUNSTATE_OFFLINE)
+            self.leave()
+
+    def register_runstate_area(self, vcpu: Vcpu, address: int) -> None:
+        """Where the guest wants a vCPU's `struct vcpu_runstate_info` kept. :raises XenError: EFAULT."""
+        if not x86.is_canonical(address):
+            raise XenError(errno.EFAULT, f"runstate area at {address:#x}")
+        vcpu.runstate_area = address
+        if vcpu is self.running:
+            self.publish_runstate(vcpu)
+
+    def register_time_area(self, vcpu: Vcpu, address: int) -> None:
+        """Where the guest wants a copy of a vCPU's time record, for its programs. :raises XenError: EFAULT."""
+        if not x86.is_canonical(address):
+            raise XenError(errno.EFAULT, f"time area at {address:#x}")
+        vcpu.time_area = address
+        if vcpu is self.running:
+            self.publish_time(vcpu)
+
+    def kernel_view(self, vcpu: Vcpu) -> GuestAccess:
+        """Access through a vCPU's kernel page table, whatever mode it is in."""
+        return GuestAccess(self.memory, lambda: vcpu.state.kernel_cr3, self.tables.code)
+
+    def publish_time(self, vcpu: Vcpu) -> None:
+        """Bring a vCPU's time records up to date. A registered copy that cannot be written is the guest's loss."""
+        self.clock.update_vcpu(self.memory, vcpu)
+        if vcpu.time_area:
+            at = vcpu.state.vcpu_info + abi.VCPU_INFO_TIME
+            record = bytes(self.memory.bytes[at : at + abi.SIZEOF_VCPU_TIME_INFO])
+            with contextlib.suppress(XenError):
+                self.kernel_view(vcpu).write(vcpu.time_area, record)
+
+    def publish_runstate(self, vcpu: Vcpu) -> None:
+        """Write a vCPU's runstate where the guest asked for it, marked while it changes if it asked for that too."""
+        if not vcpu.runstate_area:
+            return
+        view = self.kernel_view(vcpu)
+        entry, marked = vcpu.runstate_since, self.vm_assist & 1 << abi.VMASST_TYPE_runstate_update_flag
+        with contextlib.suppress(XenError):
+            if marked:
+                view.write_u64(vcpu.runstate_area + 8, entry | RUNSTATE_UPDATE)
+            view.write(vcpu.runstate_area, _RUNSTATE.pack(vcpu.runstate, entry, *vcpu.runstate_times))
 
     def set_timer(self, vcpu: Vcpu, deadline: int) -> None:
         """One-shot timer at system time `deadline` (ns), 0 to stop it."""
@@ -230,4 +289,11 @@ class Domain:
 
     def recount(self) -> list[str]:
         """Broken invariants of the domain's memory; empty when all is well."""
-        return self.tables.recount()
+        holds: list[tuple[int, int]] = []
+        for vcpu in self.vcpus:
+            state = vcpu.state
+            holds += [(self.memory.index(cr3 >> 12), L4) for cr3 in (state.kernel_cr3, state.user_cr3) if cr3]
+            holds += [(index, SEGDESC) for index in (*vcpu.gdt_frames, *vcpu.ldt_frames)]
+            if state.vcpu_info >> 12 != self.area.shared_info:
+                holds.append((state.vcpu_info >> 12, WRITABLE))
+        return self.tables.recount(holds)

@@ -18,17 +18,19 @@ from collections.abc import Callable
 from typing import Any
 
 from hypervisor import abi
-from hypervisor.abi import errno
 from hypervisor.cpu import time as guest_time
+from hypervisor.cpu.state import Vcpu
 from hypervisor.domain import Domain, MachineConfig
 from hypervisor.engines import unicorn as unicorn_engine
 from hypervisor.engines import x86
 from hypervisor.engines.base import EngineError
 from hypervisor.engines.tsc import measure_khz
-from hypervisor.errors import GuestFault, XenError
+from hypervisor.errors import GuestFault, HypervisorBug
+from hypervisor.evtchn.hostside import HostRouter
 from hypervisor.hypercalls.dispatch import Dispatcher
 from hypervisor.memory.frames import L4
 from hypervisor.sched.alarm import Alarm
+from hypervisor.sched.vcpus import SLICE_NS, VcpuQueue
 from hypervisor.toolstack.api import ShutdownReason
 from hypervisor.toolstack.builder.state import BootState
 
@@ -55,23 +57,6 @@ class Shutdown:
     detail: str = ""
 
 
-class _HostRouter:
-    """Everything beyond this domain is the host side, for now: console and xenstore."""
-
-    def __init__(self, notify_host: Callable[[int], None]) -> None:
-        self._notify_host = notify_host
-
-    def send(self, peer: int, _peer_port: int, local_port: int) -> None:
-        if peer == 0:
-            self._notify_host(local_port)
-
-    def bind(self, peer: int, _peer_port: int, _local_port: int) -> None:
-        raise XenError(errno.ESRCH if peer else errno.EINVAL, f"domain {peer} waits for nobody")
-
-    def closed(self, _peer: int, _peer_port: int, _local_port: int) -> None:
-        return
-
-
 class Machine:
     """One PV domain with its engine.
 
@@ -92,9 +77,12 @@ class Machine:
             config = dataclasses.replace(config, tsc_khz=measure_khz())
         self.config = config
         self.engine: Any = unicorn_engine.create(use_private=use_private)
-        self.domain = Domain(config, memory, self.engine, _HostRouter(notify_host), self._wake)
+        self.domain = Domain(config, memory, self.engine, HostRouter(notify_host), self._wake)
         self.domain.leave = self._leave
         self.domain.timer_changed = self._set_alarm
+        self.domain.vcpus_changed = self._woken
+        self._queue = VcpuQueue(config.max_vcpus)
+        self._slice_end = 0
         self.engine.map_memory(
             self.domain.memory.base_mpa, self.domain.memory.frames * 4096, self.domain.memory.address
         )
@@ -169,14 +157,17 @@ class Machine:
             return self._stopped
         if domain.shutdown_code is not None:
             return Shutdown(_REASONS.get(domain.shutdown_code, ShutdownReason.CRASH))
-        vcpu = domain.running
         now = domain.clock.now()
         self._fire_timers(now)
-        if self._paused or not vcpu.up or (vcpu.blocked and not self._unblock(now)):
+        vcpu = None if self._paused else self._choose(now)
+        if vcpu is None:
             self._idle(now)
             return None
-        domain.clock.update_vcpu(domain.memory, vcpu)
+        if vcpu is not domain.running:
+            self._switch(vcpu)
         guest_time.account(vcpu, now, guest_time.RUNSTATE_RUNNING)
+        domain.publish_time(vcpu)
+        domain.publish_runstate(vcpu)
         self._traps.deliver_event()
         domain.preempt = False
         self._leaving = False
@@ -190,24 +181,60 @@ class Machine:
         self._exits += 1
         self._entered_ns = 0
         self._cpu_time_ns += time.monotonic_ns() - started
-        guest_time.account(vcpu, domain.clock.now(), guest_time.RUNSTATE_RUNNABLE)
+        self._stop_accounting(vcpu)
         return None
 
-    def _unblock(self, now: int) -> bool:
-        """Whether the blocked vCPU may run on."""
-        vcpu = self.domain.running
-        if self._traps.event_pending(vcpu) or (
-            vcpu.poll is not None and vcpu.poll_deadline and vcpu.poll_deadline <= now
-        ):
+    def _stop_accounting(self, vcpu: Vcpu) -> None:
+        if vcpu.up:
+            state = guest_time.RUNSTATE_BLOCKED if vcpu.blocked else guest_time.RUNSTATE_RUNNABLE
+            guest_time.account(vcpu, self.domain.clock.now(), state)
+
+    # -- which vCPU
+
+    def _choose(self, now: int) -> Vcpu | None:
+        """The vCPU to run next; None when all wait. Sets the end of its time slice."""
+        vcpus = self.domain.vcpus
+        if len(vcpus) == 1:
+            return vcpus[0] if self._can_run(0, now) else None
+        number = self._queue.pick(lambda n: self._can_run(n, now))
+        if number is None:
+            return None
+        others = any(v.id != number and v.up and not v.blocked for v in vcpus)
+        self._slice_end = now + SLICE_NS if others else 0
+        return vcpus[number]
+
+    def _can_run(self, number: int, now: int) -> bool:
+        vcpu = self.domain.vcpus[number]
+        return vcpu.up and not (vcpu.blocked and not self._unblock(vcpu, now))
+
+    def _unblock(self, vcpu: Vcpu, now: int) -> bool:
+        """Whether a blocked vCPU may run on."""
+        over = vcpu.poll is not None and vcpu.poll_deadline and vcpu.poll_deadline <= now
+        if over or self._traps.event_pending(vcpu):
             vcpu.blocked = False
             vcpu.poll = None
         return not vcpu.blocked
 
+    def _switch(self, vcpu: Vcpu) -> None:
+        """Put another vCPU on the engine."""
+        domain = self.domain
+        domain.running.cpu = self.engine.save_cpu()
+        if vcpu.cpu is None:
+            raise HypervisorBug(f"vCPU {vcpu.id} has no register state")
+        self.engine.restore_cpu(vcpu.cpu)
+        vcpu.cpu = None
+        domain.running = vcpu
+        self._traps.set_vcpu(vcpu)
+
+    def _woken(self, vcpu: Vcpu) -> None:
+        """A vCPU can run again: let it soon, if another one has the engine."""
+        if len(self.domain.vcpus) > 1:
+            self._queue.woken(vcpu.id)
+            if vcpu is not self.domain.running:
+                self._leave()
+
     def _idle(self, now: int) -> None:
         """Wait for a post or the next deadline; the guest costs nothing meanwhile."""
-        vcpu = self.domain.running
-        if vcpu.blocked:
-            guest_time.account(vcpu, now, guest_time.RUNSTATE_BLOCKED)
         deadline = self._next_deadline() if not self._paused else 0
         with self._condition:
             if self._posts:
@@ -235,6 +262,8 @@ class Machine:
 
     def _set_alarm(self) -> None:
         deadline = self._next_deadline()
+        if self._slice_end and (not deadline or self._slice_end < deadline):
+            deadline = self._slice_end
         self._alarm.set(deadline + self.domain.clock.base if deadline else 0)
         if self._posts:
             self._alarm.now()
@@ -254,12 +283,15 @@ class Machine:
         """An event became deliverable on a vCPU, or a port that may be polled went pending."""
         for vcpu in self.domain.vcpus:
             if vcpu.blocked and vcpu.poll is not None and port in vcpu.poll:
-                vcpu.blocked = False
-                vcpu.poll = None
+                self._end_wait(vcpu)
         vcpu = self.domain.vcpus[number]
         if vcpu.blocked and self._traps.event_pending(vcpu):
-            vcpu.blocked = False
-            vcpu.poll = None
+            self._end_wait(vcpu)
+
+    def _end_wait(self, vcpu: Vcpu) -> None:
+        vcpu.blocked = False
+        vcpu.poll = None
+        self._woken(vcpu)
 
     def _leave(self) -> None:
         self._leaving = True

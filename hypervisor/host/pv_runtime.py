@@ -24,8 +24,8 @@ from hypervisor.types import Mfn, Port
 
 LOG = logging.getLogger(__name__)
 
-MAX_VCPUS = 1
-CAPABILITIES = (Capability.PV, Capability.CONSOLE, Capability.REBOOT, Capability.ADOPTION)
+MAX_VCPUS = 32
+CAPABILITIES = (Capability.PV, Capability.SMP, Capability.CONSOLE, Capability.REBOOT, Capability.ADOPTION)
 
 
 class PvGuest:

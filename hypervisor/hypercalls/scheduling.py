@@ -6,8 +6,8 @@ import struct
 
 from hypervisor import abi
 from hypervisor.abi import errno
+from hypervisor.cpu import context
 from hypervisor.cpu.state import Vcpu
-from hypervisor.cpu.time import RUNSTATE_OFFLINE, account
 from hypervisor.domain import Domain
 from hypervisor.errors import XenError
 from hypervisor.hypercalls.registry import hypercall
@@ -85,14 +85,16 @@ def vcpu_op(domain: Domain, command: int, number: int, argument: int, _4: int, _
     if command == abi.VCPUOP_is_up:
         return int(vcpu.up)
     if command in (abi.VCPUOP_initialise, abi.VCPUOP_up, abi.VCPUOP_down):
-        return _power(domain, vcpu, command)
+        return _power(domain, vcpu, command, argument)
     if command == abi.VCPUOP_get_runstate_info:
         now = domain.clock.now()
         times = list(vcpu.runstate_times)
         times[vcpu.runstate] += max(0, now - vcpu.runstate_since)
         domain.guest.write(argument, struct.pack("<i4x5Q", vcpu.runstate, vcpu.runstate_since, *times))
     elif command == abi.VCPUOP_register_runstate_memory_area:
-        vcpu.runstate_area = domain.guest.read_u64(argument)
+        domain.register_runstate_area(vcpu, domain.guest.read_u64(argument))
+    elif command == abi.VCPUOP_register_vcpu_time_memory_area:
+        domain.register_time_area(vcpu, domain.guest.read_u64(argument))
     elif command == abi.VCPUOP_register_vcpu_info:
         mfn, offset = struct.unpack("<QI", domain.guest.read(argument, 12))
         domain.register_vcpu_info(vcpu, mfn, offset)
@@ -101,19 +103,16 @@ def vcpu_op(domain: Domain, command: int, number: int, argument: int, _4: int, _
     return 0
 
 
-def _power(domain: Domain, vcpu: Vcpu, command: int) -> int:
+def _power(domain: Domain, vcpu: Vcpu, command: int, argument: int) -> int:
     if command == abi.VCPUOP_initialise:
-        raise XenError(errno.EEXIST if vcpu.initialised else errno.ENOSYS, "one vCPU only")
+        given = context.read_context(domain, argument)
+        if vcpu.initialised:
+            raise XenError(errno.EEXIST, f"vCPU {vcpu.id} has a context")
+        context.initialise(domain, vcpu, given)
+        return 0
     if not vcpu.initialised:
         raise XenError(errno.EINVAL, f"vCPU {vcpu.id} has no context")
-    if command == abi.VCPUOP_up:
-        vcpu.up = True
-    elif not any(other.up for other in domain.vcpus if other is not vcpu):
-        domain.shut_down(abi.SHUTDOWN_poweroff)  # the last one goes down
-    else:
-        vcpu.up = False
-        account(vcpu, domain.clock.now(), RUNSTATE_OFFLINE)
-        domain.leave()
+    domain.set_up(vcpu, command == abi.VCPUOP_up)
     return 0
 
 
