@@ -22,10 +22,12 @@ class AgentProcess:
     """One state folder and whatever agent runs on it.
 
     :ivar broker_url: "" for the folder broker in the state folder.
+    :ivar driver: options that choose the driver; by default the fake one, with its host in `folder`.
     """
 
     folder: Path
     broker_url: str = ""
+    driver: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -45,10 +47,9 @@ class AgentProcess:
             sys.executable, "-m", "agent.service",
             "--agent-state-dir", str(self.folder / "state"),
             "--agent-host", HOST,
-            "--driver-name", "fake",
-            "--driver-settings", f"state_dir:{self.folder / 'host'}",
             "--log-file", str(self.folder / "agent.log"),
             "--broker-url", self.url,
+            *(self.driver or ("--driver-name", "fake", "--driver-settings", f"state_dir:{self.folder / 'host'}")),
             *options,
         ]  # fmt: skip
         self.process = subprocess.Popen(command, env=env, cwd="/")
