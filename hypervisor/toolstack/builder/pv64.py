@@ -87,12 +87,14 @@ def write_page_tables(memory: BuildMemory, kernel: Kernel, layout: Layout, *, nx
 
 
 def _not_code(kernel: Kernel, count: int) -> npt.NDArray[np.bool_]:
-    """For each page of the initial mapping: no executable segment touches it."""
+    """For each page of the initial mapping: no executable segment touches it and it is not the hypercall page."""
     mask = np.ones(count, dtype=np.bool_)
     for segment in kernel.segments:
         if segment.flags & elf.PF_X:
             start = segment.paddr - kernel.paddr_offset
             mask[start >> PAGE_SHIFT : -(-(start + segment.memsz) >> PAGE_SHIFT)] = False
+    if kernel.hypercall_page is not None:
+        mask[(kernel.hypercall_page - kernel.virt_base) >> PAGE_SHIFT] = False
     return mask
 
 
