@@ -149,7 +149,7 @@ class XenstoreRing:
             self._wake_in(0.0)
 
     def _take_one(self, conn: Connection) -> bool:
-        """Handle one request. :returns: False when the guest has not sent all of one."""
+        """Take one request, or the part of one that is there, and handle it. :returns: False when there was nothing."""
         taken = 0
         while wanted := conn.parser.wanted:
             data = self._requests.peek(wanted + taken)[taken:]
@@ -171,7 +171,9 @@ class XenstoreRing:
             return False
         self._requests.advance(taken)
         self._notify()
-        return packet is not None
+        # Also after a part: a guest that added to it before it saw us advance has told nobody (Linux' xb_write
+        # sends an event only when the ring was empty), so the ring must be looked at once more.
+        return True
 
     def _flush(self) -> None:
         conn = self._conn

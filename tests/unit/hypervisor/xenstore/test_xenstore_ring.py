@@ -102,6 +102,23 @@ def test_it_announces_itself(guest) -> None:
     assert guest.index[CONNECTION] == guest.index[ERROR] == 0
 
 
+def test_what_a_guest_adds_before_it_sees_the_ring_advance_is_taken(guest, monkeypatch) -> None:
+    """Linux tells of new bytes only when it finds the ring empty."""
+    packet = Packet(Op.TRANSACTION_START, 77, 0, b"\0").encode()
+    settle = guest.ring._server.settle
+
+    def add_body() -> None:
+        monkeypatch.undo()
+        guest.put(packet[16:])
+        settle()
+
+    guest.put(packet[:16])
+    monkeypatch.setattr(guest.ring._server, "settle", add_body)
+    guest.ring.on_notify()
+    guest.run_calls()
+    assert [p.req_id for p in guest.read()] == [77]
+
+
 def test_a_request_and_its_answer(guest) -> None:
     assert guest.ask(Op.WRITE, b"a\0hello") == b"OK\0"
     assert guest.ask(Op.READ, b"a\0") == b"hello"
