@@ -181,7 +181,8 @@ class Demo:
         with self.timeline.step("start the node: reeve-hypervisor and reeve-agent"):
             self.start_node()
         say("send `create` over the queue")
-        reply = self.instruct("create", f"name={NAME}", f"memory_mib={self.options.memory}", *self.guest_args())
+        wanted = [f"name={NAME}", f"memory_mib={self.options.memory}", "on_crash=destroy", *self.guest_args()]
+        reply = self.instruct("create", *wanted)
         domain = reply["result"]["domain"]
         self.watch_console(reply["accepted"])
         say("reeve domain list")
@@ -280,9 +281,8 @@ class Demo:
     def instruct(self, verb: str, *args: str) -> dict[str, Any]:
         """Send an instruction; its steps go to the timeline."""
         words = [word for arg in args for word in ("--arg", arg)]
-        timeout = self.options.boot_timeout
-        text = self.reeve("instruct", verb, *words, "--timeout", f"{timeout:g}", "-f", "json", seconds=timeout + 20)
-        reply: dict[str, Any] = json.loads(text)
+        words += ["--timeout", f"{self.options.boot_timeout:g}", "-f", "json"]
+        reply: dict[str, Any] = json.loads(self.reeve("instruct", verb, *words, seconds=self.options.boot_timeout + 20))
         self.timeline.add(f"instruction {verb}, from acceptance to reply", reply["finished"] - reply["accepted"])
         for step in reply["steps"]:
             self.timeline.add(step["title"] or step["name"], step["seconds"], "step")
