@@ -19,7 +19,7 @@ from hypervisor.hypercalls import (  # noqa: F401  the families register themsel
     multicall,
     scheduling,
 )
-from hypervisor.hypercalls.registry import REGISTRY, Continuation
+from hypervisor.hypercalls.registry import REGISTRY, ContextLoaded, Continuation
 
 SYSCALL_LENGTH = 2
 
@@ -40,6 +40,9 @@ class Dispatcher:
         domain = self._domain
         regs = domain.engine.regs
         gpr = regs.gpr
+        if regs.cs != abi.FLAT_KERNEL_CS64:
+            # `syscall` and the return from it load Xen's flat selectors, whatever the guest had.
+            domain.engine.load_flat64(abi.FLAT_KERNEL_CS64, abi.FLAT_KERNEL_SS64)
         number = gpr[x86.RAX]
         if number == abi.HYPERVISOR_iret:
             domain.traps.iret()
@@ -57,5 +60,7 @@ class Dispatcher:
             for register, value in zip((x86.RDI, x86.RSI, x86.RDX, x86.R10), exc.arguments, strict=False):
                 gpr[register] = value & x86.MASK64
             regs.rip = (regs.rip - SYSCALL_LENGTH) & x86.MASK64
+            return
+        except ContextLoaded:
             return
         gpr[x86.RAX] = result & x86.MASK64

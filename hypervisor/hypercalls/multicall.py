@@ -7,11 +7,12 @@ import struct
 from hypervisor import abi
 from hypervisor.abi import errno
 from hypervisor.domain import Domain
+from hypervisor.engines import x86
 from hypervisor.errors import XenError
-from hypervisor.hypercalls.registry import REGISTRY, Continuation, hypercall
+from hypervisor.hypercalls.registry import REGISTRY, ContextLoaded, Continuation, hypercall
 
 _ENTRY = struct.Struct("<8Q")
-_FORBIDDEN = {abi.HYPERVISOR_multicall: errno.EINVAL, abi.HYPERVISOR_iret: errno.ENOSYS}
+_FORBIDDEN = {abi.HYPERVISOR_multicall: errno.EINVAL}
 
 
 @hypercall(abi.HYPERVISOR_multicall)
@@ -24,9 +25,12 @@ def multicall(domain: Domain, calls: int, count: int, _3: int, _4: int, _5: int,
         operation, _, *arguments = _ENTRY.unpack(domain.guest.read(calls, _ENTRY.size))
         handler = table[operation] if operation < len(table) and operation not in _FORBIDDEN else None
         try:
-            if handler is None:
+            if operation == abi.HYPERVISOR_iret:
+                result = _iret(domain)
+            elif handler is None:
                 raise XenError(_FORBIDDEN.get(operation, errno.ENOSYS), f"hypercall {operation} in a multicall")
-            result = handler(domain, *arguments)
+            else:
+                result = handler(domain, *arguments)
         except XenError as exc:
             result = -exc.errno
         except Continuation as exc:
@@ -37,3 +41,11 @@ def multicall(domain: Domain, calls: int, count: int, _3: int, _4: int, _5: int,
         if domain.shutdown_code is not None:
             break
     return 0
+
+
+def _iret(domain: Domain) -> int:
+    """An iret ends the list when it leaves the kernel: the rest would run with a user program's rights (XSA-213)."""
+    domain.traps.iret()
+    if not domain.traps.state.kernel_mode:
+        raise ContextLoaded
+    return int(domain.engine.regs.gpr[x86.RAX])

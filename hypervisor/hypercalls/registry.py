@@ -27,6 +27,10 @@ class Continuation(Exception):
         self.arguments = args
 
 
+class ContextLoaded(Exception):
+    """The hypercall replaced the whole register context (iret): there is no result to store."""
+
+
 class Registry:
     """Filled once at import; read-only afterwards."""
 
