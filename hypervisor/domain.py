@@ -20,7 +20,8 @@ from hypervisor.cpu.traps import Traps
 from hypervisor.engines import x86
 from hypervisor.engines.tsc import TscScale, read_tsc
 from hypervisor.errors import XenError
-from hypervisor.evtchn.core import EventChannels, Router
+from hypervisor.evtchn.core import DEFAULT_MAX_PORT, EventChannels, Router
+from hypervisor.evtchn.fifo import Fifo, FifoControl
 from hypervisor.evtchn.twolevel import TwoLevel
 from hypervisor.grants.table import GrantTable
 from hypervisor.memory.frames import L4, SEGDESC, WRITABLE, FrameTable
@@ -41,6 +42,7 @@ class MachineConfig:
     :ivar uuid: the domain's identity, 36 characters.
     :ivar base_mfn: first machine frame of its extent; `nr_pages` of RAM at boot, at most `max_pages`.
     :ivar tsc_khz: frequency of the time stamp counter, kHz.
+    :ivar max_event_port: highest event channel port, up to 131071; the 2-level ABI ends at 4095.
     """
 
     uuid: str
@@ -52,6 +54,7 @@ class MachineConfig:
     vcpus: int = 1
     max_vcpus: int = 1
     tsc_khz: int = 0
+    max_event_port: int = DEFAULT_MAX_PORT
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -94,7 +97,8 @@ class Domain:
             self.memory.bytes[vcpu.state.vcpu_info + abi.VCPU_INFO_EVTCHN_UPCALL_MASK] = 1
         self.running = self.vcpus[0]
         events = TwoLevel(self.memory, self.area.shared_info, self.vcpus, wake)
-        self.events = EventChannels(DomId(config.domid), events, router)
+        self.events = EventChannels(DomId(config.domid), events, router, config.max_event_port)
+        self.fifo = FifoControl(self.events, lambda: Fifo(self.memory, self.tables, self.vcpus, wake))
         self.grants = GrantTable(self.memory, self.area)
         self.traps = Traps(engine, self.memory, self.guest, self.area)
         self.traps.set_vcpu(self.running)

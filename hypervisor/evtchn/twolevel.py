@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from hypervisor import abi
+from hypervisor.abi import errno
 from hypervisor.cpu.state import Vcpu
+from hypervisor.errors import XenError
 from hypervisor.memory.physical import DomainMemory
 
 _PENDING_BITS = abi.SHARED_INFO_EVTCHN_PENDING
@@ -22,7 +25,9 @@ class TwoLevel:
         or someone polls the port.
     """
 
-    max_ports = 4096
+    name = "2l"
+    max_ports = abi.EVTCHN_2L_NR_CHANNELS
+    priorities = False
 
     __slots__ = ("_bytes", "_masks", "_pending", "_vcpus", "_wake", "_words")
 
@@ -50,9 +55,12 @@ class TwoLevel:
         self._wake(vcpu, port)
 
     def _select(self, port: int, vcpu: int) -> None:
-        info = self._vcpus[vcpu].state.vcpu_info
-        self._words[(info + _SELECTOR) >> 3] |= 1 << (port >> 6)
-        self._bytes[info + _UPCALL_PENDING] = 1
+        """Announce the port's word; a guest that has it announced already is not called again, as in Xen."""
+        info, bit = self._vcpus[vcpu].state.vcpu_info, 1 << (port >> 6)
+        selector = self._words[(info + _SELECTOR) >> 3]
+        if not selector & bit:
+            self._words[(info + _SELECTOR) >> 3] = selector | bit
+            self._bytes[info + _UPCALL_PENDING] = 1
 
     def unmask(self, port: int, vcpu: int) -> None:
         data, at, bit = self._bytes, self._masks + (port >> 3), 1 << (port & 7)
@@ -68,3 +76,19 @@ class TwoLevel:
 
     def is_pending(self, port: int) -> bool:
         return bool(self._bytes[self._pending + (port >> 3)] & 1 << (port & 7))
+
+    def opened(self, port: int) -> None:
+        return
+
+    def is_busy(self, _port: int) -> bool:
+        return False
+
+    def set_priority(self, _port: int, _priority: int) -> None:
+        raise XenError(errno.ENOSYS, "priorities need the FIFO ABI")
+
+    def release(self) -> None:
+        return
+
+    def save(self) -> dict[str, Any]:
+        """All of it lies in the guest's memory."""
+        return {"name": self.name}
