@@ -36,10 +36,12 @@ __all__ = [
     "PATH_SCHEMA",
     "UUID_SCHEMA",
     "WAIT_SCHEMA",
+    "BootImage",
     "Check",
     "Claims",
     "Context",
     "Host",
+    "Images",
     "InstructionError",
     "JsonDict",
     "Plan",
@@ -101,19 +103,41 @@ class Claims(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class BootImage:
+    """What an image boots: full paths, its own command line, and the SHA-256 (hex) of each file by path."""
+
+    name: str
+    kernel: str
+    ramdisk: str | None
+    cmdline: str
+    sha256: Mapping[str, str]
+
+
+class Images(Protocol):
+    """The host's image store."""
+
+    def find(self, name: str) -> BootImage:
+        """:raises AgentError: ``image.not_found``, or ``image.invalid`` when its manifest or a file is unusable."""
+
+    def verify(self, image: str, files: Mapping[str, str]) -> None:
+        """Compare files with their checksums. :raises AgentError: ``image.invalid``, naming the file."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Host:
     """What a plugin sees of its node.
 
     :ivar name: the host's name, as instructions address it.
     :ivar owner: the marker that makes a domain ours (`DomainSpec.owner`); never changes for a node,
         not even when its hostname does.
-    :ivar settings: strings from the configuration; ``image_dir`` is the image store.
+    :ivar settings: strings from the configuration that plugins may read.
     """
 
     name: str
     owner: str
     toolstack: Toolstack
     claims: Claims
+    images: Images
     settings: Mapping[str, str]
 
 

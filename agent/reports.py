@@ -19,6 +19,8 @@ LOG = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 0.2
 """Changes closer together than this make one capacity report."""
+AGAIN_SECONDS = 5.0
+"""A host that does not answer is asked again after so many seconds."""
 
 
 class Reporter:
@@ -73,7 +75,7 @@ class Reporter:
         self._publish(Report(kind, self._host, self._now(), next(self._seq), data))
 
     def capacity(self, *, always: bool) -> bool:
-        """Report the capacity if it differs from the last report, or `always`; whether it did."""
+        """Report the capacity if it differs from the last report, or `always`; False when it cannot be read."""
         try:
             data = self._claims.capacity().to_json()
             host = self._toolstack.host_info()
@@ -82,10 +84,9 @@ class Reporter:
             return False
         data |= {"driver": host.driver, "driver_version": host.driver_version, "capabilities": list(host.capabilities)}
         data |= self._extra()
-        if not always and data == self._last:
-            return False
-        self._last = data
-        self.send("capacity", data)
+        if always or data != self._last:
+            self._last = data
+            self.send("capacity", data)
         return True
 
     def _on_event(self, event: DomainEvent) -> None:
@@ -93,13 +94,11 @@ class Reporter:
         self._changed.set()
 
     def _main(self) -> None:
-        self.capacity(always=True)
-        due = time.monotonic() + self._interval
+        due = 0.0
         while not self._stop.is_set():
-            changed = self._changed.wait(max(0.0, due - time.monotonic()))
-            if changed and not self._stop.wait(SETTLE_SECONDS):
+            if time.monotonic() >= due:
+                read = self.capacity(always=True)
+                due = time.monotonic() + (self._interval if read else min(self._interval, AGAIN_SECONDS))
+            if self._changed.wait(max(0.0, due - time.monotonic())) and not self._stop.wait(SETTLE_SECONDS):
                 self._changed.clear()
                 self.capacity(always=False)
-            if time.monotonic() >= due:
-                self.capacity(always=True)
-                due = time.monotonic() + self._interval

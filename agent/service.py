@@ -26,7 +26,8 @@ from agent.dispatcher import Dispatcher
 from agent.errors import AgentError, AlreadyRunning, ConfigError, JournalError
 from agent.executor import Executor
 from agent.journal import Journal
-from agent.loader import load_driver, load_verbs
+from agent.loader import Verb, load_driver, load_verbs
+from agent.local_images import LocalImages
 from agent.reports import Reporter
 from agent.resources import ResourceClaims
 from agent.rpc import connection as broker
@@ -79,6 +80,7 @@ class Service:
 
     def _start(self) -> None:
         settings = self.settings
+        broker.connect(settings.broker_url)  # a URL that is not usable is said now, not by a thread
         lock = lock_folder(settings.state_dir / "agent")
         self._closers.append(lock.close)
         self.journal = Journal(settings.journal_path)
@@ -89,19 +91,43 @@ class Service:
         self.toolstack = self._toolstack or self._driver()
         if self._toolstack is None:
             self._closers.append(self.toolstack.close)
+        host = self._host()
+        self._wire(verbs, host)
+        if resumed := self.dispatcher.recover():
+            LOG.info("%d unfinished instructions resume", resumed)
+        self.publisher.start()
+        self.dispatcher.start()
+        self.reporter.start()
+        self.consumer.start()
+        LOG.info(
+            "agent for host %s: driver %s, broker %s, verbs %s",
+            settings.host,
+            self.toolstack.name,
+            broker.redact(settings.broker_url),
+            ", ".join(sorted(verbs)) or "none",
+        )
+
+    def _host(self) -> Host:
+        """What plugins see of this node."""
+        settings = self.settings
         self.claims = ResourceClaims(
             self.toolstack,
             self.journal,
             vcpu_ratio=settings.vcpu_ratio,
             reserved_mib=settings.reserved_memory_mib,
         )
-        host = Host(
+        return Host(
             name=settings.host,
             owner=f"reeve/{self.journal.node_id()}",
             toolstack=self.toolstack,
             claims=self.claims,
+            images=LocalImages(settings.image_dir),
             settings={"image_dir": str(settings.image_dir)},
         )
+
+    def _wire(self, verbs: dict[str, Verb], host: Host) -> None:
+        """Make the parts that have threads and join them; none is started."""
+        settings = self.settings
         executor = Executor(
             self.journal,
             verbs,
@@ -140,20 +166,7 @@ class Service:
             self.claims,
             self.publisher.report,
             interval=float(settings.report_interval),
-            extra=lambda: {"verbs": sorted(verbs), "owner": host.owner},
-        )
-        if resumed := self.dispatcher.recover():
-            LOG.info("%d unfinished instructions resume", resumed)
-        self.publisher.start()
-        self.dispatcher.start()
-        self.reporter.start()
-        self.consumer.start()
-        LOG.info(
-            "agent for host %s: driver %s, broker %s, verbs %s",
-            settings.host,
-            self.toolstack.name,
-            broker.redact(settings.broker_url),
-            ", ".join(sorted(verbs)) or "none",
+            extra=lambda: {"verbs": sorted(verbs), "broken_plugins": self.broken_plugins, "owner": host.owner},
         )
 
     def run(self) -> None:

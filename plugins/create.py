@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
-import os
-import re
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 from agent.api import (
@@ -33,12 +28,8 @@ INSTRUCTION_KEY = "reeve.instruction"
 """Metadata that proves which instruction built a domain; what makes undo safe."""
 
 MAX_MEMORY_MIB = 1 << 24
-MAX_MANIFEST_BYTES = 65536
 APPEAR_SECONDS = 60.0
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _ON_EVENT = {"enum": [event.value for event in OnEvent]}
-
-_hashes: dict[tuple[str, int, int, int], str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +66,7 @@ class VerifyStep(Step):
     files: dict[str, str]
 
     def run(self, ctx: Context) -> JsonDict | None:
-        for path, expected in sorted(self.files.items()):
-            found = _sha256(path)
-            if found != expected:
-                raise InstructionError(
-                    "image.invalid",
-                    f"file {path} of image {self.image!r} has SHA-256 {found}, its manifest says {expected}: "
-                    "build the image again",
-                )
+        ctx.host.images.verify(self.image, self.files)
         return None
 
     def check(self, ctx: Context) -> Check:
@@ -225,9 +209,10 @@ class Create(Plugin):
         steps: list[Step] = []
         boot = {"kernel": args.get("kernel"), "ramdisk": args.get("ramdisk"), "cmdline": args.get("cmdline", "")}
         if "image" in args:
-            boot, files = _image(Path(host.settings["image_dir"]), args["image"])
-            boot["cmdline"] = args.get("cmdline", boot["cmdline"])
-            steps.append(VerifyStep(args["image"], files))
+            image = host.images.find(args["image"])
+            cmdline = args.get("cmdline", image.cmdline)
+            boot = {"kernel": image.kernel, "ramdisk": image.ramdisk, "cmdline": cmdline}
+            steps.append(VerifyStep(image.name, dict(image.sha256)))
         taken = ("uuid", "name", "memory_mib", "max_memory_mib", "vcpus", "max_vcpus")
         kept = ("on_poweroff", "on_reboot", "on_crash", "metadata")
         data = {key: args[key] for key in (*taken, *kept) if key in args} | {"boot": boot}
@@ -255,53 +240,3 @@ def _check_free(spec: DomainSpec, host: Host) -> None:
             raise DomainExists(f"a domain with UUID {spec.uuid} exists ({domain.name}): leave uuid out or give another")
         if domain.name == spec.name:
             raise NameInUse(f"the name {spec.name!r} belongs to domain {domain.uuid}: give another name")
-
-
-def _image(store: Path, name: str) -> tuple[JsonDict, dict[str, str]]:
-    """(boot fields, path to SHA-256) of an image in the store.
-
-    :raises InstructionError: ``image.not_found``, ``image.invalid``.
-    """
-    folder = store / name
-    try:
-        with open(folder / "manifest.json", "rb") as file:
-            data = file.read(MAX_MANIFEST_BYTES + 1)
-        manifest: Any = json.loads(data) if len(data) <= MAX_MANIFEST_BYTES else None
-    except FileNotFoundError as exc:
-        raise InstructionError(
-            "image.not_found", f"there is no image {name!r} in {store}: make it with `reeve image build`"
-        ) from exc
-    except (OSError, ValueError, RecursionError) as exc:
-        raise InstructionError("image.invalid", f"the manifest of image {name!r} cannot be read: {exc}") from exc
-    try:
-        files = {key: manifest[key] for key in ("kernel", "ramdisk") if manifest.get(key)}
-        sums = {str(folder / file): str(manifest["sha256"][file]).lower() for file in files.values()}
-        cmdline = manifest.get("cmdline") or ""
-        usable = "kernel" in files and isinstance(cmdline, str)
-        usable = usable and all(_FILE_NAME.fullmatch(file) for file in files.values())
-    except (TypeError, KeyError, AttributeError):
-        usable = False
-    if not usable:
-        raise InstructionError(
-            "image.invalid",
-            f"the manifest of image {name!r} is not usable: it needs kernel, cmdline and sha256 of each file "
-            "(names without folders); build the image again",
-        )
-    boot = {key: str(folder / file) for key, file in files.items()}
-    return {"ramdisk": None} | boot | {"cmdline": cmdline}, sums
-
-
-def _sha256(path: str) -> str:
-    """Hash of a file; remembered while its inode, size and time stay the same.
-
-    :raises InstructionError: ``image.invalid``, it cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            stat = os.fstat(file.fileno())
-            key = (path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-            if key not in _hashes:
-                _hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
-            return _hashes[key]
-    except OSError as exc:
-        raise InstructionError("image.invalid", f"file {path} cannot be read: {exc.strerror}") from exc

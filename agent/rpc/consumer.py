@@ -19,7 +19,7 @@ from typing import Any
 import kombu
 
 from agent import wire
-from agent.errors import AlreadyRunning, JournalCorrupt, JournalError
+from agent.errors import AlreadyRunning, ConfigError, JournalCorrupt, JournalError
 from agent.faults import boundary
 from agent.rpc import connection as broker
 from agent.rpc import filesystem
@@ -27,6 +27,7 @@ from agent.rpc import filesystem
 LOG = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 0.5
+FOLDER_DRAIN_SECONDS = 0.1  # a folder is looked at in any case; so a stop takes effect sooner
 FULL_SECONDS = 0.05
 JOURNAL_PAUSE = 1.0
 SWEEP_SECONDS = 300.0
@@ -102,9 +103,14 @@ class Consumer:
     def _main(self) -> None:
         pause = 0.2
         while not self._stop.is_set():
-            connection = broker.connect(
-                self._url, poll_seconds=self._poll_seconds, max_message_bytes=self._max_message_bytes
-            )
+            try:
+                connection = broker.connect(
+                    self._url, poll_seconds=self._poll_seconds, max_message_bytes=self._max_message_bytes
+                )
+            except ConfigError as exc:  # a folder that was there at the start
+                LOG.warning("%s; trying again in %.1f s", exc, pause)
+                self._stop.wait(pause)
+                continue
             try:
                 self._serve(connection)
                 pause = 0.2
@@ -141,9 +147,10 @@ class Consumer:
         )
         LOG.info("taking instructions from %s of %s", queue.name, broker.redact(self._url))
         self.connected.set()
+        idle = FOLDER_DRAIN_SECONDS if broker.is_filesystem(self._url) else DRAIN_SECONDS
         while not self._stop.is_set():
             with contextlib.suppress(TimeoutError):
-                connection.drain_events(timeout=FULL_SECONDS if self._held else DRAIN_SECONDS)
+                connection.drain_events(timeout=FULL_SECONDS if self._held else idle)
             connection.heartbeat_check()
             self._take_in()
             self._sweep()

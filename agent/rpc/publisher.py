@@ -17,7 +17,7 @@ from typing import Any
 import kombu
 
 from agent import wire
-from agent.errors import JournalCorrupt, JournalError, Unroutable
+from agent.errors import ConfigError, JournalCorrupt, JournalError, Unroutable
 from agent.faults import boundary
 from agent.journal import Journal, OutboxRow
 from agent.rpc import connection as broker
@@ -82,7 +82,12 @@ class Publisher:
     def _main(self) -> None:
         pause = 0.2
         while not self._stop.is_set():
-            connection = broker.connect(self._url)
+            try:
+                connection = broker.connect(self._url)
+            except ConfigError as exc:  # a folder that was there at the start
+                LOG.warning("%s; trying again in %.1f s", exc, pause)
+                self._stop.wait(pause)
+                continue
             try:
                 self._serve(connection)
             except JournalCorrupt as exc:

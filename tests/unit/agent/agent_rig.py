@@ -14,6 +14,7 @@ from agent.api import Host
 from agent.executor import Executor
 from agent.journal import Accepted, Journal
 from agent.loader import Verb, load_verbs
+from agent.local_images import LocalImages
 from agent.resources import ResourceClaims
 from agent.wire import Instruction, Reply
 from hypervisor.toolstack.api import DomainSpec, KernelBoot
@@ -84,7 +85,7 @@ def make_rig(folder: Path, toolstack: FakeToolstack | None = None, **options: An
     kernel.write_bytes(b"\x7fELF" + bytes(1000))
     images = folder / "images"
     images.mkdir(exist_ok=True)
-    host = Host(HOST, f"reeve/{journal.node_id()}", toolstack, claims, {"image_dir": str(images)})
+    host = Host(HOST, f"reeve/{journal.node_id()}", toolstack, claims, LocalImages(images), {"image_dir": str(images)})
     stopping = threading.Event()
     options.setdefault("unknown_seconds", 0.3)
     executor = Executor(journal, verbs, host, stopping, **options)

@@ -81,4 +81,16 @@ def test_a_host_that_is_away_is_no_report_and_no_end(rig: Rig) -> None:
     reporter = make(rig, sent)
     rig.toolstack.inject_error("host_info", HostUnavailable("away"))
     assert not reporter.capacity(always=True)
-    assert reporter.capacity(always=True) and not reporter.capacity(always=False)
+    assert sent == []
+    assert reporter.capacity(always=True) and reporter.capacity(always=False)
+    assert len(sent) == 1
+
+
+def test_a_host_that_was_away_at_the_start_is_asked_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reports, "AGAIN_SECONDS", 0.02)
+    sent: list[Report] = []
+    rig.toolstack.inject_error("host_info", HostUnavailable("away"), times=2)
+    reporter = make(rig, sent, interval=1000)
+    reporter.start()
+    until(lambda: kinds(sent, "capacity"))
+    reporter.stop()

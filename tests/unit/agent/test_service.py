@@ -190,6 +190,8 @@ def test_main_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert "[agent] host 'a b' is not usable" in capsys.readouterr().err
         assert main(["--agent-state-dir", str(tmp_path), "--driver-name", "vmware"]) == 1
         assert "agent.config: driver 'vmware' is not installed" in capsys.readouterr().err
+        assert main(["--agent-state-dir", str(tmp_path), "--broker-url", "http://x/"]) == 1
+        assert "agent.config: broker URL 'http://x/' has scheme 'http'" in capsys.readouterr().err
     finally:
         root.handlers[:], root.level = before
 

@@ -22,7 +22,9 @@ def image(rig: Rig, name: str = "debian", **manifest: Any) -> Path:
     (folder / "vmlinuz").write_bytes(b"\x7fELF" + bytes(2000))
     (folder / "initrd.img").write_bytes(b"ramdisk")
     sums = {f: hashlib.sha256((folder / f).read_bytes()).hexdigest() for f in ("vmlinuz", "initrd.img")}
-    data = {"name": name, "kernel": "vmlinuz", "ramdisk": "initrd.img", "cmdline": "console=hvc0", "sha256": sums}
+    sizes = {f: (folder / f).stat().st_size for f in sums}
+    files = {"kernel": "vmlinuz", "ramdisk": "initrd.img", "sha256": sums, "size": sizes}
+    data = {"format": 1, "name": name, "cmdline": "console=hvc0", **files}
     (folder / "manifest.json").write_text(json.dumps(data | manifest))
     return folder
 
@@ -72,7 +74,7 @@ def test_own_command_line_wins_over_the_image_s(rig: Rig) -> None:
 def test_a_changed_image_file_is_found(rig: Rig) -> None:
     folder = image(rig)
     rig.ok("create", {"name": "one", "memory_mib": 64, "image": "debian"})
-    (folder / "initrd.img").write_bytes(b"other contents")
+    (folder / "initrd.img").write_bytes(b"RAMDISK")  # of the same size
     error = rig.refused("image.invalid", "create", {"name": "two", "memory_mib": 64, "image": "debian"})
     assert "initrd.img" in error["message"] and error["undone"] is True
 
