@@ -25,7 +25,7 @@ CHUNK = 65536
 REPLAY = 8192
 REATTACH_SECONDS = 5.0
 ENDED = (DomainState.SHUTDOWN, DomainState.CRASHED, DomainState.DYING)
-LEFT, DOMAIN_GONE, QUIET = "left", "gone", "quiet"
+LEFT, DOMAIN_GONE, QUIET, SIGNALLED = "left", "gone", "quiet", "signalled"
 
 
 class Session:
@@ -34,19 +34,23 @@ class Session:
 
     :param linger: seconds without output after the end of standard input before it leaves.
     :param escape: whether Ctrl-] leaves (on a terminal; in a pipe it is data).
+    :param wake: a descriptor that ends the session when it becomes readable.
     """
 
-    def __init__(self, console: Console, stdin: int, stdout: int, *, linger: float, escape: bool) -> None:
+    def __init__(
+        self, console: Console, stdin: int, stdout: int, *, linger: float, escape: bool, wake: int | None = None
+    ) -> None:
         self.console = console
         self._stdin = stdin
         self._stdout = stdout
         self._linger = linger
         self._escape = escape
+        self._wake = wake
         self._input_open = True
         self._heard = time.monotonic()
 
     def run(self) -> str:
-        """Returns why it ended: ``left``, ``gone`` or ``quiet``."""
+        """Returns why it ended: ``left``, ``gone``, ``quiet`` or ``signalled``."""
         while True:
             timeout = None
             if not self._input_open:
@@ -54,7 +58,10 @@ class Session:
                 if timeout <= 0:
                     return QUIET
             watched = [self.console.fileno()] + ([self._stdin] if self._input_open else [])
+            watched += [] if self._wake is None else [self._wake]
             ready, _, _ = select.select(watched, [], [], timeout)
+            if self._wake in ready:
+                return SIGNALLED
             if self.console.fileno() in ready and not self._show():
                 return DOMAIN_GONE
             if self._stdin in ready and not self._type():
@@ -92,12 +99,35 @@ def write_all(fd: int, data: bytes) -> None:
         data = data[os.write(fd, data) :]
 
 
-class _Signalled(Exception):
-    """SIGTERM or SIGHUP came; the terminal must be put right before the process ends."""
+class Signals:
+    """Notes SIGTERM and SIGHUP instead of dying of them, so that the terminal is put right first.
 
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
+    The handler only writes to a pipe: an exception out of it could strike anywhere and be lost.
+
+    :ivar fd: polls readable once a signal came.
+    :ivar number: of the signal that came first, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.fd, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Signals:
+        for name in (signal.SIGTERM, signal.SIGHUP):
+            self._before[name] = signal.signal(name, self._note)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+        os.close(self.fd)
+        os.close(self._write)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.number = self.number or number
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._write, b"x")
 
 
 @contextlib.contextmanager
@@ -106,21 +136,12 @@ def raw_terminal(fd: int) -> Iterator[bool]:
     if not os.isatty(fd):
         yield False
         return
-
-    def leave(number: int, _frame: FrameType | None) -> None:
-        raise _Signalled(number)
-
     before = termios.tcgetattr(fd)
-    handlers: dict[signal.Signals, Any] = {}
     try:
-        for name in (signal.SIGTERM, signal.SIGHUP):
-            handlers[name] = signal.signal(name, leave)
         tty.setraw(fd, termios.TCSANOW)
         yield True
     finally:
         termios.tcsetattr(fd, termios.TCSANOW, before)
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
 
 
 class DomainConsole(Common):
@@ -149,17 +170,17 @@ class DomainConsole(Common):
         )
 
     def take_action(self, parsed_args: argparse.Namespace) -> int:
-        stdin, stdout = sys.stdin.fileno(), sys.stdout.fileno()
+        stdin = sys.stdin.fileno()
         sys.stdout.flush()
         with self.toolstack() as toolstack:
             info = find_domain(toolstack, parsed_args.domain)
             if os.isatty(stdin):
                 self.say(f"console of {info.name}: Ctrl-] leaves")
-            try:
+            with Signals() as signals:
                 with raw_terminal(stdin) as is_terminal:
-                    why = self._attached(toolstack, info, parsed_args, stdin, stdout, is_terminal)
-            except _Signalled as exc:
-                return 128 + exc.number
+                    why = self._attached(toolstack, info, parsed_args, is_terminal, signals.fd)
+                if why == SIGNALLED:
+                    return 128 + signals.number
             if os.isatty(stdin):
                 self.say("" if why == LEFT else f"\ndomain {info.name} has ended")
         return 0
@@ -169,10 +190,10 @@ class DomainConsole(Common):
         toolstack: Toolstack,
         info: DomainInfo,
         parsed_args: argparse.Namespace,
-        stdin: int,
-        stdout: int,
         is_terminal: bool,
+        wake: int,
     ) -> str:
+        stdin, stdout = sys.stdin.fileno(), sys.stdout.fileno()
         replay = parsed_args.replay
         while True:
             console = toolstack.open_console(info.uuid)
@@ -180,7 +201,7 @@ class DomainConsole(Common):
                 if replay > 0:
                     write_all(stdout, toolstack.console_log(info.uuid, replay))
                     replay = 0
-                session = Session(console, stdin, stdout, linger=parsed_args.linger, escape=is_terminal)
+                session = Session(console, stdin, stdout, linger=parsed_args.linger, escape=is_terminal, wake=wake)
                 why = session.run()
             finally:
                 console.close()
