@@ -13,6 +13,7 @@ does not exist on the machine.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -333,15 +334,23 @@ class PageTables:
 
     # -- consistency, for tests and fuzzers
 
-    def recount(self) -> list[str]:
+    def recount(self, holds: Iterable[tuple[int, int]]) -> list[str]:
         """Differences between the counts and what the validated tables say; empty when all is well.
 
-        Roots (CR3, GDT) hold counts that no table shows; only counts below what the tables need are reported.
+        :param holds: (frame, kind) of each use that no table shows: roots, descriptor tables, vcpu_info.
         """
         frames = self.frames
-        need = np.zeros(frames.size, dtype=np.int64)
-        refs = np.zeros(frames.size, dtype=np.int64)
+        count = np.frombuffer(bytes(frames.pinned), dtype=np.uint8).astype(np.int64)
+        # Xen's own frames that the guest may map are held as what they are for as long as they are shared.
+        count[frames.ram :] += frames.refs_np[frames.ram :] != 0
+        refs = (frames.refs_np != 0).astype(np.int64)
+        refs[: frames.ram] += count[: frames.ram]
         wrong: list[str] = []
+        for index, kind in holds:
+            count[index] += 1
+            refs[index] += 1
+            if frames.kind[index] != kind:
+                wrong.append(f"frame {index:#x} is {frames.kind[index]}, held as {kind}")
         for index in np.flatnonzero(frames.count_np).tolist():
             kind = frames.kind[index]
             if not L1 <= kind <= L4:
@@ -354,14 +363,12 @@ class PageTables:
                 refs[target] += 1
                 wanted = kind - 1 if kind > L1 else (WRITABLE if entry & PTE_RW else NONE)
                 if wanted != NONE:
-                    need[target] += 1
+                    count[target] += 1
                     if frames.kind[target] != wanted:
                         wrong.append(f"L{kind} {index:#x}[{slot}] uses {target:#x} as {wanted}")
-        pinned = np.frombuffer(bytes(frames.pinned), dtype=np.uint8).astype(np.int64)
-        for index in np.flatnonzero(frames.count_np.astype(np.int64) < need + pinned).tolist():
-            wrong.append(f"frame {index:#x}: count {frames.count[index]}, tables need {int(need[index])}")
-        for index in np.flatnonzero(frames.refs_np.astype(np.int64) < refs).tolist():
-            wrong.append(f"frame {index:#x}: refs {frames.refs[index]}, tables hold {int(refs[index])}")
+        for name, have, want in (("count", frames.count_np, count), ("refs", frames.refs_np, refs)):
+            for index in np.flatnonzero(have != want).tolist():
+                wrong.append(f"frame {index:#x}: {name} {have[index]}, should be {want[index]}")
         return wrong
 
 
