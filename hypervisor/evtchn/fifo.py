@@ -236,8 +236,8 @@ class Fifo:
             "blocks": list(self._blocks),
             "pages": list(self._pages),
             "tails": list(self._tails),
-            "priority": sorted(self._priority.items()),
-            "last": sorted(self._last.items()),
+            "priority": [list(item) for item in sorted(self._priority.items())],
+            "last": [list(item) for item in sorted(self._last.items())],
             "waiting": sorted(self._waiting),
         }
 
