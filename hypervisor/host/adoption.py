@@ -100,6 +100,7 @@ class Adoption:
     def __init__(self, life: Lifecycle) -> None:
         self._life = life
         self._waiting: set[asyncio.Task[None]] = set()
+        life.reconnect = self.reconnect
 
     async def run(self) -> None:
         """Adopt what is there. Domains that do not answer in time stay UNKNOWN and are adopted when they do."""
@@ -111,6 +112,32 @@ class Adoption:
                 self._add(record, directory)
         if self._waiting:
             await asyncio.wait(self._waiting, timeout=IDENTITY_TIMEOUT)
+
+    async def reconnect(self, domain: Domain, process: ProcessHold) -> None:
+        """Take up the conversation with a living process again whose channel broke."""
+        for _ in range(RETRIES):
+            await asyncio.sleep(RETRY_AFTER)
+            if domain.process is not process or not process.alive:
+                return
+            found = contact(self._life.records.directory(domain.uuid))
+            if found is None:
+                continue
+            try:
+                message, fds = await asyncio.wait_for(_receive(Channel(found.sock)), IDENTITY_TIMEOUT)
+            except (ChannelClosed, BadMessage, TimeoutError):
+                found.close()
+                continue
+            channels.close_all(fds)
+            if domain.process is not process or not _same(domain.record, message):
+                found.close()
+                return
+            os.close(found.pidfd)
+            process.relink(Channel(found.sock))
+            LOG.info("domain %s: connected again", domain.uuid)
+            if message.get("ended"):
+                self._life.guest_ended(domain, message["ended"])
+            return
+        LOG.error("domain %s: its process %d does not answer any more", domain.uuid, process.pid)
 
     def stop(self) -> None:
         for task in self._waiting:

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -43,6 +43,10 @@ MAX_SPEC_BYTES = channels.MAX_MESSAGE // 2
 ENDED_STATES = (DomainState.SHUTDOWN, DomainState.CRASHED)
 
 
+async def _no_reconnect(_domain: Domain, _process: ProcessHold) -> None:
+    """Until `hypervisor.host.adoption` says how."""
+
+
 class Backends(Protocol):
     """Connects a domain to xenstore and console. :raises ToolstackError: its rings cannot be reached."""
 
@@ -57,6 +61,7 @@ class Lifecycle:
     ledger: Ledger
     zygote: ZygoteClient
     backends: Backends
+    reconnect: Callable[[Domain, ProcessHold], Awaitable[None]] = _no_reconnect
     tasks: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
 
     # -- verbs ----------------------------------------------------------------------------------------------------
@@ -106,6 +111,7 @@ class Lifecycle:
         assert process is not None
         process.on_ended = lambda message: self.guest_ended(domain, message)
         process.on_exit = lambda code: self.process_gone(domain, code)
+        process.on_unlinked = lambda: self._spawn(self.reconnect(domain, process))
 
     def guest_ended(self, domain: Domain, message: Message) -> None:
         try:

@@ -26,8 +26,9 @@ REQUEST_TIMEOUT = 5.0
 class ProcessHold:
     """A living domain process: how to speak to it, ring it, end it, and hear of its end.
 
-    :param on_ended: called with the ``ended`` message when the guest has ended.
-    :param on_exit: called once with the exit code (negative for a signal, None unknown) when the process is gone.
+    :ivar on_ended: called with the ``ended`` message when the guest has ended.
+    :ivar on_exit: called once with the exit code (negative for a signal, None unknown) when the process is gone.
+    :ivar on_unlinked: called when the channel broke though the process may live.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class ProcessHold:
         self._built: asyncio.Future[Message] = self._loop.create_future()
         self._tasks: set[asyncio.Task[None]] = set()
         self._doorbells: set[int] = set()
-        self.link = Link(channel, self._event, lambda: None)
+        self.on_unlinked: Callable[[], None] = lambda: None
+        self.link = Link(channel, self._event, self._unlinked)
         self._loop.add_reader(pidfd, self._pid_readable)
 
     @property
@@ -104,6 +106,11 @@ class ProcessHold:
         """Signal the guest's `port`."""
         ring(self.handles.to_guest[port])
 
+    def relink(self, channel: Channel) -> None:
+        """Speak with it over another connection; its doorbells stay."""
+        self.link.close()
+        self.link = Link(channel, self._event, self._unlinked)
+
     def kill(self) -> None:
         """End it now. It cannot refuse, and the pidfd makes sure that no other process is meant."""
         with contextlib.suppress(ProcessLookupError):
@@ -113,6 +120,7 @@ class ProcessHold:
         """Kill it, wait until it is gone, let go of everything. :raises HostFailure: it does not go."""
         self.on_exit = lambda code: None
         self.on_ended = lambda message: None
+        self.on_unlinked = lambda: None
         self.kill()
         try:
             await asyncio.wait_for(self._exited.wait(), KILL_TIMEOUT)
@@ -144,6 +152,11 @@ class ProcessHold:
             self._built.set_result(message)
         elif kind == "ended":
             self.on_ended(message)
+
+    def _unlinked(self) -> None:
+        """The channel broke. If the process lives, it dropped a host that did not read: it can be called again."""
+        if self.alive:
+            self.on_unlinked()
 
     def _pid_readable(self) -> None:
         self._loop.remove_reader(self._pidfd)

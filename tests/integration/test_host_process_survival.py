@@ -345,3 +345,14 @@ def test_a_guest_that_took_its_process_over_reaches_nothing(rig: HostRig, toolst
     for line in ("NoNewPrivs:\t1", "Seccomp:\t2", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000"):
         assert line in status
     assert len(os.listdir(f"/proc/{rig.process_of(spec.uuid)}/fd")) < 20
+
+
+def test_a_broken_channel_is_made_again(rig: HostRig, toolstack: EmbeddedToolstack) -> None:
+    """Whoever hangs up, for whatever reason: the host calls again."""
+    info = booted(toolstack, rig.spec("print hello\nawait\ndrop-host\nprint dropped"))
+    os.kill(rig.process_of(info.uuid), signal.SIGUSR1)
+    until(lambda: b"dropped" in toolstack.console_log(info.uuid), "the guest to go on")
+    until(lambda: "connected again" in rig.log.read_text(), "the host to call again")
+    until(lambda: toolstack.get_domain(info.uuid).state is DomainState.RUNNING, "the channel to be there again")
+    toolstack.pause(info.uuid)
+    assert toolstack.get_domain(info.uuid).state is DomainState.PAUSED

@@ -2,13 +2,14 @@
 
 The file begins with ``#scripted`` and holds one word a line: ``print TEXT``, ``wait`` (for ever, echoing
 typed lines and obeying control/shutdown), ``deaf`` (wait, obeying nothing), ``poweroff``, ``reboot``,
-``crash``, ``segv``, ``raise``, ``spin``, ``await`` (until the process gets SIGUSR1), ``try CALL`` (a system
+``crash``, ``segv``, ``raise``, ``spin``, ``await`` (until the process gets SIGUSR1), ``drop-host`` (the channel breaks), ``try CALL`` (a system
 call that must be refused), ``once WORD`` (only in the domain's first incarnation), ``die-in-build``,
 ``hang-in-build``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -115,6 +116,8 @@ class ScriptedGuest:
             raise RuntimeError("scripted bug")
         elif name == "await":
             signal.sigwait({signal.SIGUSR1})
+        elif name == "drop-host":
+            drop_host()
         elif name == "spin":
             while True:
                 self._go.wait()
@@ -213,6 +216,16 @@ class ScriptedRuntime:
             raise RamdiskInvalid(f"ramdisk {path} is not there or empty")
         if size > request.spec.memory_mib << 20:
             raise MemoryTooSmall(f"memory_mib is {request.spec.memory_mib}: the ramdisk alone has {size >> 20} MiB")
+
+
+def drop_host() -> None:
+    """Say what is no message on the channel, so that the host hangs up."""
+    libc = ctypes.CDLL(None)
+    value, size = ctypes.c_int(), ctypes.c_uint(4)
+    for fd in range(3, 64):
+        libc.getsockopt(fd, 1, 30, ctypes.byref(value), ctypes.byref(size))  # SO_ACCEPTCONN
+        if value.value == 0:
+            libc.send(fd, b"nonsense", 8, 0x40)  # MSG_DONTWAIT
 
 
 def attempt(what: str) -> str:
