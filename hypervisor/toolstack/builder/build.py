@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from hypervisor.errors import MemoryTooSmall
-from hypervisor.toolstack.builder import pv64
+from hypervisor.toolstack.builder import pv32, pv64
 from hypervisor.toolstack.builder.kernel import Kernel
 from hypervisor.toolstack.builder.layout import Layout, plan_layout
 from hypervisor.toolstack.builder.state import BootState, BuildMemory
@@ -59,9 +59,13 @@ def build(
         code is slow on stores through executable pages).
     :raises MemoryTooSmall, KernelInvalid: see `plan_memory`.
     :raises SpecInvalid: the command line is too long.
+    :raises HostFailure: a 32-bit guest's frames lie above 4 GiB.
     """
     ramdisk = ramdisk or b""
     layout = _check_fit(kernel, len(ramdisk), memory.nr_pages)
+    personality = pv64 if kernel.bits == 64 else pv32
+    if kernel.bits == 32:
+        pv32.check_placement(memory, kernel, layout, shared_info_mfn)
     pv64.write_start_info(
         memory,
         layout,
@@ -74,11 +78,11 @@ def build(
     )
     pv64.load_image(memory, kernel)
     pv64.load_ramdisk(memory, layout, ramdisk)
-    pv64.write_p2m(memory, layout)
+    personality.write_p2m(memory, layout)
     pv64.write_page_tables(memory, kernel, layout, nx=nx)
     if kernel.hypercall_page is not None:
         at = kernel.hypercall_page - kernel.virt_base
-        memory.view[at : at + PAGE_SIZE] = pv64.hypercall_page()
+        memory.view[at : at + PAGE_SIZE] = personality.hypercall_page()
     state = _boot_state(memory, kernel, layout, shared_info_mfn, store_port, console_port)
     LOG.debug(
         "built %s: entry %#x, initial mapping %#x..%#x, %d page tables",
@@ -131,4 +135,6 @@ def _boot_state(
         features_required=kernel.notes.features_required,
         guest_os=kernel.notes.guest_os,
         guest_version=kernel.notes.guest_version,
+        bits=kernel.bits,
+        extended_cr3=kernel.extended_cr3,
     )

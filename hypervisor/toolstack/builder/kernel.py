@@ -3,7 +3,7 @@
 Accepts ELF, gzipped ELF and bzImage. What is refused, and how:
 
 * no kernel, or damaged: `KernelInvalid`; a kernel without Xen's notes: `KernelNotXen`;
-* a kernel with the PVH entry alone: `KernelPvhOnly`; 32-bit, or needing a feature we lack: `Unsupported`.
+* a kernel with the PVH entry alone: `KernelPvhOnly`; 32-bit without PAE, or needing a feature we lack: `Unsupported`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LOW_END = 1 << 47
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Kernel:
-    """A 64-bit PV kernel ready to be placed in a domain.
+    """A PV kernel ready to be placed in a domain.
 
     :ivar name: how messages call it (its path).
     :ivar segments: what to load; ``paddr - paddr_offset`` is the offset in the domain's memory.
@@ -37,6 +37,8 @@ class Kernel:
     :ivar start: first byte of the image, as an offset in the domain's memory.
     :ivar end: end of the image, likewise.
     :ivar p2m_base: where the kernel wants its p2m list mapped, or None for inside the initial mapping.
+    :ivar bits: 64, or 32 for a PAE kernel.
+    :ivar extended_cr3: a 32-bit kernel takes a top page table above 4 GiB of machine memory.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Kernel:
     start: int
     end: int
     p2m_base: int | None
+    bits: int = 64
+    extended_cr3: bool = False
 
     @property
     def hypercall_page(self) -> int | None:
@@ -80,8 +84,8 @@ def parse_kernel(image: bytes | memoryview, name: str) -> Kernel:
     if notes is None:
         raise KernelNotXen(f"{name} has no Xen notes: give a kernel built with Xen PV support (Linux: CONFIG_XEN_PV)")
     _check_notes(notes, name)
-    if parsed.bits == 32:
-        raise Unsupported(f"{name} is a 32-bit (PAE) kernel, which is not supported yet: use a 64-bit one")
+    if parsed.bits == 32 and not notes.pae_mode.startswith("yes") and "bimodal" not in notes.pae_mode:
+        raise Unsupported(f"{name} is a 32-bit kernel without PAE: use one built with PAE, or a 64-bit one")
     return _place(parsed, notes, name)
 
 
@@ -125,7 +129,8 @@ def _place(parsed: elf.ElfImage, notes: XenNotes, name: str) -> Kernel:
         raise KernelInvalid(
             f"{name} is damaged: its entry or load addresses are out of bounds; copy or download it again"
         )
-    if virt_base % PAGE_SIZE or not usable_virtual(virt_base, virt_base + end):
+    bits = parsed.bits
+    if virt_base % PAGE_SIZE or not usable_virtual(virt_base, virt_base + end, bits):
         raise KernelInvalid(
             f"{name} is damaged: its VIRT_BASE {virt_base:#x} cannot be mapped; copy or download it again"
         )
@@ -135,7 +140,7 @@ def _place(parsed: elf.ElfImage, notes: XenNotes, name: str) -> Kernel:
     p2m_base = notes.init_p2m
     if p2m_base is not None and virt_base + start <= p2m_base < virt_base + end:
         raise KernelInvalid(f"{name} is damaged: its p2m list would lie in the image; copy or download it again")
-    if p2m_base is not None and (p2m_base >= virt_base or p2m_base % PAGE_SIZE):
+    if p2m_base is not None and (p2m_base >= virt_base or p2m_base % PAGE_SIZE or bits == 32):
         p2m_base = None  # as Xen's domain builder does
     return Kernel(
         name=name,
@@ -148,11 +153,15 @@ def _place(parsed: elf.ElfImage, notes: XenNotes, name: str) -> Kernel:
         start=start,
         end=end,
         p2m_base=p2m_base,
+        bits=bits,
+        extended_cr3=bits == 32 and notes.extended_cr3,
     )
 
 
-def usable_virtual(start: int, end: int) -> bool:
-    """Whether a 64-bit PV guest may map ``start .. end-1``: canonical, and not Xen's own."""
+def usable_virtual(start: int, end: int, bits: int = 64) -> bool:
+    """Whether a PV guest of that many bits may map ``start .. end-1``: canonical, and not Xen's own."""
+    if bits == 32:
+        return start >= 0 and end <= abi.COMPAT_HYPERVISOR_VIRT_START
     if end <= _LOW_END:
         return start >= 0
     if start < abi.HYPERVISOR_VIRT_START:

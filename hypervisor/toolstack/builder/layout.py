@@ -22,8 +22,9 @@ from hypervisor.types import PAGE_SIZE
 
 _PADDING = 512 << 10
 _ALIGNMENT = 4 << 20
-_VA_MASK = (1 << 48) - 1
-LEVELS = (4, 3, 2, 1)
+_VA_MASK = {64: (1 << 48) - 1, 32: (1 << 32) - 1}
+LEVELS = {64: (4, 3, 2, 1), 32: (3, 2, 1)}
+"""Page-table levels of a guest, the root's first."""
 
 
 def shift(level: int) -> int:
@@ -36,16 +37,26 @@ class TableSet:
     """The page-table pages of a domain: (level, index) to pfn, the index being the address over the table's reach."""
 
     tables: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
+    bits: int = 64
+
+    @property
+    def top(self) -> int:
+        """Level of the root."""
+        return LEVELS[self.bits][0]
 
     def missing(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Tables still needed to map ``start .. end-1``, highest level first."""
-        first, last = start & _VA_MASK, (end - 1) & _VA_MASK
-        return [
-            (level, index)
-            for level in LEVELS
-            for index in range(first >> (shift(level) + 9), (last >> (shift(level) + 9)) + 1)
-            if (level, index) not in self.tables
-        ]
+        """Tables still needed to map ``start .. end-1``, highest level first.
+
+        A 32-bit guest has an L2 for each quarter up to the last one, where Xen's own mappings go.
+        """
+        mask = _VA_MASK[self.bits]
+        first, last = start & mask, (end - 1) & mask
+        keys = []
+        for level in LEVELS[self.bits]:
+            reach = shift(level) + 9
+            stop = 3 if self.bits == 32 and level == 2 else last >> reach
+            keys += [(level, index) for index in range(first >> reach, stop + 1)]
+        return [key for key in keys if key not in self.tables]
 
     def add(self, start: int, end: int, pfn: int) -> int:
         """Give the missing tables the pages from `pfn` on; returns how many that were."""
@@ -100,7 +111,7 @@ def plan_layout(kernel: Kernel, ramdisk_len: int, nr_pages: int) -> Layout:
     """
     separate = kernel.p2m_base is not None
     mapped = not kernel.notes.mod_start_pfn
-    ramdisk_pages, list_pages = pages(ramdisk_len), pages(nr_pages * 8)
+    ramdisk_pages, list_pages = pages(ramdisk_len), pages(nr_pages * kernel.bits // 8)
     pfn = pages(kernel.end)
     ramdisk_pfn = pfn
     if mapped:
@@ -155,12 +166,12 @@ def _initial_mapping(kernel: Kernel, pt_base_pfn: int) -> tuple[TableSet, int]:
     count = 0
     while True:
         virt_end = -(-(used + (count + extra) * PAGE_SIZE) // _ALIGNMENT) * _ALIGNMENT
-        if not usable_virtual(kernel.virt_base, virt_end):
+        if not usable_virtual(kernel.virt_base, virt_end, kernel.bits):
             raise KernelInvalid(
                 f"{kernel.name} cannot be mapped from {kernel.virt_base:#x} to {virt_end:#x}: "
                 "use a smaller ramdisk, or another kernel"
             )
-        tables = TableSet()
+        tables = TableSet(bits=kernel.bits)
         needed = tables.add(kernel.virt_base, virt_end, pt_base_pfn)
         if needed <= count:
             return tables, virt_end

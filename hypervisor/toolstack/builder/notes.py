@@ -97,6 +97,15 @@ class XenNotes:
     features_required: int = 0
     legacy: bool = False
 
+    @property
+    def extended_cr3(self) -> bool:
+        """A 32-bit kernel takes a CR3 that names a frame above 4 GiB.
+
+        The rule is libelf's: a plain "yes" says so in a note, not in a ``__xen_guest`` string.
+        """
+        known = self.pae_mode in ("yes[extended-cr3]", "bimodal") or "bimodal" in self.pae_mode
+        return known or (self.pae_mode == "yes" and not self.legacy)
+
 
 def find_notes(elf: ElfImage, name: str) -> XenNotes | None:
     """The Xen notes of an ELF file, or None when it has none.

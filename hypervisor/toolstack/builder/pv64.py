@@ -2,18 +2,19 @@
 
 Layouts: struct start_info in public/xen.h; page-table entries as Xen itself
 would leave them after validation (``_PAGE_USER`` added, because a 64-bit PV
-kernel runs in ring 3).
+kernel runs in ring 3). What is the same for 32-bit guests is used by `pv32`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import struct
 
 import numpy as np
 import numpy.typing as npt
 
 from hypervisor import abi
-from hypervisor.abi.structs import StartInfo
+from hypervisor.abi.structs import StartInfo, StartInfoCompat
 from hypervisor.errors import SpecInvalid
 from hypervisor.toolstack.builder import elf
 from hypervisor.toolstack.builder.kernel import Kernel
@@ -21,7 +22,7 @@ from hypervisor.toolstack.builder.layout import Layout
 from hypervisor.toolstack.builder.state import BuildMemory
 from hypervisor.types import PAGE_SHIFT, PAGE_SIZE
 
-GUEST_TYPE = b"xen-3.0-x86_64"
+GUEST_TYPE, GUEST_TYPE_32 = b"xen-3.0-x86_64", b"xen-3.0-x86_32p"
 
 _PRESENT, _RW, _USER, _ACCESSED, _DIRTY = 1, 2, 4, 0x20, 0x40
 _NX = np.uint64(1 << 63)
@@ -71,11 +72,12 @@ def write_page_tables(memory: BuildMemory, kernel: Kernel, layout: Layout, *, nx
     """
     words, tables = _words(memory), layout.tables.tables
     for (level, index), pfn in tables.items():
-        if level < 4:
+        if level < layout.tables.top:
             parent = tables[level + 1, index >> 9]
             words[parent * 512 + (index & 511)] = _entry(memory, pfn, _TABLE)
     count = (layout.virt_end - layout.virt_base) // PAGE_SIZE
-    entries = _leaves(memory, 0, count)
+    # A 32-bit kernel runs in ring 1: its pages need no user bit, and must not have it.
+    entries = _leaves(memory, 0, count) & ~np.uint64(0 if kernel.bits == 64 else _USER)
     if nx:
         entries[_not_code(kernel, count)] |= _NX
     first = layout.pt_base_pfn
@@ -134,7 +136,7 @@ def write_start_info(
     cmdline: bytes,
     ramdisk_len: int,
 ) -> None:
-    """Fill struct start_info.
+    """Fill struct start_info, in the layout of the guest's word size.
 
     :raises SpecInvalid: the command line does not fit or holds a NUL.
     """
@@ -146,7 +148,8 @@ def write_start_info(
     if ramdisk_len:
         mod_start = layout.va(layout.ramdisk_pfn) if layout.ramdisk_mapped else layout.ramdisk_pfn
         flags |= 0 if layout.ramdisk_mapped else abi.SIF_MOD_START_PFN
-    info = StartInfo(
+    wide = layout.tables.bits == 64
+    info = (StartInfo if wide else StartInfoCompat)(
         nr_pages=memory.nr_pages,
         shared_info=shared_info_mfn << PAGE_SHIFT,
         flags=flags,
@@ -158,14 +161,15 @@ def write_start_info(
         mod_start=mod_start,
         mod_len=ramdisk_len,
     )
-    info.magic[: len(GUEST_TYPE)] = [*GUEST_TYPE]
+    guest_type = GUEST_TYPE if wide else GUEST_TYPE_32
+    info.magic[: len(guest_type)] = [*guest_type]
     info.cmd_line[: len(cmdline)] = [*cmdline]
     info.console.domU.mfn = memory.base_mfn + layout.console_pfn
     info.console.domU.evtchn = console_port
     if layout.p2m_separate:
         info.first_p2m_pfn, info.nr_p2m_frames = layout.p2m_pfn, layout.p2m_frames
     at = layout.start_info_pfn * PAGE_SIZE
-    memory.view[at : at + abi.SIZEOF_START_INFO] = bytes(info)
+    memory.view[at : at + ctypes.sizeof(info)] = bytes(info)
 
 
 def hypercall_page() -> bytes:

@@ -31,14 +31,16 @@ class BuildMemory:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BootState:
-    """Start-of-day of a 64-bit PV guest: registers, and where things lie in its memory.
+    """Start-of-day of a PV guest: registers, and where things lie in its memory.
 
     The first vCPU starts at `entry` with rsp, rsi and cr3 as given, rflags 0x200
     and flat selectors; all other registers are zero.
 
     :ivar rsi: virtual address of start_info.
-    :ivar l4_mfn: the page-table root (cr3). Its slots 256..271 are zero: they are Xen's.
+    :ivar l4_mfn: the page-table root (cr3). Its slots 256..271 are zero: they are Xen's. The L3 of a 32-bit guest.
     :ivar page_tables: (pfn, level 1..4) of each page-table page, root first; all mapped read-only or not at all.
+    :ivar bits: 64 or 32.
+    :ivar extended_cr3: a 32-bit guest gets VMASST_TYPE_pae_extended_cr3 from the start.
     :ivar pt_base_pfn: first page of the ``nr_pt_frames`` that start_info tells the guest of.
     :ivar virt_base: virtual address of pfn 0; the initial mapping is ``virt_base .. virt_end-1``.
     :ivar features_supported: bit mask, numbers of public/features.h.
@@ -66,6 +68,8 @@ class BootState:
     features_required: int = 0
     guest_os: str = ""
     guest_version: str = ""
+    bits: int = 64
+    extended_cr3: bool = False
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
