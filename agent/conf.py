@@ -203,7 +203,7 @@ def load(
     :raises ConfigError: what is wrong and where.
     """
     usual = config_files() if files is None else list(files)
-    about = {"prog": prog, "description": description, "epilog": epilog}
+    about = {"prog": prog, "description": description}
     if argv:
         # oslo.config ends the process for a bad value in a file when options are also command line options.
         noise = io.StringIO()
@@ -213,6 +213,8 @@ def load(
         except SystemExit as exc:
             if exc.code != 1:
                 sys.stderr.write(noise.getvalue())
+                if not exc.code and not noise.getvalue():
+                    sys.stdout.write(f"\n{epilog}")  # as it is: the parser would run its lines together
                 raise
             cause = " ".join(noise.getvalue().split())
         _values((), usual, cli=False, **about)  # says which file and section, when it is in a file

@@ -25,6 +25,9 @@ from agent.rpc import connection as broker
 
 LOG = logging.getLogger(__name__)
 
+SEND_SECONDS = 30
+"""How long a broker may take to confirm a message."""
+
 
 class Client:
     """One sender with a reply queue of its own. Not for several threads at once.
@@ -48,7 +51,8 @@ class Client:
         self._max_message_bytes = max_message_bytes
         self._replies: dict[str, wire.Reply] = {}
         self._listeners: list[Any] = []
-        self._connection = broker.connect(broker_url, poll_seconds=poll_seconds)
+        # No heartbeat: the caller may be busy with something else for minutes between two calls.
+        self._connection = broker.connect(broker_url, poll_seconds=poll_seconds, heartbeat=0)
         self._errors = broker.broker_errors(self._connection)
         self._url = broker_url
         try:
@@ -108,6 +112,7 @@ class Client:
                 reply_to=self.reply_to,
                 correlation_id=correlation_id or None,
                 headers=dict(headers or {}),
+                timeout=SEND_SECONDS,
             )
         except self._errors as exc:
             raise self._unreachable(exc) from exc
@@ -166,9 +171,8 @@ class Client:
     def _drain(self, seconds: float) -> None:
         try:
             self._connection.drain_events(timeout=seconds)
-            self._connection.heartbeat_check()
         except TimeoutError:
-            self._connection.heartbeat_check()
+            return
         except self._errors as exc:
             raise self._unreachable(exc) from exc
 

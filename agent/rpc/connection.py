@@ -34,9 +34,16 @@ _TRANSPORTS = {
 }
 
 
-def connect(url: str, *, poll_seconds: float = POLL_SECONDS, max_message_bytes: int = MAX_BYTES) -> kombu.Connection:
+def connect(
+    url: str,
+    *,
+    poll_seconds: float = POLL_SECONDS,
+    max_message_bytes: int = MAX_BYTES,
+    heartbeat: float = HEARTBEAT_SECONDS,
+) -> kombu.Connection:
     """A connection, not yet opened.
 
+    :param heartbeat: seconds; whoever asks for it must call ``heartbeat_check`` about once a second. 0 for none.
     :raises ConfigError: the URL is not usable.
     """
     scheme = urlsplit(url).scheme
@@ -60,7 +67,7 @@ def connect(url: str, *, poll_seconds: float = POLL_SECONDS, max_message_bytes: 
         url,
         transport=transport,
         connect_timeout=CONNECT_SECONDS,
-        heartbeat=HEARTBEAT_SECONDS,
+        heartbeat=heartbeat,
         transport_options={"confirm_publish": True, "write_timeout": 30},
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 from agent_process import AgentProcess
 
+from agent.errors import ReplyTimeout
 from agent.wire import Reply
 from hypervisor.errors import HostFailure
 from hypervisor.toolstack.api import DomainState
@@ -170,3 +173,31 @@ def test_sigterm_ends_it_quickly_and_cleanly(agent: AgentProcess) -> None:
     with agent.client() as client:
         assert client.call("list", timeout=WAIT).ok
     assert agent.stop() == 0 and "Traceback" not in agent.log
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_killed_at_random_moments(agent: AgentProcess, seed: int) -> None:
+    """Several domains, several instructions each, in order; the agent dies whenever it likes."""
+    chance = random.Random(seed)
+    args = create_args(agent)
+    uuids = [UUID[:-1] + str(n) for n in range(8)]
+    with agent.client() as client:
+        idents = []
+        for verb in ("create", "pause", "unpause", "destroy", "create"):
+            for n, uuid in enumerate(uuids):
+                given = {"uuid": uuid} if verb != "create" else args | {"uuid": uuid, "name": f"web{n}"}
+                idents.append(client.send(verb, given))
+        for _ in range(4):
+            agent.start()
+            with contextlib.suppress(ReplyTimeout):
+                client.wait("nothing", 0.45 + chance.random() * 0.5)
+            agent.kill()
+        agent.start()
+        replies = [client.wait(ident, WAIT) for ident in idents]
+    assert [reply.error for reply in replies if not reply.ok] == []
+    domains = agent.toolstack().list_domains()
+    assert sorted(domain.uuid for domain in domains) == uuids
+    assert {domain.state for domain in domains} == {DomainState.RUNNING}
+    # Each domain was built exactly twice.
+    assert max(domain.domid for domain in domains) == 16
+    assert agent.stop() == 0
