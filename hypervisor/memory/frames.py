@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-NONE, L1, L2, L3, L4, SEGDESC, WRITABLE = range(7)
-KIND_NAMES = ("none", "l1", "l2", "l3", "l4", "segment descriptors", "writable")
+NONE, L1, L2, L3, L4, SEGDESC, WRITABLE, L2_XEN = range(8)
+KIND_NAMES = ("none", "l1", "l2", "l3", "l4", "segment descriptors", "writable", "l2 with slots of xen's")
 
 
 class FrameTable:

@@ -14,7 +14,7 @@ does not exist on the machine.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from hypervisor.engines.x86 import PTE_ADDR, PTE_NX, PTE_P, PTE_RW, PTE_US
 from hypervisor.errors import HypervisorBug, XenError
 from hypervisor.memory import layout
 from hypervisor.memory.codewatch import CodeWatch
-from hypervisor.memory.frames import L1, L2, L4, NONE, SEGDESC, WRITABLE, FrameTable
+from hypervisor.memory.frames import L1, L2, L3, L4, NONE, SEGDESC, WRITABLE, FrameTable
 from hypervisor.memory.physical import DomainMemory
 from hypervisor.memory.segdesc import validate_segdesc_page
 
@@ -34,7 +34,7 @@ GUEST_KERNEL = 1 << 52  # _PAGE_GUEST_KERNEL: marks entries to which Xen added t
 USER_BITS = GUEST_KERNEL | PTE_US
 
 # A change confined to these needs no new validation (FASTPATH_FLAG_WHITELIST).
-_SAME = ~(PTE_NX | 0x7FF << 52 | 0xE00 | 0x100 | 0x60 | PTE_US) & (1 << 64) - 1
+SAME = ~(PTE_NX | 0x7FF << 52 | 0xE00 | 0x100 | 0x60 | PTE_US) & (1 << 64) - 1
 
 XEN_SLOT_FIRST, XEN_SLOT_LAST = 256, 271
 """L4 slots that are Xen's (public/arch-x86/xen-x86_64.h)."""
@@ -58,6 +58,8 @@ class PageTables:
 
     :param xen_slots: L4 slot → entry that the hypervisor puts there.
     """
+
+    TABLES = frozenset((L1, L2, L3, L4))
 
     def __init__(self, memory: DomainMemory, frames: FrameTable, tlb: Tlb, xen_slots: dict[int, int]) -> None:
         self.memory = memory
@@ -197,7 +199,11 @@ class PageTables:
         frames.kind_np[writable] = WRITABLE
         np.add.at(frames.count_np, writable, 1)
         self.code.mapped_executable_many(targets[(entries >> _NP_63) == 0])
-        table[present] = np.where((entries & _NP_US) != 0, entries, entries | _NP_USER_BITS)
+        table[present] = self._adjusted_l1(entries)
+
+    def _adjusted_l1(self, entries: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Present L1 entries as they are stored: a 64-bit PV kernel runs in ring 3, so each is for users."""
+        return np.where((entries & _NP_US) != 0, entries, entries | _NP_USER_BITS)
 
     def _release_l1(self, index: int) -> None:
         frames = self.frames
@@ -287,7 +293,7 @@ class PageTables:
                 raise XenError(errno.EINVAL, f"bad L1 flags in {new:#x}")
             if not new & PTE_US:
                 new |= USER_BITS
-            if old & PTE_P and not (old ^ new) & _SAME:
+            if old & PTE_P and not (old ^ new) & SAME:
                 words[at] = new
                 if (old & ~new) & PTE_NX:
                     self.code.mapped_executable(((new & PTE_ADDR) >> 12) - self.base)
@@ -306,7 +312,7 @@ class PageTables:
             if new & DISALLOW:
                 raise XenError(errno.EINVAL, f"bad L{kind} flags in {new:#x}")
             new = _adjust(new)
-            if old & PTE_P and not (old ^ new) & _SAME:
+            if old & PTE_P and not (old ^ new) & SAME:
                 words[at] = new
                 return
             self._get_upper(new, kind)
@@ -353,7 +359,7 @@ class PageTables:
                 wrong.append(f"frame {index:#x} is {frames.kind[index]}, held as {kind}")
         for index in np.flatnonzero(frames.count_np).tolist():
             kind = frames.kind[index]
-            if not L1 <= kind <= L4:
+            if kind not in self.TABLES:
                 continue
             for slot, entry in self._present(index, kind):
                 target = ((entry & PTE_ADDR) >> 12) - self.base
@@ -361,7 +367,7 @@ class PageTables:
                     wrong.append(f"L{kind} {index:#x}[{slot}] maps {entry:#x}, which is not the domain's")
                     continue
                 refs[target] += 1
-                wanted = kind - 1 if kind > L1 else (WRITABLE if entry & PTE_RW else NONE)
+                wanted = self._wanted(kind, slot, entry)
                 if wanted != NONE:
                     count[target] += 1
                     if frames.kind[target] != wanted:
@@ -370,6 +376,10 @@ class PageTables:
             for index in np.flatnonzero(have != want).tolist():
                 wrong.append(f"frame {index:#x}: {name} {have[index]}, should be {want[index]}")
         return wrong
+
+    def _wanted(self, kind: int, _slot: int, entry: int) -> int:
+        """The type that an entry of a level-`kind` table needs its frame to have; NONE for any."""
+        return kind - 1 if kind > L1 else (WRITABLE if entry & PTE_RW else NONE)
 
 
 def _adjust(entry: int) -> int:

@@ -37,6 +37,8 @@ class XenArea:
     :ivar m2p_words: word offset of the M2P entry of mfn 0 (virtual: only the own extent is backed).
     """
 
+    RESERVED_GDT = _RESERVED_GDT
+
     def __init__(self, memory: DomainMemory, frames: FrameTable) -> None:
         self._memory = memory
         self._frames = frames
@@ -45,7 +47,7 @@ class XenArea:
         frames.share(self.shared_info, writable=True)
         self._zero = self._take()
         self._reserved_gdt = self._take()
-        for slot, desc in _RESERVED_GDT.items():
+        for slot, desc in self.RESERVED_GDT.items():
             memory.words[self._reserved_gdt * 512 + slot] = desc
         self.slots = {256: self._build_m2p(), 260: self._build_perdomain()}
 
