@@ -23,6 +23,7 @@
          ├─ Unsupported            driver.unsupported  this driver cannot do that (see its capabilities)
          ├─ HostUnavailable        host.unavailable    retryable; the host process does not answer
          ├─ OperationTimeout       domain.timeout      retryable
+         ├─ ProtocolError          protocol.invalid    what was said on the control socket is not of its protocol
          └─ HostFailure            host.failure        anything else that went wrong on the host
 
 Codes are stable: programs match on them, never on the text. The text names the
@@ -133,6 +134,10 @@ class HostUnavailable(ToolstackError):
 class OperationTimeout(ToolstackError):
     code = "domain.timeout"
     retryable = True
+
+
+class ProtocolError(ToolstackError):
+    code = "protocol.invalid"
 
 
 class HostFailure(ToolstackError):

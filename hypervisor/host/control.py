@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from hypervisor.errors import HostFailure, ToolstackError
+from hypervisor.errors import HostFailure, ProtocolError, ToolstackError
 from hypervisor.host import channel as channels
 from hypervisor.host import protocol
-from hypervisor.host.protocol import ProtocolError, Request
+from hypervisor.host.protocol import Request
 from hypervisor.toolstack.api import DomainEvent
 
 LOG = logging.getLogger(__name__)

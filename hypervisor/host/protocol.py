@@ -23,7 +23,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hypervisor.errors import HostUnavailable, ToolstackError
+from hypervisor.errors import HostUnavailable, ProtocolError
 
 VERSION = (1, 0)
 """Major: both sides must be equal. Minor: grows with what is added."""
@@ -38,12 +38,6 @@ CONSOLE_LOG_MAX = 2 * 1024 * 1024
 """Most console output given in one answer."""
 
 SOCKET_NAME = "hypervisor.sock"
-
-
-class ProtocolError(ToolstackError):
-    """What was said is not of this protocol."""
-
-    code = "protocol.invalid"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,12 +10,11 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from hypervisor.errors import DomainNotFound, HostFailure
+from hypervisor.errors import DomainNotFound, HostFailure, ProtocolError
 from hypervisor.host import protocol
 from hypervisor.host.control import ConsolePort
 from hypervisor.host.ledger import PAGES_PER_MIB
 from hypervisor.host.lifecycle import Lifecycle
-from hypervisor.host.protocol import ProtocolError
 from hypervisor.host.records import Phase
 from hypervisor.host.sandbox import Report
 from hypervisor.host.table import Domain
