@@ -51,7 +51,8 @@ FORBIDDEN = {
     "open": 2, "openat": 257, "openat2": 437, "creat": 85, "unlink": 87, "rename": 82, "socket": 41, "connect": 42,
     "bind": 49, "listen": 50, "socketpair": 53, "execve": 59, "execveat": 322, "fork": 57, "vfork": 58, "kill": 62,
     "tkill": 200, "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "pidfd_open": 434,
-    "pidfd_getfd": 438, "pidfd_send_signal": 424, "mount": 165, "bpf": 321, "io_uring_setup": 425, "userfaultfd": 323, "keyctl": 250,
+    "pidfd_getfd": 438, "pidfd_send_signal": 424, "mount": 165, "bpf": 321, "io_uring_setup": 425, "userfaultfd": 323,
+    "keyctl": 250,
     "setuid": 105, "chmod": 90, "stat": 4, "readlink": 89, "memfd_create": 319, "dup": 32, "rt_sigqueueinfo": 129,
     "rt_tgsigqueueinfo": 297, "seccomp": 317, "unshare": 272, "setns": 308, "perf_event_open": 298, "reboot": 169,
 }  # fmt: skip
