@@ -53,13 +53,11 @@ def _poll(domain: Domain, argument: int) -> None:
     ports_at, count, timeout = struct.unpack("<QI4xQ", domain.guest.read(argument, 24))
     if count > MAX_POLL_PORTS:
         raise XenError(errno.EINVAL, f"poll of {count} ports")
-    ports = struct.unpack(f"<{count}I", domain.guest.read(ports_at, 4 * count))
-    events = domain.events.events
-    for port in ports:
-        if port >= events.max_ports:
-            raise XenError(errno.EINVAL, f"poll of port {port}")
     vcpu = domain.running
-    if domain.traps.event_pending(vcpu) or any(events.is_pending(port) for port in ports):
+    if domain.traps.event_pending(vcpu):
+        return
+    ports = struct.unpack(f"<{count}I", domain.guest.read(ports_at, 4 * count))
+    if any(domain.events.is_pending(port) for port in ports):
         return
     if timeout and timeout <= domain.clock.now():
         return
