@@ -300,4 +300,5 @@ class Domain:
             holds += [(index, SEGDESC) for index in (*vcpu.gdt_frames, *vcpu.ldt_frames)]
             if state.vcpu_info >> 12 != self.area.shared_info:
                 holds.append((state.vcpu_info >> 12, WRITABLE))
+        holds += [(index, WRITABLE) for index in self.fifo.held_frames()]
         return self.tables.recount(holds)

@@ -14,10 +14,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from hypervisor.errors import HostUnavailable, from_json
+from hypervisor.errors import HostUnavailable, ProtocolError, from_json
 from hypervisor.host import channel as channels
 from hypervisor.host import protocol
-from hypervisor.host.protocol import ProtocolError
 from hypervisor.toolstack.api import DomainEvent
 
 LOG = logging.getLogger(__name__)
