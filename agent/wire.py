@@ -62,7 +62,12 @@ class Raw:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Instruction:
-    """One request. `deadline` is seconds since the epoch or None; `dialect` names the form the reply must take."""
+    """One request.
+
+    :ivar deadline: seconds since the epoch, or None.
+    :ivar dialect: the form the reply must take.
+    :ivar correlation: what the reply must carry besides the id, where the dialect has such a thing.
+    """
 
     id: str
     verb: str
@@ -71,6 +76,7 @@ class Instruction:
     reply_to: str = ""
     deadline: float | None = None
     dialect: str = DIALECT
+    correlation: str = ""
 
     @property
     def digest(self) -> str:
@@ -81,7 +87,7 @@ class Instruction:
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         data["reeve"] = "{}.{}".format(*VERSION)
-        del data["dialect"]
+        del data["dialect"], data["correlation"]
         return data
 
 
@@ -164,10 +170,11 @@ def encode_instruction(instruction: Instruction) -> bytes:
     return _dump(instruction.to_json())
 
 
-def encode_reply(reply: Reply, reply_to: str, dialect: str = DIALECT) -> Outgoing:
-    """The reply in the form its sender speaks. Only one dialect exists so far."""
-    del dialect
-    return Outgoing("", reply_to, _dump(reply.to_json()), correlation_id=reply.id)
+def encode_reply(reply: Reply, reply_to: str, dialect: str = DIALECT, correlation: str = "") -> Outgoing:
+    """The reply in the form its sender speaks. :raises ValueError: a dialect this version does not have."""
+    if dialect != DIALECT:
+        raise ValueError(f"no dialect {dialect!r}")
+    return Outgoing("", reply_to, _dump(reply.to_json()), correlation_id=correlation or reply.id)
 
 
 def encode_report(report: Report) -> Outgoing:

@@ -14,8 +14,10 @@ APPLICATION_ID = 0x52454556
 
 BUSY_SECONDS = 5.0
 
+# No WITHOUT ROWID: quick_check of some SQLite versions (3.40) takes such a table for damaged when the columns of its
+# primary key do not come first.
 DDL = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE instructions (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
@@ -40,8 +42,9 @@ CREATE TABLE waiters (
     id TEXT NOT NULL REFERENCES instructions (id) ON DELETE CASCADE,
     reply_to TEXT NOT NULL,
     dialect TEXT NOT NULL,
-    PRIMARY KEY (id, reply_to)
-) WITHOUT ROWID;
+    correlation TEXT NOT NULL DEFAULT '',
+    PRIMARY KEY (id, reply_to, correlation)
+);
 CREATE TABLE steps (
     id TEXT NOT NULL REFERENCES instructions (id) ON DELETE CASCADE,
     idx INTEGER NOT NULL,
@@ -50,13 +53,13 @@ CREATE TABLE steps (
     output TEXT,
     seconds REAL NOT NULL DEFAULT 0,
     PRIMARY KEY (id, idx)
-) WITHOUT ROWID;
+);
 CREATE TABLE claims (
     id TEXT PRIMARY KEY REFERENCES instructions (id) ON DELETE CASCADE,
     domain TEXT NOT NULL,
     memory_mib INTEGER NOT NULL,
     vcpus INTEGER NOT NULL
-) WITHOUT ROWID;
+);
 CREATE TABLE outbox (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     exchange TEXT NOT NULL,

@@ -83,7 +83,8 @@ class Journal:
                 return Accepted.RUNNING
             if instruction.reply_to:
                 stored = wire.Reply.from_json(json.loads(reply))
-                self._enqueue(db, wire.encode_reply(stored, instruction.reply_to, instruction.dialect))
+                answer = wire.encode_reply(stored, instruction.reply_to, instruction.dialect, instruction.correlation)
+                self._enqueue(db, answer)
             return Accepted.REPLAYED
 
     def entry(self, ident: str) -> Entry | None:
@@ -168,9 +169,11 @@ class Journal:
                 ),
             )
             db.execute("DELETE FROM claims WHERE id = ?", (reply.id,))
-            waiters = db.execute("SELECT reply_to, dialect FROM waiters WHERE id = ?", (reply.id,)).fetchall()
-            for reply_to, dialect in waiters:
-                self._enqueue(db, wire.encode_reply(reply, reply_to, dialect))
+            waiters = db.execute(
+                "SELECT reply_to, dialect, correlation FROM waiters WHERE id = ?", (reply.id,)
+            ).fetchall()
+            for reply_to, dialect, correlation in waiters:
+                self._enqueue(db, wire.encode_reply(reply, reply_to, dialect, correlation))
             db.execute("DELETE FROM waiters WHERE id = ?", (reply.id,))
 
     def forget(self) -> int:
@@ -262,8 +265,8 @@ class Journal:
     def _wait(self, db: sqlite3.Connection, instruction: wire.Instruction) -> None:
         if instruction.reply_to:
             db.execute(
-                "INSERT OR IGNORE INTO waiters VALUES (?, ?, ?)",
-                (instruction.id, instruction.reply_to, instruction.dialect),
+                "INSERT OR IGNORE INTO waiters VALUES (?, ?, ?, ?)",
+                (instruction.id, instruction.reply_to, instruction.dialect, instruction.correlation),
             )
 
     def _enqueue(self, db: sqlite3.Connection, message: wire.Outgoing) -> None:

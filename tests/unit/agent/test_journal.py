@@ -80,6 +80,14 @@ def test_a_duplicate_is_never_new(journal: Journal) -> None:
     assert len(journal.outbox()) == 1
 
 
+def test_every_correlation_gets_its_reply(journal: Journal) -> None:
+    for correlation in ("a", "b", "a"):
+        journal.accept(dataclasses.replace(ONE, correlation=correlation))
+    journal.finish(finished(), 100)
+    journal.accept(dataclasses.replace(ONE, correlation="c"))
+    assert sorted(row.correlation_id for row in journal.outbox()) == ["a", "b", "c"]
+
+
 def test_finish_gives_the_claim_back_and_closes_the_row(journal: Journal) -> None:
     journal.accept(ONE)
     journal.take_claim("id-1", "uuid-1", 64, 2)
