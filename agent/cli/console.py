@@ -102,7 +102,8 @@ def write_all(fd: int, data: bytes) -> None:
 class Signals:
     """Notes SIGTERM and SIGHUP instead of dying of them, so that the terminal is put right first.
 
-    The handler only writes to a pipe: an exception out of it could strike anywhere and be lost.
+    The interpreter writes to a pipe the moment a signal comes. A handler of ours runs too late for that when the
+    signal strikes just before `select` blocks, and an exception out of it could strike anywhere and be lost.
 
     :ivar fd: polls readable once a signal came.
     :ivar number: of the signal that came first, or 0.
@@ -114,6 +115,7 @@ class Signals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Signals:
+        self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for name in (signal.SIGTERM, signal.SIGHUP):
             self._before[name] = signal.signal(name, self._note)
         return self
@@ -121,13 +123,12 @@ class Signals:
     def __exit__(self, *_exc: object) -> None:
         for name, handler in self._before.items():
             signal.signal(name, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
         os.close(self.fd)
         os.close(self._write)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.number = self.number or number
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._write, b"x")
 
 
 @contextlib.contextmanager
