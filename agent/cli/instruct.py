@@ -35,7 +35,10 @@ class Instruct(Show):
         ("reeve instruct list", "every domain, as the agent sees it"),
         ("reeve instruct create --json web.json --timeout 60", "arguments from a file; - reads standard input"),
         ("reeve instruct shutdown --arg uuid=5f1c6f0e-…", "arguments one by one"),
-        ("reeve instruct create --arg name=web --arg boot.kernel=/boot/vmlinuz --arg memory_mib=256", "dots nest"),
+        (
+            "reeve instruct create --arg name=web --arg image=demo --arg memory_mib=256 --arg metadata.project=p1",
+            "dots nest",
+        ),
         ("reeve instruct show --arg uuid=5f1c6f0e-… -f json", "the reply for a program"),
     )
     notes = (
