@@ -35,19 +35,23 @@ Examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
     conf = cfg.ConfigOpts()
     options.register(conf)
     try:
         conf(
-            args=list(sys.argv[1:] if argv is None else argv),
+            args=words,
             project="reeve",
             prog="reeve-hypervisor",
             version=protocol.version(),
             description=DESCRIPTION,
-            epilog=EPILOG,
             default_config_files=cfg.find_config_files("reeve", "hypervisor"),
         )
         settings = options.settings(conf)
+    except SystemExit as exc:
+        if not exc.code and {"-h", "--help"} & set(words):
+            sys.stdout.write(f"\n{EPILOG}")  # as it is: the parser would run its lines together
+        raise
     except cfg.Error as exc:
         sys.stderr.write(f"reeve-hypervisor: configuration: {exc}\n")
         return 2

@@ -79,3 +79,12 @@ def test_available_memory(tmp_path: Path) -> None:
     assert available_mib(meminfo) == 2048
     meminfo.write_text("")
     assert available_mib(meminfo) > 0
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main.main(["--help"])
+    assert not caught.value.code
+    text = capsys.readouterr().out
+    assert "--state-dir DIR" in text
+    assert "\n  XENSTORED_PATH=~/reeve-test/xenstored.sock xenstore-ls -f\n" in text
