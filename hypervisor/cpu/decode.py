@@ -1,7 +1,7 @@
 """Just enough x86 instruction decoding: prefixes, opcode, ModRM length, immediates.
 
-Memory operands are not computed: the fault that brought us here tells the
-address. Source: AMD64 Architecture Programmer's Manual vol. 3, chapter 1.
+A memory operand's address is rarely needed, as the fault that brought us here
+tells one; `Operand` has its parts. Source: AMD64 Architecture Programmer's Manual vol. 3, chapter 1.
 """
 
 from __future__ import annotations
@@ -27,6 +27,23 @@ class DecodeError(Exception):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Operand:
+    """A memory operand: ``base + (index << scale) + displacement``.
+
+    :ivar base: register number, -1 for none, `RIP` for the address behind the instruction; `index`: or -1.
+    :ivar displacement: sign-extended.
+    """
+
+    base: int
+    index: int
+    scale: int
+    displacement: int
+
+
+RIP = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Instruction:
     """A decoded instruction.
 
@@ -35,6 +52,8 @@ class Instruction:
     :ivar reg: ModRM.reg with REX.R, :ivar rm: ModRM.rm with REX.B, :ivar mod: 0..3 (-1: no ModRM).
     :ivar immediate: sign-extended.
     :ivar length: bytes.
+    :ivar operand: None without one in memory.
+    :ivar plain: no prefix changes how the operand's address is made (FS, GS, 32-bit addresses).
     """
 
     opcode: int
@@ -47,6 +66,8 @@ class Instruction:
     rex: int
     repeat: bool
     lock: bool
+    operand: Operand | None = None
+    plain: bool = True
 
 
 def decode(fetch: Callable[[int], int], long_mode: bool) -> Instruction:
@@ -60,10 +81,15 @@ def decode(fetch: Callable[[int], int], long_mode: bool) -> Instruction:
 
     at = rex = 0
     operand16 = repeat = lock = False
+    address_size = 8 if long_mode else 4
+    plain = True
     while (value := byte(at)) in _PREFIXES:
         operand16 |= value == 0x66
         repeat |= value in (0xF2, 0xF3)
         lock |= value == 0xF0
+        if value == 0x67:
+            address_size = 4 if long_mode else 2
+        plain &= value not in (0x64, 0x65, 0x67)
         at += 1
     if long_mode and value & 0xF0 == 0x40:
         rex = value
@@ -75,6 +101,9 @@ def decode(fetch: Callable[[int], int], long_mode: bool) -> Instruction:
         opcode = 0x0F00 | byte(at)
         at += 1
     size = 8 if rex & 8 else 2 if operand16 else 4
+    if opcode in (0xA2, 0xA3):  # mov to an absolute address
+        where = Operand(-1, -1, 0, int.from_bytes(bytes(byte(at + i) for i in range(address_size)), "little"))
+        return Instruction(opcode, size, -1, 0, 0, 0, at + address_size, rex, repeat, lock, where, plain)
     if opcode in _NO_MODRM:
         count = _NO_MODRM[opcode]
         immediate = byte(at) if count else 0
@@ -83,22 +112,33 @@ def decode(fetch: Callable[[int], int], long_mode: bool) -> Instruction:
     at += 1
     mod, rm = modrm >> 6, modrm & 7
     reg = (modrm >> 3) & 7 | (8 if rex & 4 else 0)
+    operand = None
     if mod != 3:
-        at = _skip_operand(byte, at, mod, rm)
+        operand, at = _operand(byte, at, mod, rm, rex)
     immediate, count = _immediate(byte, at, opcode, size, reg & 7)
-    return Instruction(opcode, size, mod, reg, rm | (8 if rex & 1 else 0), immediate, at + count, rex, repeat, lock)
+    rm |= 8 if rex & 1 else 0
+    length = at + count
+    return Instruction(opcode, size, mod, reg, rm, immediate, length, rex, repeat, lock, operand, plain)
 
 
-def _skip_operand(byte: Callable[[int], int], at: int, mod: int, rm: int) -> int:
-    """Offset behind SIB and displacement."""
+def _operand(byte: Callable[[int], int], at: int, mod: int, rm: int, rex: int) -> tuple[Operand, int]:
+    """The operand, and the offset behind SIB and displacement."""
+    base, index, scale = rm | (8 if rex & 1 else 0), -1, 0
+    size = (0, 1, 4)[mod]
     if rm == 4:
-        base = byte(at) & 7
+        sib = byte(at)
         at += 1
+        base, index, scale = sib & 7, sib >> 3 & 7 | (8 if rex & 2 else 0), sib >> 6
+        if index == 4:
+            index = -1
         if mod == 0 and base == 5:
-            at += 4
+            base, size = -1, 4
+        elif rex & 1:
+            base |= 8
     elif mod == 0 and rm == 5:
-        at += 4
-    return at + (1 if mod == 1 else 4 if mod == 2 else 0)
+        base, size = RIP, 4
+    displacement = int.from_bytes(bytes(byte(at + i) for i in range(size)), "little", signed=True) if size else 0
+    return Operand(base, index, scale, displacement), at + size
 
 
 def _immediate(byte: Callable[[int], int], at: int, opcode: int, size: int, extension: int) -> tuple[int, int]:

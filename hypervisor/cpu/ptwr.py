@@ -11,14 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 from hypervisor.cpu import alu
-from hypervisor.cpu.decode import DecodeError, Instruction, decode
+from hypervisor.cpu.decode import RIP, DecodeError, Instruction, decode
 from hypervisor.engines import x86
 from hypervisor.errors import XenError
 from hypervisor.memory.frames import L1
 from hypervisor.memory.guest import GuestAccess
 from hypervisor.memory.pagetables import PageTables
 
-_BYTE_FORMS = frozenset((0x88, 0xC6, 0x86, 0x0FB0, 0x0FC0, 0x80, 0xF6, 0xFE, 0xAA, *range(0x00, 0x40, 8)))
+_BYTE_FORMS = frozenset((0x88, 0xA2, 0xC6, 0x86, 0x0FB0, 0x0FC0, 0x80, 0xF6, 0xFE, 0xAA, *range(0x00, 0x40, 8)))
 _ALU_NAMES = ("add", "or", "adc", "sbb", "and", "sub", "xor", "cmp")
 
 
@@ -46,9 +46,28 @@ class PageTableWrites:
             return False
         try:
             instruction = decode(self._fetch, self._regs.long_mode_code)
+            if not va & 0xFFF and self._address(instruction) != va:
+                return False  # begins on the page before: the fault names where this one starts
             return self._execute(instruction, target)
         except (DecodeError, XenError):
             return False
+
+    def _address(self, ins: Instruction) -> int:
+        """Where the memory operand begins, -1: not computed."""
+        regs = self._regs
+        gpr, operand = regs.gpr, ins.operand
+        if ins.opcode in (0xAA, 0xAB):
+            return int(gpr[x86.RDI])
+        if operand is None or not ins.plain:
+            return -1
+        address = operand.displacement
+        if operand.base == RIP:
+            address += regs.rip + ins.length
+        elif operand.base >= 0:
+            address += gpr[operand.base]
+        if operand.index >= 0:
+            address += gpr[operand.index] << operand.scale
+        return int(address) & x86.MASK64
 
     def _fetch(self, at: int) -> int:
         offset = self._guest.translate((self._regs.rip + at) & x86.MASK64)
@@ -72,7 +91,7 @@ class PageTableWrites:
             return False
         new, finish = done
         if new is not None:
-            self._store(word, (old_word & ~mask) | (new << shift) & mask)
+            self._store_part(word, (old_word & ~mask) | (new << shift) & mask, target, size)
         finish()
         regs = self._regs
         if not (ins.repeat and ins.opcode in (0xAA, 0xAB)) or self._string_done(size):
@@ -80,6 +99,10 @@ class PageTableWrites:
         return True
 
     def _store(self, word: int, value: int) -> None:
+        self._tables.update_l1(word, value)
+
+    def _store_part(self, word: int, value: int, _target: int, _size: int) -> None:
+        """Store an entry of which the guest wrote `_size` bytes at byte `_target`."""
         self._tables.update_l1(word, value)
 
     def _string_done(self, size: int) -> bool:
@@ -117,6 +140,8 @@ class PageTableWrites:
 
         if op in (0x88, 0x89):
             return self._register(ins.reg, size, ins.rex), nothing
+        if op in (0xA2, 0xA3):
+            return self._register(x86.RAX, size, 1), nothing
         if op in (0xC6, 0xC7):
             return (ins.immediate & mask, nothing) if ins.reg & 7 == 0 else None
         if op in (0xAA, 0xAB):
