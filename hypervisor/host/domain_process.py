@@ -82,7 +82,7 @@ class DomainProcess:
             return
         except Exception as exc:
             LOG.exception("building failed")
-            error = HostFailure(f"building the domain failed: {type(exc).__name__}: {exc}; see domain.log")
+            error = HostFailure(f"building the domain failed: {type(exc).__name__}: {exc}; see the host process's log")
             self._send({"event": "failed", "error": error.to_json()})
             return
         if not self._committed():
