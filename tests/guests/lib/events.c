@@ -1,9 +1,10 @@
-/* Event channels, two-level ABI, vCPU 0. */
+/* Event channels, two-level ABI unless a guest brings another one, vCPU 0. */
 #include "guest.h"
 
 #define MAX_PORTS 256
 
 static void (*handlers[MAX_PORTS])(u32 port);
+void (*event_scan)(void);
 extern char event_entry[], failsafe_entry[], syscall_entry[];
 
 static struct vcpu_info *vcpu(void) { return &shared_info->vcpu_info[0]; }
@@ -47,10 +48,20 @@ void event_listen(u32 port, void (*handler)(u32 port))
 
 void event_send(u32 port) { HC2(event_channel_op, EVTCHNOP_send, &port); }
 
+void event_deliver(u32 port)
+{
+    if (port < MAX_PORTS && handlers[port])
+        handlers[port](port);
+}
+
 /* Called with events masked by Xen; the iret after it unmasks. */
 void event_upcall(void)
 {
     while (__atomic_exchange_n(&vcpu()->evtchn_upcall_pending, 0, __ATOMIC_SEQ_CST)) {
+        if (event_scan) {
+            event_scan();
+            continue;
+        }
         u64 selectors = __atomic_exchange_n(&vcpu()->evtchn_pending_sel, 0UL, __ATOMIC_SEQ_CST);
         for (u32 word = 0; word < 64; word++) {
             if (!(selectors >> word & 1))
@@ -59,9 +70,8 @@ void event_upcall(void)
             u64 ready = *(volatile u64 *)pending & ~shared_info->evtchn_mask[word];
             __atomic_fetch_and(pending, ~ready, __ATOMIC_SEQ_CST);
             for (u32 bit = 0; bit < 64; bit++) {
-                u32 port = word * 64 + bit;
-                if (ready >> bit & 1 && port < MAX_PORTS && handlers[port])
-                    handlers[port](port);
+                if (ready >> bit & 1)
+                    event_deliver(word * 64 + bit);
             }
         }
     }

@@ -72,6 +72,8 @@ void event_send(u32 port);
 /* Sleep until `ready` says so; it is asked after every event. */
 void wait_until(int (*ready)(void));
 void event_upcall(void);
+extern void (*event_scan)(void); /* instead of the two-level ABI's scan: calls event_deliver for what is pending */
+void event_deliver(u32 port);
 
 /* traps.c */
 struct regs {
