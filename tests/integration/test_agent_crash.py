@@ -194,6 +194,7 @@ def test_killed_at_random_moments(agent: AgentProcess, seed: int) -> None:
             agent.kill()
         agent.start()
         replies = [client.wait(ident, WAIT) for ident in idents]
+        assert client.call("list", timeout=WAIT).ok  # the last agent has started, too
     assert [reply.error for reply in replies if not reply.ok] == []
     domains = agent.toolstack().list_domains()
     assert sorted(domain.uuid for domain in domains) == uuids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ import pytest
 from agent_process import AgentProcess
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-from host_rig import HostRig, alive, until
+from host_rig import HostRig, alive, kill_process, until
 
 from agent.wire import Reply
 from hypervisor.toolstack.api import DomainState
@@ -153,7 +154,8 @@ def test_bad_input_leaves_nothing(
 def test_a_guest_that_crashes_ends_as_that_domain_only(agent: AgentProcess, rig: HostRig, tmp_path: Path) -> None:
     agent.start()
     with agent.client() as client:
-        assert client.call("create", args(tmp_path, "segv"), timeout=WAIT).ok
+        assert client.call("create", args(tmp_path), timeout=WAIT).ok
+        kill_process(rig.process_of(UUID), signal.SIGSEGV)
         reply = client.call("create", args(tmp_path, name="other", uuid=UUID.replace("1", "7")), timeout=WAIT)
         assert reply.ok, reply.error
         end = time.monotonic() + WAIT
