@@ -301,8 +301,17 @@ class Lifecycle:
         self._check_alive(domain, op)
         if domain.record.state is state:
             return
-        assert domain.process is not None
-        await domain.process.request(op)
+        process = domain.process
+        assert process is not None
+        try:
+            await process.request(op)
+        except HostUnavailable:
+            if not await process.gone(1.0):
+                raise
+            # A guest that took its process down at once did run; that and how it ended is told as of any crash.
+            if state is not DomainState.RUNNING:
+                self._check_alive(domain, op)
+            return
         if domain.record.ended:  # it ended while it was asked
             return
         domain.record.state = state

@@ -79,6 +79,14 @@ class ProcessHold:
             )
         raise HostFailure(f"building the domain took longer than {timeout:g} s: give a smaller kernel or ramdisk")
 
+    async def gone(self, timeout: float) -> bool:
+        """Whether the process is gone, or goes within `timeout` seconds."""
+        try:
+            await asyncio.wait_for(self._exited.wait(), timeout)
+        except TimeoutError:
+            return False
+        return True
+
     async def request(self, op: str, timeout: float = REQUEST_TIMEOUT) -> dict[str, Any]:
         return await self.link.request(op, timeout)
 
@@ -122,12 +130,10 @@ class ProcessHold:
         self.on_ended = lambda message: None
         self.on_unlinked = lambda: None
         self.kill()
-        try:
-            await asyncio.wait_for(self._exited.wait(), KILL_TIMEOUT)
-        except TimeoutError:
+        if not await self.gone(KILL_TIMEOUT):
             raise HostFailure(
                 f"process {self.pid} does not end: it hangs in the host's kernel; its memory stays claimed"
-            ) from None
+            )
         self.close()
 
     def close(self) -> None:
