@@ -27,6 +27,13 @@ class Clock:
 
     __slots__ = ("_read_tsc", "base", "scale", "wall_offset_ns")
 
+    WALLCLOCK = (
+        abi.SHARED_INFO_WC_VERSION,
+        abi.SHARED_INFO_WC_SEC,
+        abi.SHARED_INFO_WC_NSEC,
+        abi.SHARED_INFO_WC_SEC_HI,
+    )
+
     def __init__(self, scale: TscScale, read_tsc: Callable[[], int], base: int | None = None) -> None:
         self.scale = scale
         self._read_tsc = read_tsc
@@ -55,12 +62,12 @@ class Clock:
         boot = time.time_ns() + self.wall_offset_ns - self.now()
         seconds, nanoseconds = divmod(boot, 1_000_000_000)
         at = shared_info * 4096
-        version = (at + abi.SHARED_INFO_WC_VERSION) >> 2
+        version, low, nano, high = ((at + field) >> 2 for field in self.WALLCLOCK)
         number = memory.dwords[version] | 1
         memory.dwords[version] = number
-        memory.dwords[(at + abi.SHARED_INFO_WC_SEC) >> 2] = seconds & 0xFFFF_FFFF
-        memory.dwords[(at + abi.SHARED_INFO_WC_NSEC) >> 2] = nanoseconds
-        memory.dwords[(at + abi.SHARED_INFO_WC_SEC_HI) >> 2] = seconds >> 32
+        memory.dwords[low] = seconds & 0xFFFF_FFFF
+        memory.dwords[nano] = nanoseconds
+        memory.dwords[high] = seconds >> 32
         memory.dwords[version] = (number + 1) & 0xFFFF_FFFF
 
 

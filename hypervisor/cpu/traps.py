@@ -26,9 +26,9 @@ _IRET = struct.Struct("<9Q")
 _FRAME7, _FRAME8 = struct.Struct("<7Q"), struct.Struct("<8Q")
 _WRITABLE = 1 << 41  # of a data descriptor
 _CLEARED = x86.FLAG_TF | x86.FLAG_NT | x86.FLAG_RF | x86.FLAG_VM | x86.FLAG_AC
-_WITH_ERROR_CODE = frozenset((x86.DF, x86.TS, x86.NP, x86.SSF, x86.GP, x86.PF, x86.AC))
+WITH_ERROR_CODE = frozenset((x86.DF, x86.TS, x86.NP, x86.SSF, x86.GP, x86.PF, x86.AC))
 
-_OPEN_GATES = frozenset((x86.BP, x86.OF, 0x80))
+OPEN_GATES = frozenset((x86.BP, x86.OF, 0x80))
 _SYSCALL_LENGTH = 2
 
 TI_IF = 4  # trap_info.flags: mask event delivery while handling (TI_SET_IF)
@@ -148,7 +148,7 @@ class Traps:
             what = f"unhandled exception {vector} error {error_code:#x}{detail}"
             raise GuestFault(f"{what} at rip {self.regs.rip:#x} ({self._where()})")
         masks = bool(state.trap_flags[vector] & TI_IF)
-        self.bounce(address, error_code if vector in _WITH_ERROR_CODE else None, masks)
+        self.bounce(address, error_code if vector in WITH_ERROR_CODE else None, masks)
 
     def software_interrupt(self, vector: int, length: int) -> None:
         """`int n`, `int3`, `into`: allowed when the gate's privilege level permits the mode it came from.
@@ -158,7 +158,7 @@ class Traps:
         state, regs = self.state, self.regs
         address = state.trap_address[vector]
         # A 64-bit guest kernel has level 1 for this purpose, its programs 3 (x86/traps.c, permit_softint).
-        allowed = vector in _OPEN_GATES or state.trap_flags[vector] & 3 >= (1 if state.kernel_mode else 3)
+        allowed = vector in OPEN_GATES or state.trap_flags[vector] & 3 >= (1 if state.kernel_mode else 3)
         if address and allowed:
             self.bounce(address, None, bool(state.trap_flags[vector] & TI_IF))
         elif vector in (x86.BP, x86.OF):

@@ -65,6 +65,9 @@ class Registers(Protocol):
     long_mode_code: bool
     """The code segment is a 64-bit one (read only)."""
 
+    def segment_base(self, index: int) -> int:
+        """Base address of the segment that register `index` (`hypervisor.engines.x86`) names."""
+
 
 class Engine(Protocol):
     name: str
@@ -108,7 +111,10 @@ class Engine(Protocol):
         """CS and SS become flat 64-bit segments at CPL 3 with these selectors."""
 
     def load_segment(self, index: int, selector: int, descriptor: int) -> None:
-        """Load a segment register's hidden state from a descriptor (0: a null segment)."""
+        """Load a segment register's hidden state from a descriptor (0: a null segment).
+
+        The privilege level becomes that of the stack segment's descriptor.
+        """
 
     def set_gdt(self, base: int, limit: int) -> None: ...
 

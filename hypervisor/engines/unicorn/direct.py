@@ -211,6 +211,10 @@ class DirectRegisters:
     def gs_base(self, value: int) -> None:
         self._q[self._seg_q[x86.GS]] = value
 
+    def segment_base(self, index: int) -> int:
+        """Base of the segment that register `index` (ES .. GS) names."""
+        return self._q[self._seg_q[index]]
+
     def set_hidden(self, index: int, selector: int, base: int, limit: int, attributes: int) -> None:
         """Index 0-5 segment registers, 6 LDT, 7 TR, 8 GDT, 9 IDT."""
         word = self._seg_i[index]
@@ -248,7 +252,8 @@ class DirectRegisters:
                 hflags |= HF_SS32
             if q[self._seg_q[x86.DS]] | q[self._seg_q[x86.ES]] | q[self._seg_q[x86.SS]]:
                 hflags |= HF_ADDSEG
-        i[self._hflags] = hflags | HF_CPL
+        # As in the library the privilege level is that of the stack segment's descriptor.
+        i[self._hflags] = (hflags & ~HF_CPL) | (stack >> 13) & 3
 
     # -- whole state
 

@@ -143,6 +143,10 @@ class PublicRegisters:
             else:
                 self.gs_base = base
 
+    def segment_base(self, index: int) -> int:
+        """Base of the segment that register `index` names; with 64-bit code only FS and GS have one."""
+        return int({x86.FS: self.fs_base, x86.GS: self.gs_base}.get(index, 0))
+
     # -- exceptions
 
     def remember_clean(self) -> None:
