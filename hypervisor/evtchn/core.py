@@ -316,6 +316,11 @@ class EventChannels:
             self._lowest = 1
         return True
 
+    def destroy(self) -> None:
+        """The domain ends: far ends are told, the guest's memory is given back."""
+        self._reset_at = 0
+        self.reset()
+
     # -- from the hypervisor
 
     def pend(self, port: int) -> None:
@@ -353,12 +358,30 @@ class EventChannels:
         }
 
     def restore(self, data: dict[str, Any], events: Abi | None = None) -> None:
-        """:param events: the ABI that was in force, already restored, if it was not the first one."""
-        self.channels = [Channel(ChannelState(s), v, p, pp, q) for s, v, p, pp, q in data["channels"]]
+        """Take over what `save` gave.
+
+        :param events: the ABI that was in force, already restored, if it was not the first one.
+        :raises ValueError: the table is not one that `save` gives.
+        """
+        channels = [Channel(ChannelState(s), v, p, pp, q) for s, v, p, pp, q in data["channels"]]
+        for port, channel in enumerate(channels):
+            if not self._consistent(channels, port, channel):
+                raise ValueError(f"event channel state: port {port} cannot be {channel}")
+        self.channels = channels
         self.virqs = {_virq_key(c): port for port, c in enumerate(self.channels) if c.state is ChannelState.VIRQ}
         self.events = events or self._first
         self._lowest = 1
         self._reset_at = data["reset_at"]
+
+    def _consistent(self, channels: list[Channel], port: int, channel: Channel) -> bool:
+        if not (0 <= channel.vcpu < MAX_VCPUS and 0 <= channel.virq < NR_VIRQS):
+            return False
+        if channel.state is not ChannelState.INTERDOMAIN or channel.peer != self.domid:
+            return port > 0 or channel.state is ChannelState.FREE
+        if not 0 < channel.peer_port < len(channels):
+            return False
+        far = channels[channel.peer_port]
+        return far.state is ChannelState.INTERDOMAIN and (far.peer, far.peer_port) == (self.domid, port)
 
 
 def _virq_key(channel: Channel) -> tuple[int, int]:
