@@ -268,6 +268,6 @@ def test_a_table_that_cannot_be_is_not_restored(row: Row, wrong: list[int]) -> N
     before = row.channels.save()
     data = json.loads(json.dumps(before))
     data["channels"][FREE] = wrong
-    with pytest.raises(ValueError, match="port 8|ChannelState"):
+    with pytest.raises(ValueError, match=r"port 8|ChannelState"):
         row.channels.restore(data)
     assert row.channels.save() == before
