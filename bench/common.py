@@ -113,6 +113,8 @@ def run(
             shutil.rmtree(folder, ignore_errors=True)
     if not options.json:
         say(render(table(result)))
+    if before["cpu_busy_percent"] > BUSY_PERCENT:
+        say(f"note: the machine was {before['cpu_busy_percent']:g}% busy before the benchmark: figures are too high")
     sys.stdout.write(json.dumps(result, indent=None if options.json else 2) + "\n")
     return 0
 
@@ -185,8 +187,6 @@ def noise(seconds: float = 1.0) -> Result:
     before = CpuTimes.now()
     time.sleep(seconds)
     busy = before.busy_percent(CpuTimes.now())
-    if busy > BUSY_PERCENT:
-        say(f"note: the machine is {busy:g}% busy before the benchmark starts: figures will be too high")
     return {"load_average": round(load, 2), "cpu_busy_percent": busy}
 
 

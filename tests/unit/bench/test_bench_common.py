@@ -77,6 +77,17 @@ def test_one_json_object_on_standard_output(
     assert ("v  1.5" in printed.err) is not short
 
 
+def test_a_busy_machine_is_told_beside_the_figures(
+    options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(common, "noise", lambda: {"load_average": 2.0, "cpu_busy_percent": 55.5})
+    options.json = True
+    assert common.run(options, "test", lambda _options, _folder: {}, lambda _result: [["none"]]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["noise"]["cpu_busy_percent"] == 55.5
+    assert printed.err.splitlines() == ["note: the machine was 55.5% busy before the benchmark: figures are too high"]
+
+
 def test_a_failure_is_one_line_and_nothing_on_standard_output(
     options: argparse.Namespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
