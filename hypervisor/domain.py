@@ -23,12 +23,13 @@ from hypervisor.errors import XenError
 from hypervisor.evtchn.core import DEFAULT_MAX_PORT, EventChannels, Router
 from hypervisor.evtchn.fifo import Fifo, FifoControl
 from hypervisor.evtchn.twolevel import TwoLevel
-from hypervisor.grants.table import GrantTable
+from hypervisor.grants.core import Grants
 from hypervisor.memory.frames import L4, SEGDESC, WRITABLE, FrameTable
 from hypervisor.memory.guest import GuestAccess
 from hypervisor.memory.pagetables import PageTables
 from hypervisor.memory.physical import DomainMemory
 from hypervisor.memory.xenarea import XenArea
+from hypervisor.toolstack.builder.state import BootState
 from hypervisor.types import PAGE_SIZE, DomId
 
 RUNSTATE_UPDATE = 1 << 63  # XEN_RUNSTATE_UPDATE (public/vcpu.h)
@@ -42,6 +43,7 @@ class MachineConfig:
     :ivar uuid: the domain's identity, 36 characters.
     :ivar base_mfn: first machine frame of its extent; `nr_pages` of RAM at boot, at most `max_pages`.
     :ivar tsc_khz: frequency of the time stamp counter, kHz.
+    :ivar bits: word size of the guest: 64 or 32.
     :ivar max_event_port: highest event channel port, up to 131071; the 2-level ABI ends at 4095.
     """
 
@@ -54,6 +56,7 @@ class MachineConfig:
     vcpus: int = 1
     max_vcpus: int = 1
     tsc_khz: int = 0
+    bits: int = 64
     max_event_port: int = DEFAULT_MAX_PORT
 
     def to_json(self) -> dict[str, Any]:
@@ -73,6 +76,10 @@ class Domain:
     :ivar vm_assist: bit mask of VMASST_TYPE_* that are on.
     """
 
+    # What `hypervisor.domain32` has others for.
+    AREA, TABLES, GUEST, CLOCK, EVENTS = XenArea, PageTables, GuestAccess, Clock, TwoLevel
+    TRAPS, TABLE_WRITES, PRIVILEGED = Traps, PageTableWrites, PrivilegedOps
+
     def __init__(
         self,
         config: MachineConfig,
@@ -85,26 +92,26 @@ class Domain:
         self.engine = engine
         self.memory = DomainMemory(mapping, config.base_mfn, config.max_pages)
         self.frames = FrameTable(self.memory.frames, config.max_pages, config.nr_pages)
-        self.area = XenArea(self.memory, self.frames)
+        self.area = self.AREA(self.memory, self.frames)
         self.area.fill_m2p(config.nr_pages)
-        self.tables = PageTables(self.memory, self.frames, engine, self.area.slots)
-        self.guest = GuestAccess(self.memory, lambda: engine.regs.cr3, self.tables.code)
+        self.tables = self.TABLES(self.memory, self.frames, engine, self.area.slots)
+        self.guest = self.GUEST(self.memory, lambda: engine.regs.cr3, self.tables.code)
         self.scale = TscScale.from_khz(config.tsc_khz)
-        self.clock = Clock(self.scale, read_tsc)
+        self.clock = self.CLOCK(self.scale, read_tsc)
         self.vcpus = [Vcpu(i) for i in range(config.max_vcpus)]
         for vcpu in self.vcpus:
             vcpu.state.vcpu_info = self.area.shared_info * PAGE_SIZE + vcpu.id * abi.SIZEOF_VCPU_INFO
             self.memory.bytes[vcpu.state.vcpu_info + abi.VCPU_INFO_EVTCHN_UPCALL_MASK] = 1
         self.running = self.vcpus[0]
-        events = TwoLevel(self.memory, self.area.shared_info, self.vcpus, wake)
+        events = self.EVENTS(self.memory, self.area.shared_info, self.vcpus, wake)
         self.events = EventChannels(DomId(config.domid), events, router, config.max_event_port)
         self.fifo = FifoControl(self.events, lambda: Fifo(self.memory, self.tables, self.vcpus, wake))
-        self.grants = GrantTable(self.memory, self.area)
-        self.traps = Traps(engine, self.memory, self.guest, self.area)
+        self.grants = Grants(config.domid, self.tables, self.area, self.guest)
+        self.traps = self.TRAPS(engine, self.memory, self.guest, self.area)
         self.traps.set_vcpu(self.running)
         self.cpuid = CpuidPolicy(engine.cpuid, self.scale)
-        self.table_writes = PageTableWrites(engine.regs, self.guest, self.tables)
-        self.privileged = PrivilegedOps(self.traps, self.cpuid, self.new_baseptr)
+        self.table_writes = self.TABLE_WRITES(engine.regs, self.guest, self.tables)
+        self.privileged = self.PRIVILEGED(self.traps, self.cpuid, self.new_baseptr)
         self.vm_assist = 0
         self.shutdown_code: int | None = None
         self.declared_code: int | None = None
@@ -113,6 +120,25 @@ class Domain:
         self.leave: Callable[[], None] = lambda: None
         self.vcpus_changed: Callable[[Vcpu], None] = lambda _vcpu: None
         self.timer_changed: Callable[[], None] = lambda: None
+
+    # -- start of day
+
+    def load_first_vcpu(self, boot: BootState) -> None:
+        """Registers and page tables of vCPU 0. :raises XenError: the initial tables do not validate."""
+        engine, state = self.engine, self.vcpus[0].state
+        regs = engine.regs
+        self.tables.pin(boot.l4_mfn, L4)
+        self.tables.get_type(self.tables.owned_index(boot.l4_mfn), L4)
+        state.kernel_cr3 = boot.l4_mfn << 12
+        engine.reset_pv64(boot.l4_mfn << 12, self.area.gdt_va(0), 0xFFFF)
+        engine.load_flat64(abi.FLAT_KERNEL_CS64, abi.FLAT_KERNEL_SS64)
+        for index in (x86.DS, x86.ES, x86.FS, x86.GS):
+            engine.load_segment(index, 0, 0)
+        for number in range(16):
+            regs.gpr[number] = 0
+        regs.fs_base = regs.gs_base = 0
+        regs.gpr[x86.RSP], regs.gpr[x86.RSI], regs.rip = boot.rsp, boot.rsi, boot.entry
+        regs.rflags = x86.FLAG_IF | 2
 
     # -- vCPUs
 
@@ -163,7 +189,7 @@ class Domain:
 
     def kernel_view(self, vcpu: Vcpu) -> GuestAccess:
         """Access through a vCPU's kernel page table, whatever mode it is in."""
-        return GuestAccess(self.memory, lambda: vcpu.state.kernel_cr3, self.tables.code)
+        return self.GUEST(self.memory, lambda: vcpu.state.kernel_cr3, self.tables.code)
 
     def publish_time(self, vcpu: Vcpu) -> None:
         """Bring a vCPU's time records up to date. A registered copy that cannot be written is the guest's loss."""
@@ -205,6 +231,11 @@ class Domain:
                 self.tables.put_type(self.memory.index(old >> 12))
         else:
             self.engine.load_cr3(old)
+
+    def root_uses(self, vcpu: Vcpu) -> list[tuple[int, int]]:
+        """(frame, kind) of the page-table roots that a vCPU holds."""
+        state = vcpu.state
+        return [(self.memory.index(cr3 >> 12), L4) for cr3 in (state.kernel_cr3, state.user_cr3) if cr3]
 
     def new_user_baseptr(self, mfn: int) -> None:
         """Set the user page-table root, 0 for none. :raises XenError: EINVAL."""
@@ -296,7 +327,7 @@ class Domain:
         holds: list[tuple[int, int]] = []
         for vcpu in self.vcpus:
             state = vcpu.state
-            holds += [(self.memory.index(cr3 >> 12), L4) for cr3 in (state.kernel_cr3, state.user_cr3) if cr3]
+            holds += self.root_uses(vcpu)
             holds += [(index, SEGDESC) for index in (*vcpu.gdt_frames, *vcpu.ldt_frames)]
             if state.vcpu_info >> 12 != self.area.shared_info:
                 holds.append((state.vcpu_info >> 12, WRITABLE))

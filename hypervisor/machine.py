@@ -20,16 +20,19 @@ from typing import Any
 from hypervisor import abi
 from hypervisor.cpu import time as guest_time
 from hypervisor.cpu.state import Vcpu
+from hypervisor.cpu.traps32 import ModeHandler, Traps32
 from hypervisor.domain import Domain, MachineConfig
+from hypervisor.domain32 import Domain32
 from hypervisor.engines import unicorn as unicorn_engine
 from hypervisor.engines import x86
 from hypervisor.engines.base import EngineError
 from hypervisor.engines.tsc import measure_khz
 from hypervisor.errors import GuestFault, HypervisorBug
 from hypervisor.evtchn.hostside import HostRouter
+from hypervisor.hypercalls.compat import Dispatcher32
 from hypervisor.hypercalls.dispatch import Dispatcher
-from hypervisor.memory.frames import L4
 from hypervisor.sched.alarm import Alarm
+from hypervisor.sched.quiet import QuietDomain
 from hypervisor.sched.vcpus import SLICE_NS, VcpuQueue
 from hypervisor.toolstack.api import ShutdownReason
 from hypervisor.toolstack.builder.state import BootState
@@ -77,18 +80,25 @@ class Machine:
             config = dataclasses.replace(config, tsc_khz=measure_khz())
         self.config = config
         self.engine: Any = unicorn_engine.create(use_private=use_private)
-        self.domain = Domain(config, memory, self.engine, HostRouter(notify_host), self._wake)
+        kind = Domain32 if config.bits == 32 else Domain
+        self.domain = kind(config, memory, self.engine, HostRouter(notify_host), self._wake)
         self.domain.leave = self._leave
         self.domain.timer_changed = self._set_alarm
         self.domain.vcpus_changed = self._woken
         self._queue = VcpuQueue(config.max_vcpus)
         self._slice_end = 0
+        self._quiet = QuietDomain(self.engine.drop_translations)
         self.engine.map_memory(
             self.domain.memory.base_mpa, self.domain.memory.frames * 4096, self.domain.memory.address
         )
-        self._dispatcher = Dispatcher(self.domain)
         self._traps = self.domain.traps
-        self.engine.set_handler(self)
+        self._dispatcher: Dispatcher | Dispatcher32
+        if isinstance(self._traps, Traps32):
+            self._dispatcher = Dispatcher32(self.domain)
+            self.engine.set_handler(ModeHandler(self._traps, self))
+        else:
+            self._dispatcher = Dispatcher(self.domain)
+            self.engine.set_handler(self)
         self._alarm = Alarm(self.engine.kick_target())
         self._posts: collections.deque[Callable[[], None]] = collections.deque()
         self._condition = threading.Condition()
@@ -107,26 +117,13 @@ class Machine:
 
     def start(self, boot: BootState) -> None:
         """Load the first vCPU after the builder filled memory. :raises XenError: the initial tables do not validate."""
-        domain, engine = self.domain, self.engine
-        regs = engine.regs
-        root = domain.tables.owned_index(boot.l4_mfn)
-        domain.tables.pin(boot.l4_mfn, L4)
-        domain.tables.get_type(root, L4)
+        domain = self.domain
+        domain.load_first_vcpu(boot)
         vcpu = domain.vcpus[0]
         vcpu.up = vcpu.initialised = True
         vcpu.state.kernel_mode = 1
-        vcpu.state.kernel_cr3 = boot.l4_mfn << 12
         for port in (boot.store_port, boot.console_port):
             domain.events.open_host(port)
-        engine.reset_pv64(boot.l4_mfn << 12, domain.area.gdt_va(0), 0xFFFF)
-        engine.load_flat64(abi.FLAT_KERNEL_CS64, abi.FLAT_KERNEL_SS64)
-        for index in (x86.DS, x86.ES, x86.FS, x86.GS):
-            engine.load_segment(index, 0, 0)
-        for number in range(16):
-            regs.gpr[number] = 0
-        regs.fs_base = regs.gs_base = 0
-        regs.gpr[x86.RSP], regs.gpr[x86.RSI], regs.rip = boot.rsp, boot.rsi, boot.entry
-        regs.rflags = x86.FLAG_IF | 2
         domain.clock.update_wallclock(domain.memory, domain.area.shared_info)
         domain.clock.update_vcpu(domain.memory, vcpu)
 
@@ -240,6 +237,7 @@ class Machine:
             if self._posts:
                 return
             self._alarm.quiet()
+            self._quiet.look(now, self._cpu_time_ns)
             timeout = max(0, deadline - self.domain.clock.now()) / 1e9 if deadline else _LONGEST_WAIT_S
             self._condition.wait(min(timeout, _LONGEST_WAIT_S))
 

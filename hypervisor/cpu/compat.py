@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from hypervisor import abi
 from hypervisor.cpu.decode import RIP, Instruction
@@ -28,9 +29,8 @@ def mfn_of(cr3: int) -> int:
 class PrivilegedOps32(PrivilegedOps):
     """See `PrivilegedOps`."""
 
-    def guest_root(self) -> int:
-        """Frame of the running vCPU's L3; set by the domain."""
-        raise NotImplementedError
+    guest_root: Callable[[], int]
+    """Frame of the running vCPU's L3; set by the domain."""
 
     def _fetch(self, at: int) -> int:
         regs = self._regs

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from hypervisor import abi
 from hypervisor.cpu.traps import OPEN_GATES, TI_IF, WITH_ERROR_CODE, Traps
 from hypervisor.engines import x86
+from hypervisor.engines.base import TrapHandler
 from hypervisor.errors import GuestFault, XenError
 from hypervisor.memory.xenarea32 import KERNEL_CODE, KERNEL_DATA
 
@@ -26,6 +27,31 @@ _WRITABLE, _READABLE_CODE, _CONFORMING = 1 << 41, 1 << 41, 1 << 42
 _OUTER_RING = 2
 """This bit of CS is set in rings 2 and 3: a trap there switches to the kernel stack."""
 _VM86_FRAME = 40
+
+
+class ModeHandler:
+    """Brings the mode up to date before each trap is handled.
+
+    :param handler: the machine.
+    """
+
+    __slots__ = ("_handler", "_traps")
+
+    def __init__(self, traps: Traps32, handler: TrapHandler) -> None:
+        self._traps = traps
+        self._handler = handler
+
+    def syscall(self) -> None:
+        self._traps.sync()
+        self._handler.syscall()
+
+    def exception(self, vector: int, error_code: int, software: bool) -> None:
+        self._traps.sync()
+        self._handler.exception(vector, error_code, software)
+
+    def invalid_opcode(self) -> None:
+        self._traps.sync()
+        self._handler.invalid_opcode()
 
 
 class Traps32(Traps):

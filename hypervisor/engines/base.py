@@ -72,6 +72,8 @@ class Registers(Protocol):
 class Engine(Protocol):
     name: str
     regs: Registers
+    runs_32_bit: bool
+    """Whether `load_segment` can make 32-bit code and rings other than 3 (read only)."""
 
     def map_memory(self, mpa: int, size: int, address: int) -> None:
         """Back machine physical [mpa, mpa+size) by host memory at `address`. Called once, before `run`."""
@@ -106,6 +108,9 @@ class Engine(Protocol):
 
     def memory_written(self, mpa: int, size: int) -> None:
         """The host changed memory that may hold translated code."""
+
+    def drop_translations(self) -> None:
+        """Forget cached translations of code and give back the memory they take. Not while `run` runs."""
 
     def load_flat64(self, cs: int, ss: int) -> None:
         """CS and SS become flat 64-bit segments at CPL 3 with these selectors."""

@@ -184,9 +184,13 @@ def _page_contents(domain: Domain, command: int, mfn: int, source: int) -> None:
 
 @hypercall(abi.HYPERVISOR_update_descriptor)
 def update_descriptor(domain: Domain, address: int, descriptor: int, _3: int, _4: int, _5: int, _6: int) -> int:
-    good = check_descriptor(descriptor)
+    return store_descriptor(domain, address, check_descriptor(descriptor))
+
+
+def store_descriptor(domain: Domain, address: int, good: int | None) -> int:
+    """:param good: the descriptor as it may be stored, None when it may not. :raises XenError: EINVAL."""
     if address & 7 or good is None:
-        raise XenError(errno.EINVAL, f"descriptor {descriptor:#x} at {address:#x}")
+        raise XenError(errno.EINVAL, f"bad descriptor, or not at a multiple of 8: {address:#x}")
     tables, frames = domain.tables, domain.frames
     index = tables.owned_index(address >> 12)
     kind = frames.kind[index] if frames.count[index] else NONE

@@ -34,7 +34,7 @@ _ROOT_ENTRY = PTE_P | PTE_RW | PTE_US | PTE_A
 class XenArea32(XenArea):
     """See the module.
 
-    :ivar l2_slots: L2 slot → entry that belongs into the guest's last L2 table.
+    :ivar slots: L2 slot → entry that belongs into the guest's last L2 table.
     """
 
     RESERVED_GDT = _RESERVED_GDT_32
@@ -44,12 +44,13 @@ class XenArea32(XenArea):
             raise Unsupported(
                 f"machine memory above {M2P_ENTRIES >> 18} GiB cannot be given to a 32-bit guest: use a 64-bit kernel"
             )
-        self.l2_slots: dict[int, int] = {}
+        self._l2_slots: dict[int, int] = {}
         super().__init__(memory, frames)
-        del self.slots[256]
+        entries = {260: self.slots[260]}
+        self.slots = self._l2_slots
         self._roots = self._take(MAX_VCPUS)
         for vcpu in range(MAX_VCPUS):
-            for slot, entry in self.slots.items():
+            for slot, entry in entries.items():
                 memory.words[(self._roots + vcpu) * 512 + slot] = entry
 
     def _build_m2p(self) -> int:
@@ -70,7 +71,7 @@ class XenArea32(XenArea):
                 memory.array[table * 512 : table * 512 + 512] = memory.mpa(invalid) | _READ_ONLY
             self._set(tables[l2_slot], l1_slot, start + page, _READ_ONLY)
         for slot, table in tables.items():
-            self.l2_slots[FIRST_XEN_L2_SLOT + slot] = memory.mpa(table) | PTE_P | PTE_RW | PTE_A
+            self._l2_slots[FIRST_XEN_L2_SLOT + slot] = memory.mpa(table) | PTE_P | PTE_RW | PTE_A
         self._m2p_dwords = (start - first) * 1024
         return 0
 

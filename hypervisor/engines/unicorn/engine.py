@@ -17,10 +17,12 @@ from typing import Any
 
 from hypervisor.engines import x86
 from hypervisor.engines.base import EngineError, TrapHandler
+from hypervisor.engines.unicorn.codebuffer import CodeBuffer, executable_areas
 from hypervisor.engines.unicorn.direct import HF_CS64, DirectRegisters
 from hypervisor.engines.unicorn.library import uc_const, uc_x86, unicorn
 from hypervisor.engines.unicorn.private import LIBRARY_PATH, Layout, handle_of
 from hypervisor.engines.unicorn.public import PublicRegisters
+from hypervisor.engines.unicorn.tablewalk import TableWalk
 
 LOG = logging.getLogger(__name__)
 
@@ -60,10 +62,12 @@ class UnicornEngine:
         self.layout = layout
         self._lib = ctypes.CDLL(LIBRARY_PATH)  # releases the interpreter lock: for running the guest
         self._leaf = ctypes.PyDLL(LIBRARY_PATH)  # keeps it: for leaf calls of less than a microsecond
+        areas = executable_areas()
         self._uc: Any = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
         self._uc.ctl_set_cpu_model(CPU_MODEL)
         self._uc.ctl_set_tlb_mode(uc_const.UC_TLB_CPU)
         self._uc.reg_read(uc_x86.UC_X86_REG_RIP)  # the library builds the machine at the first use
+        self._code_buffer = CodeBuffer(areas)
         self._handle = handle_of(self._uc)
         self._handler: TrapHandler | None = None
         self._error: BaseException | None = None
@@ -109,7 +113,8 @@ class UnicornEngine:
 
     def map_memory(self, mpa: int, size: int, address: int) -> None:
         self._uc.mem_map_ptr(mpa, size, unicorn.UC_PROT_ALL, address)
-        self._map_base, self._map_size, self._map_address = mpa, size, address
+        self._map_base = mpa
+        self._tables = TableWalk(lambda: self.regs.cr3, mpa, size, address)
 
     def set_handler(self, handler: TrapHandler) -> None:
         self._handler = handler
@@ -172,6 +177,10 @@ class UnicornEngine:
         if uc.reg_read(uc_x86.UC_X86_REG_CS) != _FLAT_CS:
             raise EngineError("the engine did not enter ring 3: this build of the library is not usable")
         uc.mem_unmap(_TRAMPOLINE, 0x1000)
+
+    @property
+    def runs_32_bit(self) -> bool:
+        return self._direct is not None
 
     # -- running
 
@@ -262,7 +271,7 @@ class UnicornEngine:
     def _public_exception(self, number: int) -> None:
         public, handler = self._public, self._handler
         assert public is not None and handler is not None
-        error_code, software = public.classify(number, self._walk, self._peek)
+        error_code, software = public.classify(number, self._tables.walk, self._tables.peek)
         public.forget_exception()
         handler.exception(number, error_code, software)
 
@@ -273,7 +282,7 @@ class UnicornEngine:
 
     def _public_invalid(self, _uc: int, _data: int) -> bool:
         rip = self.regs.rip
-        software = (self._peek(rip), self._peek(rip + 1)) == (0xCD, 6)
+        software = (self._tables.peek(rip), self._tables.peek(rip + 1)) == (0xCD, 6)
         self._pending = lambda: self._public_undefined(software)
         self._stop(self._handle)
         return True
@@ -285,33 +294,6 @@ class UnicornEngine:
     def _public_block(self, _uc: int, _address: int, _size: int, _data: int) -> None:
         if self._kicked:
             self._stop(self._handle)
-
-    def _entry(self, mpa: int) -> int:
-        offset = mpa - self._map_base
-        if not 0 <= offset <= self._map_size - 8:
-            return 0
-        return ctypes.c_uint64.from_address(self._map_address + offset).value
-
-    def _walk(self, va: int) -> tuple[int, int]:
-        """(leaf entry, machine address) of `va` in the current tables; (0, 0) when it is not mapped."""
-        table = self.regs.cr3 & x86.PTE_ADDR
-        for shift in (39, 30, 21, 12):
-            entry = self._entry(table + ((va >> shift) & 511) * 8)
-            if not entry & x86.PTE_P:
-                return 0, 0
-            if shift == 12 or (shift != 39 and entry & x86.PTE_PSE):
-                mask = (1 << shift) - 1
-                return entry, (entry & x86.PTE_ADDR & ~mask) + (va & mask)
-            table = entry & x86.PTE_ADDR
-        return 0, 0
-
-    def _peek(self, va: int) -> int:
-        """The byte at `va`, or -1."""
-        entry, mpa = self._walk(va)
-        offset = mpa - self._map_base
-        if not entry or not 0 <= offset < self._map_size:
-            return -1
-        return ctypes.c_uint8.from_address(self._map_address + offset).value
 
     # -- address translation and code
 
@@ -345,6 +327,11 @@ class UnicornEngine:
             self._f_invalidate(self._handle, start, start + size)
         else:
             self._code_stale = True
+
+    def drop_translations(self) -> None:
+        """Forget all translated code and give its memory back. Not during a run."""
+        self._uc.ctl_flush_tb()
+        self._code_buffer.release()
 
     # -- segments
 

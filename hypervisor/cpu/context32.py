@@ -1,0 +1,89 @@
+"""Bringing up a vCPU of a 32-bit guest from its `struct vcpu_guest_context` (arch_set_info_guest)."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import cast
+
+from hypervisor.abi import errno, structs
+from hypervisor.cpu.compat import mfn_of
+from hypervisor.cpu.emulate import set_debug_register
+from hypervisor.cpu.state import Vcpu
+from hypervisor.domain import Domain
+from hypervisor.engines import x86
+from hypervisor.errors import XenError
+from hypervisor.memory.frames import L3
+from hypervisor.memory.segdesc32 import fix_selector
+from hypervisor.memory.xenarea32 import XenArea32
+from hypervisor.types import PAGE_SIZE
+
+MAX_GDT_FRAMES = 14
+_REGISTERS = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi")
+_DATA_SEGMENTS = ((x86.DS, "ds"), (x86.ES, "es"), (x86.FS, "fs"), (x86.GS, "gs"))
+
+
+def initialise(domain: Domain, vcpu: Vcpu, address: int) -> int:
+    """VCPUOP_initialise: the vCPU stays down until VCPUOP_up. :raises XenError: nothing changed."""
+    size = ctypes.sizeof(structs.VcpuGuestContextCompat)
+    context = structs.VcpuGuestContextCompat.from_buffer_copy(domain.guest.read(address, size))
+    if vcpu.initialised:
+        raise XenError(errno.EEXIST, f"vCPU {vcpu.id} has a context")
+    if context.ldt_base & (PAGE_SIZE - 1) or context.ldt_ents > 8192:
+        raise XenError(errno.EINVAL, "bad LDT in the context")
+    if context.gdt_ents > MAX_GDT_FRAMES * 512:
+        raise XenError(errno.EINVAL, f"GDT with {context.gdt_ents} entries")
+    if context.user_regs.cs & 3 == 0:
+        raise XenError(errno.EINVAL, "a context in ring 0")
+    frames = [int(context.gdt_frames[number]) for number in range((context.gdt_ents + 511) // 512)]
+    root = domain.tables.owned_index(mfn_of(context.ctrlreg[3]))
+    domain.tables.get_type(root, L3)
+    try:
+        domain.set_gdt(vcpu, frames, int(context.gdt_ents))
+    except XenError:
+        domain.tables.put_type(root)
+        raise
+    _fill_state(vcpu, context)
+    cast(XenArea32, domain.area).set_guest_root(vcpu.id, domain.memory.mfn(root))
+    vcpu.cpu = _engine_state(domain, vcpu, context)
+    vcpu.initialised = True
+    return 0
+
+
+def _fill_state(vcpu: Vcpu, context: structs.VcpuGuestContextCompat) -> None:
+    state = vcpu.state
+    state.kernel_mode = 1 if context.user_regs.cs & 3 == 1 else 0
+    state.kernel_ss, state.kernel_sp = fix_selector(context.kernel_ss & 0xFFFF), context.kernel_sp
+    state.event_cs, state.event_callback = fix_selector(context.event_callback_cs & 0xFFFF), context.event_callback_eip
+    state.failsafe_cs = fix_selector(context.failsafe_callback_cs & 0xFFFF)
+    state.failsafe_callback = context.failsafe_callback_eip
+    state.iopl = (context.user_regs.eflags >> 12) & 3
+    for vector, trap in enumerate(context.trap_ctxt):
+        state.trap_address[vector] = trap.address
+        state.trap_flags[vector] = trap.flags
+        state.trap_cs[vector] = fix_selector(trap.cs)
+    for number in (0, 1, 2, 3, 6, 7):
+        set_debug_register(vcpu.debug_registers, number, context.debugreg[number])
+
+
+def _engine_state(domain: Domain, vcpu: Vcpu, context: structs.VcpuGuestContextCompat) -> bytes:
+    """The engine's form of the registers, made by loading them for a moment."""
+    engine, user_regs = domain.engine, context.user_regs
+    running = engine.save_cpu()
+    try:
+        regs = engine.regs
+        engine.load_cr3(vcpu.state.kernel_cr3)
+        engine.set_gdt(domain.area.gdt_va(vcpu.id), 0xFFFF)
+        engine.set_ldt(0, 0, 0)
+        for number in range(16):
+            regs.gpr[number] = getattr(user_regs, _REGISTERS[number]) if number < len(_REGISTERS) else 0
+        regs.rip = user_regs.eip
+        regs.rflags = (user_regs.eflags & ~(x86.FLAG_IOPL | x86.FLAG_VM)) | x86.FLAG_IF
+        selectors = [(x86.CS, user_regs.cs), (x86.SS, user_regs.ss)]
+        selectors += [(index, getattr(user_regs, name)) for index, name in _DATA_SEGMENTS]
+        for index, selector in selectors:
+            selector = selector if index in (x86.CS, x86.SS) or selector & ~3 else 0
+            engine.load_segment(index, selector, domain.area.descriptor(vcpu.id, selector, 0) if selector & ~3 else 0)
+        regs.task_switched = bool(context.ctrlreg[0] & x86.CR0_TS)
+        return bytes(engine.save_cpu())
+    finally:
+        engine.restore_cpu(running)
