@@ -231,3 +231,11 @@ def test_cpuid_is_the_chosen_model(bench: Bench) -> None:
     eax, _, ecx, _ = bench.engine.cpuid(1, 0)
     assert eax & 0x0FFF_0FF0 == 0x0002_06C0  # Westmere: family 6, model 0x2c
     assert not ecx & (1 << 26), "XSAVE cannot be emulated, so it must not be offered"
+
+
+def test_dropped_translations_are_made_again(bench: Bench) -> None:
+    code = bytes.fromhex("b807000000 0f05")
+    bench.run(code)
+    bench.engine.drop_translations()
+    bench.run(code)
+    assert [s[2] for s in bench.handler.seen] == [7, 7]
