@@ -267,7 +267,7 @@ class Node:
 
     def _log_hint(self, name: str = "hypervisor") -> str:
         try:
-            lines = (self.folder / f"{name}.log").read_text(errors="replace").splitlines()
+            lines = (self.folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
         except OSError:
             return ""
         return f"; the log of reeve-{name} ends with {lines[-1][:300]!r}" if lines else ""
