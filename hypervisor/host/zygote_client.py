@@ -98,7 +98,7 @@ class ZygoteClient:
     async def _launch(self) -> _Running:
         loop = asyncio.get_running_loop()
         ours, theirs = channels.pair()
-        command = [sys.executable, "-m", "hypervisor.host.zygote", "--channel-fd", str(theirs.fileno())]
+        command = [sys.executable, "-P", "-m", "hypervisor.host.zygote", "--channel-fd", str(theirs.fileno())]
         command += ["--runtime", self._runtime, "--log-level", str(self._log_level)]
         try:
             process = subprocess.Popen(
