@@ -43,6 +43,8 @@ class CodeWatch:
 
     def mapped_executable(self, index: int) -> None:
         """A mapping without NX of the frame was made."""
+        if not 0 <= index < self._frames.size:
+            return  # granted by another domain, whose frames are not watched
         executed = self._frames.executed
         digest = self._sum(index)
         if executed[index] and self._digest.get(index) != digest:

@@ -23,6 +23,7 @@ from hypervisor.engines.x86 import PTE_ADDR, PTE_NX, PTE_P, PTE_RW, PTE_US
 from hypervisor.errors import HypervisorBug, XenError
 from hypervisor.memory import layout
 from hypervisor.memory.codewatch import CodeWatch
+from hypervisor.memory.foreign import ForeignFrames
 from hypervisor.memory.frames import L1, L2, L3, L4, NONE, SEGDESC, WRITABLE, FrameTable
 from hypervisor.memory.physical import DomainMemory
 from hypervisor.memory.segdesc import validate_segdesc_page
@@ -67,6 +68,7 @@ class PageTables:
         self.tlb = tlb
         self.xen_slots = xen_slots
         self.code = CodeWatch(memory, frames, tlb)
+        self.foreign = ForeignFrames()
         self.words = memory.words
         self.base = memory.base_mfn
 
@@ -154,6 +156,10 @@ class PageTables:
     def _put_leaf(self, entry: int) -> None:
         frames = self.frames
         index = ((entry & PTE_ADDR) >> 12) - self.base
+        if self.foreign and not 0 <= index < frames.size:
+            self.tlb.flush_all()
+            self.foreign.left(entry)
+            return
         if entry & PTE_RW:
             left = frames.count[index] - 1
             frames.count[index] = left
@@ -209,6 +215,9 @@ class PageTables:
         frames = self.frames
         table = self.memory.array[index * 512 : index * 512 + 512]
         entries = table[(table & _NP_P) != 0]
+        if self.foreign:
+            self.tlb.flush_all()
+            entries = self.foreign.left_table(entries, self.base, frames.size)
         if not entries.size:
             return
         targets = ((entries & _NP_ADDR) >> _NP_12).astype(np.int64) - self.base
@@ -364,7 +373,8 @@ class PageTables:
             for slot, entry in self._present(index, kind):
                 target = ((entry & PTE_ADDR) >> 12) - self.base
                 if not 0 <= target < frames.size or not frames.refs[target]:
-                    wrong.append(f"L{kind} {index:#x}[{slot}] maps {entry:#x}, which is not the domain's")
+                    if kind != L1 or entry not in self.foreign:
+                        wrong.append(f"L{kind} {index:#x}[{slot}] maps {entry:#x}, which is not the domain's")
                     continue
                 refs[target] += 1
                 wanted = self._wanted(kind, slot, entry)
