@@ -9,6 +9,7 @@ from hypervisor.abi import errno, structs
 from hypervisor.cpu.compat import mfn_of
 from hypervisor.cpu.emulate import set_debug_register
 from hypervisor.cpu.state import Vcpu
+from hypervisor.cpu.traps32 import KERNEL_CS, KERNEL_SS, check_selectors
 from hypervisor.domain import Domain
 from hypervisor.engines import x86
 from hypervisor.errors import XenError
@@ -32,8 +33,6 @@ def initialise(domain: Domain, vcpu: Vcpu, address: int) -> int:
         raise XenError(errno.EINVAL, "bad LDT in the context")
     if context.gdt_ents > MAX_GDT_FRAMES * 512:
         raise XenError(errno.EINVAL, f"GDT with {context.gdt_ents} entries")
-    if context.user_regs.cs & 3 == 0:
-        raise XenError(errno.EINVAL, "a context in ring 0")
     frames = [int(context.gdt_frames[number]) for number in range((context.gdt_ents + 511) // 512)]
     root = domain.tables.owned_index(mfn_of(context.ctrlreg[3]))
     domain.tables.get_type(root, L3)
@@ -51,7 +50,7 @@ def initialise(domain: Domain, vcpu: Vcpu, address: int) -> int:
 
 def _fill_state(vcpu: Vcpu, context: structs.VcpuGuestContextCompat) -> None:
     state = vcpu.state
-    state.kernel_mode = 1 if context.user_regs.cs & 3 == 1 else 0
+    state.kernel_mode = 1 if fix_selector(context.user_regs.cs) & 3 == 1 else 0
     state.kernel_ss, state.kernel_sp = fix_selector(context.kernel_ss & 0xFFFF), context.kernel_sp
     state.event_cs, state.event_callback = fix_selector(context.event_callback_cs & 0xFFFF), context.event_callback_eip
     state.failsafe_cs = fix_selector(context.failsafe_callback_cs & 0xFFFF)
@@ -78,12 +77,25 @@ def _engine_state(domain: Domain, vcpu: Vcpu, context: structs.VcpuGuestContextC
             regs.gpr[number] = getattr(user_regs, _REGISTERS[number]) if number < len(_REGISTERS) else 0
         regs.rip = user_regs.eip
         regs.rflags = (user_regs.eflags & ~(x86.FLAG_IOPL | x86.FLAG_VM)) | x86.FLAG_IF
-        selectors = [(x86.CS, user_regs.cs), (x86.SS, user_regs.ss)]
-        selectors += [(index, getattr(user_regs, name)) for index, name in _DATA_SEGMENTS]
-        for index, selector in selectors:
-            selector = selector if index in (x86.CS, x86.SS) or selector & ~3 else 0
-            engine.load_segment(index, selector, domain.area.descriptor(vcpu.id, selector, 0) if selector & ~3 else 0)
+        _load_segments(domain, vcpu, user_regs)
         regs.task_switched = bool(context.ctrlreg[0] & x86.CR0_TS)
         return bytes(engine.save_cpu())
     finally:
         engine.restore_cpu(running)
+
+
+def _load_segments(domain: Domain, vcpu: Vcpu, user_regs: structs.CpuUserRegsCompat) -> None:
+    """Selectors of code and stack that cannot be used become the flat ones of ring 1: the vCPU starts there."""
+    engine, area = domain.engine, domain.area
+    cs, ss = fix_selector(user_regs.cs), fix_selector(user_regs.ss)
+    found = check_selectors(area, vcpu, cs, ss)
+    if found.fault is not None:
+        cs, ss, found = KERNEL_CS, KERNEL_SS, check_selectors(area, vcpu, KERNEL_CS, KERNEL_SS)
+    engine.load_segment(x86.CS, cs, found.code)
+    engine.load_segment(x86.SS, ss, found.stack)
+    for index, name in _DATA_SEGMENTS:
+        selector = getattr(user_regs, name)
+        descriptor = area.descriptor(vcpu.id, selector, 0) if selector & ~3 else 0
+        if not descriptor & x86.DESC_P or not descriptor & x86.DESC_S:
+            selector = descriptor = 0
+        engine.load_segment(index, selector, descriptor)

@@ -7,14 +7,17 @@ CS: ring 1 is the guest's kernel, and it may go to ring 3 by an `iret` of its ow
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable
 
 from hypervisor import abi
+from hypervisor.cpu.state import Vcpu
 from hypervisor.cpu.traps import OPEN_GATES, TI_IF, WITH_ERROR_CODE, Traps
 from hypervisor.engines import x86
 from hypervisor.engines.base import TrapHandler
 from hypervisor.errors import GuestFault, XenError
+from hypervisor.memory.xenarea import XenArea
 from hypervisor.memory.xenarea32 import KERNEL_CODE, KERNEL_DATA
 
 KERNEL_CS, KERNEL_SS = abi.COMPAT_FLAT_KERNEL_CS, abi.COMPAT_FLAT_KERNEL_SS
@@ -226,25 +229,42 @@ class Traps32(Traps):
 
     def _load(self, cs: int, ss: int) -> tuple[int, int] | None:
         """Load CS and SS as an `iretq` from ring 0 does; else (vector, selector) of the fault it would raise."""
-        engine, state = self.engine, self.state
-        if cs == KERNEL_CS and ss == KERNEL_SS:
-            code, stack = KERNEL_CODE, KERNEL_DATA
-        else:
-            vcpu, ring = self.vcpu, cs & 3
-            code = self.area.descriptor(vcpu.id, cs, vcpu.ldt_entries) if cs & ~3 else 0
-            dpl = x86.desc_dpl(code)
-            level = dpl <= ring if code & _CONFORMING else dpl == ring
-            if not code & x86.DESC_S or not code & x86.DESC_CODE or not level:
-                return x86.GP, cs
-            if not code & x86.DESC_P:
-                return x86.NP, cs
-            stack = self.area.descriptor(vcpu.id, ss, vcpu.ldt_entries) if ss & ~3 else 0
-            writable = stack & x86.DESC_S and not stack & x86.DESC_CODE and stack & _WRITABLE
-            if not writable or ss & 3 != ring or x86.desc_dpl(stack) != ring:
-                return x86.GP, ss
-            if not stack & x86.DESC_P:
-                return x86.SSF, ss
-        engine.load_segment(x86.CS, cs, code)
-        engine.load_segment(x86.SS, ss, stack)
-        state.kernel_mode = 1 if cs & 3 == 1 else 0
-        return None
+        found = check_selectors(self.area, self.vcpu, cs, ss)
+        if found.fault is None:
+            self.engine.load_segment(x86.CS, cs, found.code)
+            self.engine.load_segment(x86.SS, ss, found.stack)
+            self.state.kernel_mode = 1 if cs & 3 == 1 else 0
+        return found.fault
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Selectors:
+    """Descriptors of a code and a stack selector; :ivar fault: (vector, selector) when they cannot be loaded."""
+
+    code: int
+    stack: int
+    fault: tuple[int, int] | None = None
+
+
+_FLAT_KERNEL = Selectors(KERNEL_CODE, KERNEL_DATA)
+
+
+def check_selectors(area: XenArea, vcpu: Vcpu, cs: int, ss: int) -> Selectors:
+    """What a return to ``cs`` with ``ss`` finds (AMD64 APM vol. 3, IRETQ)."""
+    if cs == KERNEL_CS and ss == KERNEL_SS:
+        return _FLAT_KERNEL
+    ring = cs & 3
+    code = area.descriptor(vcpu.id, cs, vcpu.ldt_entries) if cs & ~3 else 0
+    dpl = x86.desc_dpl(code)
+    level = dpl <= ring if code & _CONFORMING else dpl == ring
+    if not code & x86.DESC_S or not code & x86.DESC_CODE or not level:
+        return Selectors(0, 0, (x86.GP, cs))
+    if not code & x86.DESC_P:
+        return Selectors(0, 0, (x86.NP, cs))
+    stack = area.descriptor(vcpu.id, ss, vcpu.ldt_entries) if ss & ~3 else 0
+    writable = stack & x86.DESC_S and not stack & x86.DESC_CODE and stack & _WRITABLE
+    if not writable or ss & 3 != ring or x86.desc_dpl(stack) != ring:
+        return Selectors(0, 0, (x86.GP, ss))
+    if not stack & x86.DESC_P:
+        return Selectors(0, 0, (x86.SSF, ss))
+    return Selectors(code, stack)

@@ -26,6 +26,8 @@ LOG = logging.getLogger(__name__)
 
 MAX_VCPUS = 32
 CAPABILITIES = (Capability.PV, Capability.SMP, Capability.CONSOLE, Capability.REBOOT, Capability.ADOPTION)
+DIRECT_CAPABILITIES = (Capability.PV32,)
+"""What the engine's public path cannot do."""
 
 
 class PvGuest:
@@ -60,7 +62,8 @@ class PvRuntime:
     def facts(self) -> RuntimeFacts:
         private = self._check.layout is not None
         detail = {"engine": "unicorn", "engine_path": "private" if private else "public", "tsc_khz": str(self._tsc_khz)}
-        return RuntimeFacts("pv", MAX_VCPUS, tuple(CAPABILITIES), tuple(sorted(detail.items())))
+        capabilities = CAPABILITIES + (DIRECT_CAPABILITIES if private else ())
+        return RuntimeFacts("pv", MAX_VCPUS, capabilities, tuple(sorted(detail.items())))
 
     def build(
         self, request: BuildRequest, memory: mmap.mmap, notify_host: Callable[[int], None], seal: Callable[[], None]
@@ -78,6 +81,7 @@ class PvRuntime:
             vcpus=request.spec.vcpus,
             max_vcpus=request.spec.effective_max_vcpus,
             tsc_khz=self._tsc_khz,
+            bits=kernel.bits,
         )
         try:
             machine = Machine(config, memory, notify_host=notify_host)
