@@ -65,6 +65,7 @@ class Machine:
 
     :param memory: maps the domain's whole extent (`hypervisor.memory.layout.total_frames` pages).
     :param notify_host: called in the run loop's thread when the guest signals a port of the host side.
+    :param engine: a fresh engine; None: one is made.
     :param use_private: False makes the engine use its public path only.
     """
 
@@ -74,12 +75,13 @@ class Machine:
         memory: mmap.mmap,
         *,
         notify_host: Callable[[int], None],
+        engine: Any = None,
         use_private: bool = True,
     ) -> None:
         if not config.tsc_khz:
             config = dataclasses.replace(config, tsc_khz=measure_khz())
         self.config = config
-        self.engine: Any = unicorn_engine.create(use_private=use_private)
+        self.engine: Any = engine or unicorn_engine.create(use_private=use_private)
         kind = Domain32 if config.bits == 32 else Domain
         self.domain = kind(config, memory, self.engine, HostRouter(notify_host), self._wake)
         self.domain.leave = self._leave

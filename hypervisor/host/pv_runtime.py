@@ -13,6 +13,7 @@ from typing import Any
 
 from hypervisor.domain import MachineConfig
 from hypervisor.engines import unicorn
+from hypervisor.engines import unicorn as unicorn_engine
 from hypervisor.engines.tsc import measure_khz
 from hypervisor.errors import HostFailure, HypervisorBug, XenError
 from hypervisor.host.runtime import CONSOLE_PORT, STORE_PORT, BuildRequest, Ended, RuntimeFacts
@@ -70,6 +71,8 @@ class PvRuntime:
     ) -> PvGuest:
         """:raises ToolstackError: kernel, ramdisk or memory are not what a guest can be made of."""
         kernel, ramdisk = self._read(request)
+        # The engine looks at this process's memory map when it is made, and then no more files.
+        engine = unicorn_engine.create()
         seal()
         config = MachineConfig(
             uuid=request.spec.uuid,
@@ -84,7 +87,7 @@ class PvRuntime:
             bits=kernel.bits,
         )
         try:
-            machine = Machine(config, memory, notify_host=notify_host)
+            machine = Machine(config, memory, notify_host=notify_host, engine=engine)
             boot = builder.build(
                 BuildMemory(memoryview(memory), Mfn(request.base_mfn), request.nr_pages),
                 kernel,

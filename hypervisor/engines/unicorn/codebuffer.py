@@ -9,7 +9,10 @@ exactly one, nothing is ever given back.
 from __future__ import annotations
 
 import ctypes
+import logging
 from typing import Any
+
+LOG = logging.getLogger(__name__)
 
 _MADV_DONTNEED = 4
 _SMALLEST = 16 << 20
@@ -19,14 +22,19 @@ _KEPT = 2 << 20
 
 def executable_areas() -> set[tuple[int, int]]:
     """(start, end) of the process's large areas that are writable and executable at once."""
+    try:
+        with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
+            lines = maps.readlines()
+    except OSError as exc:
+        LOG.warning("translated code will not be given back: no memory map to look at (%s)", exc)
+        return set()
     found = set()
-    with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
-        for line in maps:
-            span, rights = line.split(" ", 2)[:2]
-            if rights.startswith("rwx"):
-                start, end = (int(part, 16) for part in span.split("-"))
-                if end - start >= _SMALLEST:
-                    found.add((start, end))
+    for line in lines:
+        span, rights = line.split(" ", 2)[:2]
+        if rights.startswith("rwx"):
+            start, end = (int(part, 16) for part in span.split("-"))
+            if end - start >= _SMALLEST:
+                found.add((start, end))
     return found
 
 
