@@ -13,6 +13,7 @@ import os
 import pathlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -208,6 +209,13 @@ class GuestRun:
         self.machine.post(run)
         assert done.wait(seconds), f"the machine took no post; ended: {self.ended}"
         return result[0]
+
+    def wait_stats(self, ready: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+        """Ask for the machine's numbers, through its own thread, until `ready` likes them."""
+        end = time.monotonic() + DEADLINE
+        while not ready(stats := self.call(self.machine.stats)):
+            assert time.monotonic() < end, f"no {what}: {stats}"
+        return dict(stats)
 
     def type(self, text: str) -> None:
         self.call(lambda: self.console.send_input(text.encode()))
