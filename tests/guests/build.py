@@ -17,6 +17,8 @@ import tempfile
 
 SOURCES = pathlib.Path(__file__).resolve().parent
 LIBRARY = SOURCES / "lib"
+LIBRARY_32 = "lib32"
+"""Folder beside `LIBRARY` with the runtime of the guests whose names end in 32."""
 CACHE_VARIABLE = "REEVE_GUEST_CACHE"
 COMPILE_TIMEOUT = 120.0
 
@@ -27,6 +29,10 @@ CFLAGS = (
     *("-fno-asynchronous-unwind-tables", "-fno-strict-aliasing", "-fno-common", "-fno-builtin"),
     *("-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,max-page-size=4096", "-Wl,--no-warn-rwx-segments"),
 )
+
+
+_ONLY_64 = frozenset(("-mcmodel=kernel", "-mno-red-zone"))
+CFLAGS_32 = ("-m32", "-fno-builtin", "-mregparm=0", *(flag for flag in CFLAGS if flag not in _ONLY_64))
 
 
 class GuestBuildError(Exception):
@@ -40,9 +46,13 @@ def available() -> str | None:
     return None
 
 
-def guest_names() -> list[str]:
-    """The guests there are, sorted."""
-    return sorted(source.stem for source in SOURCES.glob("*.c"))
+def guest_names(bits: int = 64) -> list[str]:
+    """The guests of that word size, sorted."""
+    return sorted(source.stem for source in SOURCES.glob("*.c") if _is_32(source.stem) == (bits == 32))
+
+
+def _is_32(name: str) -> bool:
+    return name.endswith("32")
 
 
 def build_guest(name: str, **defines: str | int | bool) -> pathlib.Path:
@@ -50,7 +60,8 @@ def build_guest(name: str, **defines: str | int | bool) -> pathlib.Path:
 
     :param defines: preprocessor symbols. True defines one without a value, False leaves it out.
         ``USE_HYPERCALL_PAGE=True`` calls through a hypercall page; otherwise ``syscall`` is issued inline, as
-        Linux does since 6.1. ``NO_XEN_NOTES=True`` leaves the ELF notes out.
+        Linux does since 6.1. ``NO_XEN_NOTES=True`` leaves the ELF notes out, ``PVH_ONLY=True`` names
+        a PVH entry only.
     :raises GuestBuildError: no such guest, no compiler, or the source does not compile.
     """
     source = SOURCES / f"{name}.c"
@@ -59,16 +70,19 @@ def build_guest(name: str, **defines: str | int | bool) -> pathlib.Path:
     compiler = _compiler()
     if compiler is None:
         raise GuestBuildError(str(available()))
-    flags = [*CFLAGS, *_define_flags(defines)]
+    narrow = _is_32(name)
+    library = LIBRARY.parent / LIBRARY_32 if narrow else LIBRARY
+    flags = [*(CFLAGS_32 if narrow else CFLAGS), *_define_flags(defines)]
+    command = [compiler, *flags, f"-I{library}"]
     folder = _cache_folder()
-    runtime_digest = _digest(_runtime_inputs(), flags, compiler)
+    runtime_digest = _digest(_runtime_inputs(library), flags, compiler)
     result = folder / f"{name}-{_digest([source], [runtime_digest], compiler)}.elf"
     if not result.is_file():
         runtime = folder / f"runtime-{runtime_digest}.o"
         if not runtime.is_file():
-            units = [path for path in _runtime_inputs() if path.suffix in {".c", ".S"}]
-            _compile([compiler, *flags, "-r"], units, runtime)
-        _compile([compiler, *flags, "-T", str(LIBRARY / "guest.lds")], [source, runtime], result)
+            units = [path for path in _runtime_inputs(library) if path.suffix in {".c", ".S"}]
+            _compile([*command, "-r"], units, runtime)
+        _compile([*command, "-T", str(library / "guest.lds")], [source, runtime], result)
     return result
 
 
@@ -94,8 +108,8 @@ def _define_flags(defines: dict[str, str | int | bool]) -> list[str]:
     return flags
 
 
-def _runtime_inputs() -> list[pathlib.Path]:
-    return sorted(path for path in LIBRARY.iterdir() if path.suffix in {".c", ".h", ".S", ".lds"})
+def _runtime_inputs(library: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in library.iterdir() if path.suffix in {".c", ".h", ".S", ".lds"})
 
 
 def _digest(inputs: list[pathlib.Path], flags: list[str], compiler: str) -> str:
@@ -124,7 +138,7 @@ def _compile(command: list[str], units: list[pathlib.Path], result: pathlib.Path
     names = ", ".join(unit.name for unit in units)
     try:
         done = subprocess.run(
-            [*command, f"-I{LIBRARY}", *map(str, units), "-o", partial],
+            [*command, *map(str, units), "-o", partial],
             capture_output=True,
             text=True,
             timeout=COMPILE_TIMEOUT,

@@ -217,11 +217,15 @@ user_run_stack:
         note_text   8, "generic"                        # LOADER
         note_text   10, "pae_pgdir_above_4gb"           # FEATURES
         note_text   9, "yes"                            # PAE_MODE
+#ifdef PVH_ONLY
+        note_value  18, _start                          # PHYS32_ENTRY, and none for PV
+#else
         note_value  1, _start                           # ENTRY
         note_value  3, 0xFFFFFFFF80000000               # VIRT_BASE
         note_value  4, 0                                # PADDR_OFFSET
         note_value  13, 1, 1                            # L1_MFN_VALID: mask, value
 #ifdef USE_HYPERCALL_PAGE
         note_value  2, hypercall_page                   # HYPERCALL_PAGE
+#endif
 #endif
 #endif
