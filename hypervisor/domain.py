@@ -28,6 +28,7 @@ from hypervisor.memory.frames import L4, SEGDESC, WRITABLE, FrameTable
 from hypervisor.memory.guest import GuestAccess
 from hypervisor.memory.pagetables import PageTables
 from hypervisor.memory.physical import DomainMemory
+from hypervisor.memory.recount import recount
 from hypervisor.memory.xenarea import XenArea
 from hypervisor.toolstack.builder.state import BootState
 from hypervisor.types import PAGE_SIZE, DomId
@@ -56,6 +57,7 @@ class MachineConfig:
     vcpus: int = 1
     max_vcpus: int = 1
     tsc_khz: int = 0
+    linear_page_tables: bool = False
     bits: int = 64
     max_event_port: int = DEFAULT_MAX_PORT
 
@@ -95,6 +97,7 @@ class Domain:
         self.area = self.AREA(self.memory, self.frames)
         self.area.fill_m2p(config.nr_pages)
         self.tables = self.TABLES(self.memory, self.frames, engine, self.area.slots)
+        self.tables.linear.allowed = config.linear_page_tables
         self.guest = self.GUEST(self.memory, lambda: engine.regs.cr3, self.tables.code)
         self.scale = TscScale.from_khz(config.tsc_khz)
         self.clock = self.CLOCK(self.scale, read_tsc)
@@ -332,4 +335,4 @@ class Domain:
             if state.vcpu_info >> 12 != self.area.shared_info:
                 holds.append((state.vcpu_info >> 12, WRITABLE))
         holds += [(index, WRITABLE) for index in self.fifo.held_frames()]
-        return self.tables.recount(holds)
+        return recount(self.tables, holds)

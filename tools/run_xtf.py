@@ -210,7 +210,20 @@ def private_host(memory_mib: int = 1024) -> Iterator[Toolstack]:
     with tempfile.TemporaryDirectory(prefix="reeve-xtf-") as name:
         folder = Path(name)
         socket, log = folder / "hypervisor.sock", folder / "host.log"
-        command = [program, "--state-dir", name, "--socket", str(socket), "--memory-mib", str(memory_mib)]
+        config = folder / "hypervisor.conf"
+        # As Xen is built and booted: XSA-182's test needs linear page tables, several tests a second vCPU.
+        config.write_text("[hypervisor]\nlinear_page_tables = true\ncpus = 32\n")
+        command = [
+            program,
+            "--config-file",
+            str(config),
+            "--state-dir",
+            name,
+            "--socket",
+            str(socket),
+            "--memory-mib",
+            str(memory_mib),
+        ]
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:

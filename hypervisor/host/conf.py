@@ -74,6 +74,11 @@ OPTIONS = [
     cfg.StrOpt(
         "engine", default="", help="Engine of new domains, a name of the group reeve.engines; empty: the default."
     ),
+    cfg.BoolOpt(
+        "linear_page_tables",
+        default=False,
+        help="Let guests point a page table to one of its own level, as some old kernels do (Xen's pv-linear-pt).",
+    ),
     cfg.StrOpt(
         "runtime",
         default=REAL_RUNTIME,
@@ -123,6 +128,7 @@ def settings(conf: cfg.ConfigOpts) -> HostSettings:
         max_clients=group.max_clients,
         cache_dir=group.cache_dir or str(state_dir / "cache"),
         engine=group.engine,
+        linear_page_tables=group.linear_page_tables,
         runtime=group.runtime,
         log_level=logging.DEBUG if conf.debug else getattr(logging, group.log_level.upper()),
     )

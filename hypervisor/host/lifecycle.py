@@ -205,6 +205,7 @@ class Lifecycle:
             max_pages=max_pages,
             cache_dir=self.settings.cache_dir,
             engine=self.settings.engine,
+            linear_page_tables=self.settings.linear_page_tables,
         )
         await self._fork(domain, request, frames)
         process = domain.process

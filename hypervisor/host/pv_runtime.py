@@ -11,9 +11,9 @@ import mmap
 from collections.abc import Callable
 from typing import Any
 
+from hypervisor import engines
 from hypervisor.domain import MachineConfig
 from hypervisor.engines import unicorn
-from hypervisor.engines import unicorn as unicorn_engine
 from hypervisor.engines.tsc import measure_khz
 from hypervisor.errors import HostFailure, HypervisorBug, XenError
 from hypervisor.host.runtime import CONSOLE_PORT, STORE_PORT, BuildRequest, Ended, RuntimeFacts
@@ -58,6 +58,7 @@ class PvRuntime:
 
     def __init__(self) -> None:
         self._check = unicorn.selfcheck()
+        self._engines = engines.available()
         self._tsc_khz = measure_khz()
 
     def facts(self) -> RuntimeFacts:
@@ -72,7 +73,7 @@ class PvRuntime:
         """:raises ToolstackError: kernel, ramdisk or memory are not what a guest can be made of."""
         kernel, ramdisk = self._read(request)
         # The engine looks at this process's memory map when it is made, and then no more files.
-        engine = unicorn_engine.create()
+        engine = self._engines[request.engine or engines.DEFAULT]()
         seal()
         config = MachineConfig(
             uuid=request.spec.uuid,
@@ -84,6 +85,7 @@ class PvRuntime:
             vcpus=request.spec.vcpus,
             max_vcpus=request.spec.effective_max_vcpus,
             tsc_khz=self._tsc_khz,
+            linear_page_tables=request.linear_page_tables,
             bits=kernel.bits,
         )
         try:
@@ -106,8 +108,9 @@ class PvRuntime:
     def _read(self, request: BuildRequest) -> tuple[Kernel, bytes | None]:
         """Everything that comes from files."""
         spec = request.spec
-        if request.engine not in ("", "unicorn"):
-            raise HostFailure(f"engine {request.engine!r} is not installed: set engine to unicorn or leave it empty")
+        if (request.engine or engines.DEFAULT) not in self._engines:
+            known = ", ".join(sorted(self._engines))
+            raise HostFailure(f"there is no engine {request.engine!r}: set engine to one of {known}, or leave it empty")
         if request.cache_dir:
             kernel = builder.KernelCache(request.cache_dir).load(spec.boot.kernel)
         else:

@@ -40,6 +40,7 @@ class BuildRequest:
     max_pages: int
     cache_dir: str = ""
     engine: str = ""
+    linear_page_tables: bool = False
 
     def to_json(self) -> dict[str, Any]:
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -36,6 +36,7 @@ class HostSettings:
     max_clients: int = 64
     cache_dir: str = ""
     engine: str = ""
+    linear_page_tables: bool = False
     runtime: str = REAL_RUNTIME
     log_level: int = 20
 

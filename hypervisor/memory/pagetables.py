@@ -13,7 +13,6 @@ does not exist on the machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +24,7 @@ from hypervisor.memory import layout
 from hypervisor.memory.codewatch import CodeWatch
 from hypervisor.memory.foreign import ForeignFrames
 from hypervisor.memory.frames import L1, L2, L3, L4, NONE, SEGDESC, WRITABLE, FrameTable
+from hypervisor.memory.linear import LinearTables
 from hypervisor.memory.physical import DomainMemory
 from hypervisor.memory.segdesc import validate_segdesc_page
 
@@ -68,6 +68,7 @@ class PageTables:
         self.tlb = tlb
         self.xen_slots = xen_slots
         self.code = CodeWatch(memory, frames, tlb)
+        self.linear = LinearTables()
         self.foreign = ForeignFrames()
         self.words = memory.words
         self.base = memory.base_mfn
@@ -227,7 +228,7 @@ class PageTables:
         frames.stamp_np[writable[frames.count_np[writable] == 0]] = self.tlb.flush_epoch
         self.code.changed_many(writable)
 
-    def _present(self, index: int, kind: int) -> list[tuple[int, int]]:
+    def present(self, index: int, kind: int) -> list[tuple[int, int]]:
         """(slot, entry) of the present entries that are the guest's to choose."""
         table = self.memory.array[index * 512 : index * 512 + 512]
         slots = np.flatnonzero(table & _NP_P).tolist()
@@ -240,20 +241,20 @@ class PageTables:
         done: list[int] = []
         words = self.words
         try:
-            for slot, entry in self._present(index, kind):
-                self._get_upper(entry, kind)
+            for slot, entry in self.present(index, kind):
+                self._get_upper(entry, kind, index)
                 done.append(entry)
                 words[index * 512 + slot] = _adjust(entry)
         except BaseException:
             for entry in done:
-                self._put_upper(entry)
+                self._put_upper(entry, index)
             raise
         if kind == L4:
             self._install_xen_slots(index)
 
     def _release_upper(self, index: int, kind: int) -> None:
-        for _, entry in self._present(index, kind):
-            self._put_upper(entry)
+        for _, entry in self.present(index, kind):
+            self._put_upper(entry, index)
 
     def _install_xen_slots(self, index: int) -> None:
         start = index * 512
@@ -261,14 +262,25 @@ class PageTables:
         for slot, entry in self.xen_slots.items():
             self.words[start + slot] = entry
 
-    def _get_upper(self, entry: int, kind: int) -> None:
-        """A use of the table that an entry of a level-`kind` table points to."""
+    def _get_upper(self, entry: int, kind: int, owner: int = -1) -> None:
+        """A use of the table that an entry of level-`kind` table `owner` points to."""
         if entry & DISALLOW:
             raise XenError(errno.EINVAL, f"bad L{kind} flags in {entry:#x}")
-        self.get_type(self.owned_index((entry & PTE_ADDR) >> 12), kind - 1)
+        target = self.owned_index((entry & PTE_ADDR) >> 12)
+        if self.frames.kind[target] != kind or not self.frames.count[target]:
+            self.get_type(target, kind - 1)
+            return
+        self.linear.take(entry, owner, target)
+        if target != owner:
+            self.get_type(target, kind)
 
-    def _put_upper(self, entry: int) -> None:
-        self.put_type(((entry & PTE_ADDR) >> 12) - self.base)
+    def _put_upper(self, entry: int, owner: int = -1) -> None:
+        target = ((entry & PTE_ADDR) >> 12) - self.base
+        if owner >= 0 and self.frames.kind[target] == self.frames.kind[owner]:
+            self.linear.give(owner, target)
+            if target == owner:
+                return
+        self.put_type(target)
 
     # -- the guest's operations
 
@@ -324,10 +336,10 @@ class PageTables:
             if old & PTE_P and not (old ^ new) & SAME:
                 words[at] = new
                 return
-            self._get_upper(new, kind)
+            self._get_upper(new, kind, at >> 9)
         words[at] = new
         if old & PTE_P:
-            self._put_upper(old)
+            self._put_upper(old, at >> 9)
             # A table left the tree: translations made through it must not outlive it (mmu_update's flush_linear_pt).
             self.tlb.flush_all()
 
@@ -347,47 +359,7 @@ class PageTables:
         self.frames.pinned[index] = 0
         self.put_type(index)
 
-    # -- consistency, for tests and fuzzers
-
-    def recount(self, holds: Iterable[tuple[int, int]]) -> list[str]:
-        """Differences between the counts and what the validated tables say; empty when all is well.
-
-        :param holds: (frame, kind) of each use that no table shows: roots, descriptor tables, vcpu_info.
-        """
-        frames = self.frames
-        count = np.frombuffer(bytes(frames.pinned), dtype=np.uint8).astype(np.int64)
-        # Xen's own frames that the guest may map are held as what they are for as long as they are shared.
-        count[frames.ram :] += frames.refs_np[frames.ram :] != 0
-        refs = (frames.refs_np != 0).astype(np.int64)
-        refs[: frames.ram] += count[: frames.ram]
-        wrong: list[str] = []
-        for index, kind in holds:
-            count[index] += 1
-            refs[index] += 1
-            if frames.kind[index] != kind:
-                wrong.append(f"frame {index:#x} is {frames.kind[index]}, held as {kind}")
-        for index in np.flatnonzero(frames.count_np).tolist():
-            kind = frames.kind[index]
-            if kind not in self.TABLES:
-                continue
-            for slot, entry in self._present(index, kind):
-                target = ((entry & PTE_ADDR) >> 12) - self.base
-                if not 0 <= target < frames.size or not frames.refs[target]:
-                    if kind != L1 or entry not in self.foreign:
-                        wrong.append(f"L{kind} {index:#x}[{slot}] maps {entry:#x}, which is not the domain's")
-                    continue
-                refs[target] += 1
-                wanted = self._wanted(kind, slot, entry)
-                if wanted != NONE:
-                    count[target] += 1
-                    if frames.kind[target] != wanted:
-                        wrong.append(f"L{kind} {index:#x}[{slot}] uses {target:#x} as {wanted}")
-        for name, have, want in (("count", frames.count_np, count), ("refs", frames.refs_np, refs)):
-            for index in np.flatnonzero(have != want).tolist():
-                wrong.append(f"frame {index:#x}: {name} {have[index]}, should be {want[index]}")
-        return wrong
-
-    def _wanted(self, kind: int, _slot: int, entry: int) -> int:
+    def wanted(self, kind: int, _slot: int, entry: int) -> int:
         """The type that an entry of a level-`kind` table needs its frame to have; NONE for any."""
         return kind - 1 if kind > L1 else (WRITABLE if entry & PTE_RW else NONE)
 

@@ -47,7 +47,7 @@ class PaeTables(PageTables):
     def _adjusted_l1(self, entries: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return entries
 
-    def _present(self, index: int, kind: int) -> list[tuple[int, int]]:
+    def present(self, index: int, kind: int) -> list[tuple[int, int]]:
         slots = 512 if kind != L2_XEN else FIRST_XEN_L2_SLOT
         if kind == L3:
             slots = L3_ENTRIES
@@ -59,7 +59,7 @@ class PaeTables(PageTables):
         """L2 tables of both kinds."""
         done: list[int] = []
         try:
-            for _, entry in self._present(index, kind):
+            for _, entry in self.present(index, kind):
                 self._get_upper(entry, L2)
                 done.append(entry)
         except BaseException:
@@ -106,7 +106,7 @@ class PaeTables(PageTables):
         super()._release_upper(index, kind)
         words = self.words
         if kind == L3:
-            for slot, entry in self._present(index, kind):
+            for slot, entry in self.present(index, kind):
                 words[index * 512 + slot] = entry & ~(_L3_ADDED | PTE_A)
         elif kind == L2_XEN:
             self.memory.array[index * 512 + FIRST_XEN_L2_SLOT : (index + 1) * 512] = 0
@@ -167,9 +167,9 @@ class PaeTables(PageTables):
         if level != L4:  # pinning a level that is not there does nothing (do_mmuext_op)
             super().pin(mfn, level)
 
-    def _wanted(self, kind: int, slot: int, entry: int) -> int:
+    def wanted(self, kind: int, slot: int, entry: int) -> int:
         if kind == L3:
             return L2_XEN if slot == 3 else L2
         if kind == L2_XEN:
             return L1
-        return super()._wanted(kind, slot, entry)
+        return super().wanted(kind, slot, entry)

@@ -26,3 +26,8 @@ def create(*, use_private: bool = True) -> UnicornEngine:
     """
     layout = selfcheck().layout if use_private else None
     return UnicornEngine(layout)
+
+
+def create_public() -> UnicornEngine:
+    """A new engine on the public API path, for comparison and for a library whose layout is unknown."""
+    return create(use_private=False)
