@@ -113,7 +113,7 @@ class GuestRun:
     ) -> None:
         kernel = _kernel(name)
         self.memory = make_memory(pages)
-        config = MachineConfig(UUID, name, domid, base_mfn, pages, pages, tsc_khz=_tsc_khz())
+        config = MachineConfig(UUID, name, domid, base_mfn, pages, pages, tsc_khz=_tsc_khz(), bits=kernel.bits)
         self.machine = Machine(config, self.memory, notify_host=self._from_guest, use_private=not public)
         view = memoryview(self.memory)
         target = builder.BuildMemory(view, Mfn(base_mfn), pages)
