@@ -31,6 +31,9 @@ WITH_ERROR_CODE = frozenset((x86.DF, x86.TS, x86.NP, x86.SSF, x86.GP, x86.PF, x8
 OPEN_GATES = frozenset((x86.BP, x86.OF, 0x80))
 _SYSCALL_LENGTH = 2
 
+# Flat ring-3 descriptors, as 64-bit guests have them for their programs.
+_FLAT_CODE64, _FLAT_DATA = 0x00AF_FB00_0000_FFFF, 0x00CF_F300_0000_FFFF
+
 TI_IF = 4  # trap_info.flags: mask event delivery while handling (TI_SET_IF)
 
 
@@ -246,6 +249,11 @@ class Traps:
         """Load the selectors an iret asks for. What the processor's own `iretq` would refuse faults there."""
         vcpu = self.vcpu
         code = self.area.descriptor(vcpu.id, cs, vcpu.ldt_entries) if cs & ~3 else 0
+        if code | x86.DESC_ACCESSED == _FLAT_CODE64 and x86.is_canonical(self.regs.rip):
+            stack = self.area.descriptor(vcpu.id, ss, vcpu.ldt_entries) if ss & ~3 else 0
+            if stack | x86.DESC_ACCESSED == _FLAT_DATA:  # every return to a 64-bit program
+                self.engine.load_flat64(cs, ss)
+                return None
         if not code & x86.DESC_S or not code & x86.DESC_CODE or x86.desc_dpl(code) != 3:
             return self._refuse_return(x86.GP, cs, cs, ss)
         if not code & x86.DESC_P:

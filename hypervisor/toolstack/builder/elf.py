@@ -25,6 +25,7 @@ MAX_EXTENT = 1 << 30
 _PT_LOAD = 1
 _PT_NOTE = 4
 _SHT_NOTE = 7
+_SHF_EXECINSTR = 4
 _SHT_NOBITS = 8
 _ET_EXEC = 2
 _ET_DYN = 3
@@ -50,6 +51,7 @@ class Section:
     type: int
     offset: int
     size: int
+    code: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,6 +86,22 @@ class ElfImage:
             if section.name == name and section.type != _SHT_NOBITS:
                 return self.data[section.offset : section.offset + section.size]
         return None
+
+    def code_ranges(self) -> tuple[tuple[int, int], ...]:
+        """Physical (start, end) of what may be executed: the code sections, or whole segments without sections."""
+        ranges: list[tuple[int, int]] = []
+        for segment in self.segments:
+            if not segment.flags & PF_X:
+                continue
+            end = segment.offset + segment.filesz
+            inside = [s for s in self.sections if segment.offset <= s.offset and s.offset + s.size <= end and s.size]
+            if not any(s.code for s in inside):
+                ranges.append((segment.paddr, segment.paddr + segment.memsz))
+            for section in inside:
+                if section.code:
+                    start = segment.paddr + section.offset - segment.offset
+                    ranges.append((start, start + section.size))
+        return tuple(ranges)
 
     def note_sections(self) -> list[memoryview]:
         return [self.data[s.offset : s.offset + s.size] for s in self.sections if s.type == _SHT_NOTE]
@@ -163,7 +181,7 @@ def _check_segments(name: str, segments: list[Segment]) -> tuple[Segment, ...]:
 def _sections(
     data: memoryview, klass: int, shoff: int, shentsize: int, shnum: int, shstrndx: int
 ) -> tuple[Section, ...]:
-    """Section headers are only a fallback for finding notes: unusable ones count as none."""
+    """Section headers only help to find notes and code: unusable ones count as none."""
     if not shoff or not 0 < shnum <= MAX_SECTIONS or shentsize < _SHDR[klass].size:
         return ()
     if shoff + shnum * shentsize > len(data) or shstrndx >= shnum:
@@ -175,11 +193,11 @@ def _sections(
     names = bytes(data[names_at : names_at + min(names_size, 1 << 20)])
     found: list[Section] = []
     for fields in raw:
-        name_at, kind, offset, size = fields[0], fields[1], fields[4], fields[5]
+        name_at, kind, flags, offset, size = fields[0], fields[1], fields[2], fields[4], fields[5]
         if kind == _SHT_NOBITS or offset + size > len(data):
             continue
         end = names.find(b"\0", name_at, name_at + 256)
-        found.append(Section(names[name_at:end] if end >= 0 else b"", kind, offset, size))
+        found.append(Section(names[name_at:end] if end >= 0 else b"", kind, offset, size, bool(flags & _SHF_EXECINSTR)))
     return tuple(found)
 
 

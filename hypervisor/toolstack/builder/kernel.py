@@ -33,6 +33,7 @@ class Kernel:
 
     :ivar name: how messages call it (its path).
     :ivar segments: what to load; ``paddr - paddr_offset`` is the offset in the domain's memory.
+    :ivar code_ranges: physical (start, end) of what may be executed.
     :ivar virt_base: virtual address of pfn 0 in the initial mapping.
     :ivar start: first byte of the image, as an offset in the domain's memory.
     :ivar end: end of the image, likewise.
@@ -44,6 +45,7 @@ class Kernel:
     name: str
     data: memoryview = dataclasses.field(repr=False)
     segments: tuple[elf.Segment, ...]
+    code_ranges: tuple[tuple[int, int], ...]
     notes: XenNotes
     virt_base: int
     paddr_offset: int
@@ -146,6 +148,7 @@ def _place(parsed: elf.ElfImage, notes: XenNotes, name: str) -> Kernel:
         name=name,
         data=parsed.data,
         segments=parsed.segments,
+        code_ranges=parsed.code_ranges(),
         notes=notes,
         virt_base=virt_base,
         paddr_offset=offset,

@@ -16,7 +16,6 @@ import numpy.typing as npt
 from hypervisor import abi
 from hypervisor.abi.structs import StartInfo, StartInfoCompat
 from hypervisor.errors import SpecInvalid
-from hypervisor.toolstack.builder import elf
 from hypervisor.toolstack.builder.kernel import Kernel
 from hypervisor.toolstack.builder.layout import Layout
 from hypervisor.toolstack.builder.state import BuildMemory
@@ -89,12 +88,10 @@ def write_page_tables(memory: BuildMemory, kernel: Kernel, layout: Layout, *, nx
 
 
 def _not_code(kernel: Kernel, count: int) -> npt.NDArray[np.bool_]:
-    """For each page of the initial mapping: no executable segment touches it and it is not the hypercall page."""
+    """For each page of the initial mapping: it holds no code and is not the hypercall page."""
     mask = np.ones(count, dtype=np.bool_)
-    for segment in kernel.segments:
-        if segment.flags & elf.PF_X:
-            start = segment.paddr - kernel.paddr_offset
-            mask[start >> PAGE_SHIFT : -(-(start + segment.memsz) >> PAGE_SHIFT)] = False
+    for start, end in kernel.code_ranges:
+        mask[(start - kernel.paddr_offset) >> PAGE_SHIFT : -(-(end - kernel.paddr_offset) >> PAGE_SHIFT)] = False
     if kernel.hypercall_page is not None:
         mask[(kernel.hypercall_page - kernel.virt_base) >> PAGE_SHIFT] = False
     return mask

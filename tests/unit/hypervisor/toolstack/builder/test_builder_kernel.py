@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import struct
 import tracemalloc
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hypervisor.errors import KernelInvalid, KernelNotXen, KernelPvhOnly, Unsupported
-from hypervisor.toolstack.builder import load_kernel, parse_kernel
+from hypervisor.toolstack.builder import elf, load_kernel, parse_kernel
 from hypervisor.toolstack.builder.bzimage import unpack_bzimage
 from hypervisor.toolstack.builder.kernel import unpack_kernel, usable_virtual
 from hypervisor.toolstack.builder.unpack import unpack
@@ -242,3 +243,16 @@ def test_many_notes_are_bounded(make: Any) -> None:
     notes = make.notes() + make.note(1, b"", b"X\0\0\0") * 5000
     with pytest.raises(KernelInvalid, match="4096"):
         parse_kernel(make.elf(notes), "k")
+
+
+def test_code_is_what_sections_say_and_else_the_segment() -> None:
+    segments = (
+        elf.Segment(0x1000, 0x100000, 0x3000, 0x5000, elf.PF_X),
+        elf.Segment(0x4000, 0x200000, 0x1000, 0x1000, 6),
+    )
+    text = elf.Section(b".text", 1, 0x1000, 0x800, True)
+    data = elf.Section(b".data", 1, 0x2000, 0x1000, False)
+    image = elf.ElfImage(memoryview(b""), 64, 62, 0, segments, (), ())
+    assert image.code_ranges() == ((0x100000, 0x105000),)
+    assert dataclasses.replace(image, sections=(data,)).code_ranges() == ((0x100000, 0x105000),)
+    assert dataclasses.replace(image, sections=(data, text)).code_ranges() == ((0x100000, 0x100800),)
