@@ -335,4 +335,5 @@ class Domain:
             if state.vcpu_info >> 12 != self.area.shared_info:
                 holds.append((state.vcpu_info >> 12, WRITABLE))
         holds += [(index, WRITABLE) for index in self.fifo.held_frames()]
+        holds += self.grants.mapper.device_holds()
         return recount(self.tables, holds)

@@ -16,7 +16,7 @@ from hypervisor.engines.x86 import PTE_A, PTE_ADDR, PTE_D, PTE_NX, PTE_P, PTE_RW
 from hypervisor.grants.active import ActiveGrants
 from hypervisor.grants.maptrack import Mapping, Maptrack
 from hypervisor.grants.peer import GrantError, GrantPeer, increment_of
-from hypervisor.memory.frames import L1
+from hypervisor.memory.frames import L1, NONE, WRITABLE
 from hypervisor.memory.guest import GuestAccess
 from hypervisor.memory.pagetables import USER_BITS, PageTables
 
@@ -204,6 +204,15 @@ class GrantMapper:
                 self._drop_leaf(stolen)
             raise
         self._tables.words[at] = stolen
+
+    def device_holds(self) -> list[tuple[int, int]]:
+        """(frame, kind) of each own frame that is mapped for devices, which no page table shows."""
+        holds: list[tuple[int, int]] = []
+        for _, mapping in self.maptrack.items():
+            if mapping.flags & abi.GNTMAP_device_map and mapping.domid == self._own.domid:
+                kind = NONE if mapping.flags & abi.GNTMAP_readonly else WRITABLE
+                holds.append((mapping.mfn - self._base, kind))
+        return holds
 
     # -- the end of the domain
 

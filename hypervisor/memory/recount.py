@@ -14,7 +14,7 @@ from hypervisor.memory.pagetables import PageTables
 def recount(tables: PageTables, holds: Iterable[tuple[int, int]]) -> list[str]:
     """Differences between the counts and what the validated tables say; empty when all is well.
 
-    :param holds: (frame, kind) of each use that no table shows: roots, descriptor tables, vcpu_info.
+    :param holds: (frame, kind) of each use that no table shows: roots, descriptor tables, vcpu_info; NONE: as any.
     """
     frames = tables.frames
     count = np.frombuffer(bytes(frames.pinned), dtype=np.uint8).astype(np.int64)
@@ -24,8 +24,10 @@ def recount(tables: PageTables, holds: Iterable[tuple[int, int]]) -> list[str]:
     refs[: frames.ram] += count[: frames.ram]
     wrong: list[str] = []
     for index, kind in holds:
-        count[index] += 1
         refs[index] += 1
+        if kind == NONE:
+            continue
+        count[index] += 1
         if frames.kind[index] != kind:
             wrong.append(f"frame {index:#x} is {frames.kind[index]}, held as {kind}")
     for index in np.flatnonzero(frames.count_np).tolist():
