@@ -33,6 +33,8 @@ void check_value(const char *name, s64 got, s64 want)
 int check_end(void)
 {
     printk("%s: %d passed, %d failed\n", suite, passed, failed);
+    if (failed && cmdline_flag("crash_if_failed")) /* for where nobody sees what it says */
+        shutdown(SHUTDOWN_crash);
     return failed;
 }
 
