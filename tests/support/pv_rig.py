@@ -14,6 +14,8 @@ from hypervisor.abi import errno
 from hypervisor.domain import Domain, MachineConfig
 from hypervisor.engines import x86
 from hypervisor.errors import XenError
+from hypervisor.hypercalls import dispatch  # noqa: F401  fills the table
+from hypervisor.hypercalls.registry import REGISTRY
 from hypervisor.memory import layout
 from hypervisor.memory.frames import L4
 
@@ -233,6 +235,22 @@ def code_of(call: Any, *arguments: Any, **named: Any) -> int:
     except XenError as exc:
         return exc.errno
     return 0
+
+
+def call(rig: Rig, number: int, *arguments: int) -> int:
+    """A hypercall's handler with these arguments: its result, or minus the errno."""
+    handler = REGISTRY.table[number]
+    assert handler is not None
+    try:
+        padded = [*(a & x86.MASK64 for a in arguments), 0, 0, 0, 0, 0, 0][:6]
+        return handler(rig.domain, *padded)
+    except XenError as exc:
+        return -exc.errno
+
+
+def put(rig: Rig, layout: str, *values: int, at: int = FIRST_FREE * PAGE) -> int:
+    """Write an argument structure to guest memory; its address."""
+    return rig.put(at, struct.pack(layout, *values))
 
 
 E = errno

@@ -143,3 +143,13 @@ def test_a_bug_in_a_post_ends_this_domain_with_a_clear_word(runs: list[GuestRun]
 
     guest.machine.post(broken)
     assert guest.wait_end().detail == "hypervisor bug: ZeroDivisionError: on purpose"
+
+
+@pytest.mark.parametrize("public", [False, True], ids=["direct", "public"])
+def test_no_hypercall_is_lost_to_a_stop_request(runs: list[GuestRun], public: bool) -> None:
+    """Posts stop the engine at any instruction, also between a `syscall` and what handles it."""
+    guest = running(runs, "tables", public=public)
+    while guest.ended is None:
+        guest.machine.post(lambda: None)
+        guest.machine.engine.kick()
+    assert guest.failures() == [] and "tables: OK" in guest.text, guest.text[-2000:]
