@@ -15,13 +15,12 @@ from jsonschema.validators import extend
 
 from agent.api import API_VERSION, InstructionError, Plugin
 from agent.errors import ConfigError
-from hypervisor.errors import HostFailure, ToolstackError
+from hypervisor.toolstack import drivers
 from hypervisor.toolstack.api import Toolstack
 
 LOG = logging.getLogger(__name__)
 
 INSTRUCTIONS = "reeve.instructions"
-DRIVERS = "reeve.drivers"
 
 
 def _is_integer(_checker: Any, value: Any) -> bool:
@@ -105,22 +104,12 @@ def load_verbs(namespace: str = INSTRUCTIONS) -> tuple[dict[str, Verb], dict[str
 
 
 def load_driver(name: str, settings: Mapping[str, str]) -> Toolstack:
-    """Connect the driver `name` of entry-point group ``reeve.drivers``.
+    """Connect the driver `name`. What is wrong with the name alone is the configuration's fault.
 
     :raises ConfigError: there is no such driver.
     :raises ToolstackError: it refuses its settings or cannot reach the host.
     """
-    points = importlib.metadata.entry_points(group=DRIVERS)
-    point = next((point for point in points if point.name == name), None)
-    if point is None:
-        known = ", ".join(sorted({point.name for point in points})) or "none"
-        raise ConfigError(f"driver {name!r} is not installed: give [driver] name one of {known}")
-    try:
-        toolstack = point.load()(dict(settings))
-    except ToolstackError:
-        raise
-    except Exception as exc:
-        raise HostFailure(f"driver {name!r} did not start: {exc!r}") from exc
-    if not isinstance(toolstack, Toolstack):
-        raise HostFailure(f"driver {name!r} gave a {type(toolstack).__name__}, which is no Toolstack")
-    return toolstack
+    known = drivers.names()
+    if name not in known:
+        raise ConfigError(f"driver {name!r} is not installed: give [driver] name one of {', '.join(known) or 'none'}")
+    return drivers.load(name, settings)

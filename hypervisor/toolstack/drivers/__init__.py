@@ -1,4 +1,4 @@
-"""Drivers of the toolstack API, found by stevedore in the entry-point group ``reeve.drivers``.
+"""Drivers of the toolstack API, found as entry points of the group ``reeve.drivers``.
 
 Each entry point is a factory ``create(settings: Mapping[str, str]) -> Toolstack``. Settings are
 strings (they come from configuration files and command lines); a driver documents its own and
@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Callable, Mapping
-
-from stevedore import DriverManager
+from collections.abc import Mapping
 
 from hypervisor.errors import HostFailure, ToolstackError, Unsupported
 from hypervisor.toolstack.api import Toolstack
@@ -32,26 +30,21 @@ def load(name: str, settings: Mapping[str, str] | None = None) -> Toolstack:
     :raises Unsupported: no such driver is installed.
     :raises ToolstackError: what the driver's factory raises; anything else becomes `HostFailure`.
     """
-    if name not in names():
+    points = importlib.metadata.entry_points(group=NAMESPACE, name=name)
+    if not points:
         known = ", ".join(names()) or "none (install the package again)"
         raise Unsupported(f"driver {name!r} is not installed: installed are {known}")
-    manager = DriverManager(NAMESPACE, name, on_load_failure_callback=_not_importable)
-    factory: Callable[[dict[str, str]], object] = manager.driver
+    try:
+        factory = next(iter(points)).load()
+    except Exception as exc:
+        raise HostFailure(f"driver {name!r} cannot be imported: {exc!r}; install its package again") from exc
     try:
         toolstack = factory(dict(settings or {}))
     except ToolstackError:
         raise
     except Exception as exc:
         LOG.exception("driver %s did not start", name)
-        raise HostFailure(f"driver {name!r} did not start: {exc}") from exc
+        raise HostFailure(f"driver {name!r} did not start: {exc!r}") from exc
     if not isinstance(toolstack, Toolstack):
         raise HostFailure(f"driver {name!r} made a {type(toolstack).__name__}, which is no Toolstack")
     return toolstack
-
-
-def _not_there(_names: object) -> None:
-    """stevedore would log a warning; `load` says it itself."""
-
-
-def _not_importable(_manager: object, entry_point: object, exc: BaseException) -> None:
-    raise HostFailure(f"driver {getattr(entry_point, 'name', entry_point)!r} cannot be imported: {exc}") from exc

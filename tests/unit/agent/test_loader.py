@@ -63,6 +63,7 @@ missing = no_such_module:Thing
 
 [reeve.drivers]
 broken = third_party_verbs:factory
+gone = no_such_module:create
 """
 
 
@@ -151,5 +152,7 @@ def test_drivers(installed: str) -> None:
         load_driver("fake", {"colour": "blue"})
     with pytest.raises(HostFailure, match="did not start: KeyError"):
         load_driver("broken", {})
+    with pytest.raises(HostFailure, match="'gone' cannot be imported: ModuleNotFoundError"):
+        load_driver("gone", {})
     with pytest.raises(HostFailure, match="which is no Toolstack"):
         load_driver("broken", {"boom": "x"})
