@@ -147,6 +147,8 @@ class Machine:
                 ended = Shutdown(ShutdownReason.CRASH, f"hypervisor bug: {type(exc).__name__}: {exc}")
             if ended:
                 self._alarm.close()
+                if ended.reason is not ShutdownReason.SUSPEND:
+                    self.domain.grants.release()
                 return ended
 
     def _step(self) -> Shutdown | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from hypervisor.memory.pagetables import PageTables
 from hypervisor.memory.pagetables32 import PaeTables
 from hypervisor.memory.xenarea import XenArea
 from hypervisor.types import PAGE_SIZE
+
+LOG = logging.getLogger(__name__)
 
 
 def _nobody(_domid: int) -> GrantPeer | None:
@@ -110,7 +113,10 @@ class Grants:
 
     def release(self) -> int:
         """Give back all uses of grants; the domain does not run any more. The number of mappings there were."""
-        return self.mapper.release()
+        released = self.mapper.release()
+        if released:
+            LOG.info("domain %d ended with %d mappings of grants", self.domid, released)
+        return released
 
     # -- save and restore
 

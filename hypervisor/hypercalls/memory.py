@@ -118,6 +118,27 @@ def _domain_count(domain: Domain, command: int, argument: int) -> int:
     return domain.config.max_pages
 
 
+def _physmap(domain: Domain, command: int, argument: int, start: int) -> int:
+    """XENMEM_add_to_physmap and its like are of domains whose frame numbers Xen translates, which no PV domain is."""
+    batch = command == abi.XENMEM_add_to_physmap_batch
+    if command == abi.XENMEM_remove_from_physmap:
+        if start:
+            raise XenError(errno.EINVAL, "nothing to go on with")
+        dom, space = struct.unpack("<H", domain.guest.read(argument, abi.SIZEOF_XEN_REMOVE_FROM_PHYSMAP)[:2])[0], None
+    else:
+        if start > 0xFFFF:
+            raise XenError(errno.EDOM, f"start at {start}")
+        size = abi.SIZEOF_XEN_ADD_TO_PHYSMAP_BATCH if batch else abi.SIZEOF_XEN_ADD_TO_PHYSMAP
+        dom, space = struct.unpack("<HH" if batch else "<HxxI", domain.guest.read(argument, size)[: 4 if batch else 8])
+    if batch and space == abi.XENMAPSPACE_gmfn_range:
+        raise XenError(errno.EOPNOTSUPP, "a batch of ranges")
+    if not batch and space == abi.XENMAPSPACE_gmfn_foreign:
+        raise XenError(errno.ENOSYS, "foreign frames only in a batch")
+    if dom not in (abi.DOMID_SELF, domain.config.domid, 0):
+        raise XenError(errno.ESRCH, f"domain {dom}")
+    raise XenError(errno.EACCES, "a PV domain's frame numbers are not translated")
+
+
 @hypercall(abi.HYPERVISOR_memory_op)
 def memory_op(domain: Domain, command: int, argument: int, _3: int, _4: int, _5: int, _6: int) -> int:
     start = (command & 0xFFFF_FFFF) >> START_EXTENT_SHIFT
@@ -134,6 +155,8 @@ def memory_op(domain: Domain, command: int, argument: int, _3: int, _4: int, _5:
         return _machphys_mapping(domain, argument)
     if command == abi.XENMEM_memory_map:
         return _memory_map(domain, argument)
+    if command in (abi.XENMEM_add_to_physmap, abi.XENMEM_add_to_physmap_batch, abi.XENMEM_remove_from_physmap):
+        return _physmap(domain, command, argument, start)
     if command in (abi.XENMEM_machine_memory_map, abi.XENMEM_machphys_mfn_list):
         raise XenError(errno.EPERM, f"memory_op {command} is privileged")
     raise XenError(errno.ENOSYS, f"memory_op {command}")
