@@ -18,6 +18,7 @@ from hypervisor.domain import Domain
 from hypervisor.engines import x86
 from hypervisor.errors import XenError
 from hypervisor.hypercalls import compat_cpu, compat_grants, compat_memory, compat_mmu, compat_vcpu
+from hypervisor.hypercalls import dispatch as _dispatch  # noqa: F401  fills the table of the common handlers
 from hypervisor.hypercalls.compat_registry import COMPAT, compat, guest_of, native
 from hypervisor.hypercalls.registry import TABLE_SIZE, ContextLoaded, Continuation, Handler
 
