@@ -33,6 +33,7 @@ from hypervisor.toolstack.api import DomainInfo, Toolstack
 __all__ = [
     "API_VERSION",
     "NAME_SCHEMA",
+    "ONE_DOMAIN_SCHEMA",
     "PATH_SCHEMA",
     "UUID_SCHEMA",
     "WAIT_SCHEMA",
@@ -60,6 +61,13 @@ UUID_SCHEMA: Mapping[str, Any] = {
     "pattern": "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$",
     "description": "The domain's UUID, in canonical lower-case form.",
 }
+ONE_DOMAIN_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["uuid"],
+    "properties": {"uuid": UUID_SCHEMA},
+}
+"""Arguments of a verb that takes a domain and nothing else."""
 NAME_SCHEMA: Mapping[str, Any] = {
     "type": "string",
     "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",

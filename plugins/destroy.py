@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from agent.api import UUID_SCHEMA, Check, Context, Host, JsonDict, Plan, Plugin, Step, own_domain
+from agent.api import ONE_DOMAIN_SCHEMA, Check, Context, Host, JsonDict, Plan, Plugin, Step, own_domain
 from hypervisor.errors import DomainNotFound
 
 
@@ -37,12 +37,7 @@ class Destroy(Plugin):
     verb = "destroy"
     summary = "End a domain at once, without asking its guest, and free what it held."
     step_kinds = (DestroyStep,)
-    args_schema: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["uuid"],
-        "properties": {"uuid": UUID_SCHEMA},
-    }
+    args_schema = ONE_DOMAIN_SCHEMA
 
     def plan(self, args: Mapping[str, Any], host: Host) -> Plan:
         info = own_domain(host, args["uuid"])

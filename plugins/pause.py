@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from agent.api import UUID_SCHEMA, Check, Context, Host, JsonDict, Plan, Plugin, Step, own_domain
+from agent.api import ONE_DOMAIN_SCHEMA, Check, Context, Host, JsonDict, Plan, Plugin, Step, own_domain
 from hypervisor.toolstack.api import DomainState
 
 
@@ -34,12 +34,7 @@ class Pause(Plugin):
     verb = "pause"
     summary = "Stop a domain's vCPUs; it keeps its memory."
     step_kinds = (PauseStep,)
-    args_schema: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["uuid"],
-        "properties": {"uuid": UUID_SCHEMA},
-    }
+    args_schema = ONE_DOMAIN_SCHEMA
 
     def plan(self, args: Mapping[str, Any], host: Host) -> Plan:
         info = own_domain(host, args["uuid"])

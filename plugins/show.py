@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from agent.api import UUID_SCHEMA, Check, Context, Host, JsonDict, Plan, Plugin, Step
+from agent.api import ONE_DOMAIN_SCHEMA, Check, Context, Host, JsonDict, Plan, Plugin, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +32,7 @@ class Show(Plugin):
     summary = "Show one domain: its state, and the spec it was made from when it is ours."
     step_kinds = (ShowStep,)
     read_only = True
-    args_schema: ClassVar[Mapping[str, Any]] = {
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["uuid"],
-        "properties": {"uuid": UUID_SCHEMA},
-    }
+    args_schema = ONE_DOMAIN_SCHEMA
 
     def plan(self, args: Mapping[str, Any], host: Host) -> Plan:
         return Plan((ShowStep(args["uuid"]),), args["uuid"])

@@ -16,7 +16,8 @@ from hypervisor.engines.x86 import PTE_A, PTE_ADDR, PTE_NX, PTE_P, PTE_RW, PTE_U
 from hypervisor.errors import XenError
 from hypervisor.memory.frames import L1, L2, L2_XEN, L3, L4, SEGDESC
 from hypervisor.memory.pagetables import DISALLOW, L1_DISALLOW, SAME, PageTables
-from hypervisor.memory.segdesc32 import validate_segdesc_page
+from hypervisor.memory.segdesc import validate_segdesc_page
+from hypervisor.memory.segdesc32 import check_descriptor
 from hypervisor.memory.xenarea32 import FIRST_XEN_L2_SLOT
 
 L3_ENTRIES = 4
@@ -36,7 +37,7 @@ class PaeTables(PageTables):
 
     def _validate(self, index: int, kind: int) -> None:
         if kind == SEGDESC:
-            validate_segdesc_page(self.memory, index)
+            validate_segdesc_page(self.memory, index, check_descriptor)
         elif kind == L3:
             self._validate_l3(index)
         elif kind == L4:

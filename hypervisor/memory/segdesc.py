@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from hypervisor.abi import errno
@@ -50,13 +52,15 @@ def check_descriptor(desc: int) -> int | None:
     return (low & 0xFFFF) | ((selector & ~3) | dpl) << 16 | (high & ~0x6000) << 32
 
 
-def validate_segdesc_page(memory: DomainMemory, index: int) -> None:
+def validate_segdesc_page(
+    memory: DomainMemory, index: int, check: Callable[[int], int | None] = check_descriptor
+) -> None:
     """Check all 512 descriptors of a frame and fix their privilege level. :raises XenError: EINVAL."""
     table = memory.array[index * 512 : index * 512 + 512]
     fixed: list[tuple[int, int]] = []
     for slot in np.flatnonzero(table & np.uint64(x86.DESC_P)).tolist():
         value = int(table[slot])
-        good = check_descriptor(value)
+        good = check(value)
         if good is None:
             raise XenError(errno.EINVAL, f"descriptor {slot} ({value:#018x}) is not allowed")
         if good != value:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from hypervisor import abi
-from hypervisor.abi import errno
 from hypervisor.engines import x86
-from hypervisor.errors import XenError
-from hypervisor.memory.physical import DomainMemory
 from hypervisor.memory.segdesc import FIRST_RESERVED_GDT_ENTRY
 
 KERNEL_RPL = 1
@@ -51,18 +46,3 @@ def check_descriptor(desc: int) -> int | None:
     if high & 0xF00 != 0xC00 or not _gate_selector_ok(selector) or high & 0xE0:
         return None
     return (low & 0xFFFF) | (selector & ~3 | dpl) << 16 | (high & ~0x6000) << 32
-
-
-def validate_segdesc_page(memory: DomainMemory, index: int) -> None:
-    """Check all 512 descriptors of a frame and fix their privilege level. :raises XenError: EINVAL."""
-    table = memory.array[index * 512 : index * 512 + 512]
-    fixed: list[tuple[int, int]] = []
-    for slot in np.flatnonzero(table & np.uint64(x86.DESC_P)).tolist():
-        value = int(table[slot])
-        good = check_descriptor(value)
-        if good is None:
-            raise XenError(errno.EINVAL, f"descriptor {slot} ({value:#018x}) is not allowed")
-        if good != value:
-            fixed.append((slot, good))
-    for slot, good in fixed:
-        memory.words[index * 512 + slot] = good

@@ -16,7 +16,7 @@ import os
 import struct
 from typing import Any
 
-from hypervisor.engines.unicorn.library import uc_x86, unicorn
+from hypervisor.engines.unicorn.library import GPR_NAMES, uc_x86, unicorn
 
 LIBRARY_PATH = os.path.join(os.path.dirname(unicorn.__file__), "lib", "libunicorn.so.2")
 
@@ -132,32 +132,14 @@ class _Scratch:
 def _check_registers(scratch: _Scratch, layout: Layout) -> tuple[int, int, int]:
     uc = scratch.uc
     marks = [0x5EED_0000_0000_0000 + i * 0x0101_0101 for i in range(16)]
-    names = [
-        "RAX",
-        "RCX",
-        "RDX",
-        "RBX",
-        "RSP",
-        "RBP",
-        "RSI",
-        "RDI",
-        "R8",
-        "R9",
-        "R10",
-        "R11",
-        "R12",
-        "R13",
-        "R14",
-        "R15",
-    ]
     saved = uc.reg_read(uc_x86.UC_X86_REG_RSP)
-    for name, mark in zip(names, marks, strict=True):
+    for name, mark in zip(GPR_NAMES, marks, strict=True):
         uc.reg_write(getattr(uc_x86, f"UC_X86_REG_{name}"), mark)
     handle = handle_of(uc)
     cpu = _u64(handle + layout.uc_cpu)
     env = _u64(cpu + layout.cpu_env)
     for i, mark in enumerate(marks):
-        _expect(names[i], _u64(env + layout.env_regs + 8 * i), mark)
+        _expect(GPR_NAMES[i], _u64(env + layout.env_regs + 8 * i), mark)
     uc.reg_write(uc_x86.UC_X86_REG_RSP, saved)
     uc.reg_write(uc_x86.UC_X86_REG_RIP, 0x1234_5678_9ABC)
     _expect("RIP", _u64(env + layout.env_eip), 0x1234_5678_9ABC)

@@ -17,29 +17,9 @@ from typing import Any
 
 from hypervisor.engines import x86
 from hypervisor.engines.base import EngineError
-from hypervisor.engines.unicorn.library import uc_x86, unicorn
+from hypervisor.engines.unicorn.library import GPR_NAMES, uc_x86, unicorn
 
-_GPR_IDS = [
-    getattr(uc_x86, f"UC_X86_REG_{name}")
-    for name in [
-        "RAX",
-        "RCX",
-        "RDX",
-        "RBX",
-        "RSP",
-        "RBP",
-        "RSI",
-        "RDI",
-        "R8",
-        "R9",
-        "R10",
-        "R11",
-        "R12",
-        "R13",
-        "R14",
-        "R15",
-    ]
-]
+_GPR_IDS = [getattr(uc_x86, f"UC_X86_REG_{name}") for name in GPR_NAMES]
 _XMM_IDS = [getattr(uc_x86, f"UC_X86_REG_XMM{i}") for i in range(16)]
 _FP_IDS = [getattr(uc_x86, f"UC_X86_REG_FP{i}") for i in range(8)]
 _FP_CONTROL_IDS = [uc_x86.UC_X86_REG_FPCW, uc_x86.UC_X86_REG_FPSW, uc_x86.UC_X86_REG_FPTAG, uc_x86.UC_X86_REG_MXCSR]
