@@ -6,10 +6,10 @@ import struct
 
 from hypervisor import abi
 from hypervisor.abi import errno
-from hypervisor.cpu import context
 from hypervisor.cpu.state import Vcpu
 from hypervisor.domain import Domain
 from hypervisor.errors import XenError
+from hypervisor.hypercalls import vcpu_context
 from hypervisor.hypercalls.registry import hypercall
 
 _U32 = struct.Struct("<I")
@@ -103,10 +103,10 @@ def vcpu_op(domain: Domain, command: int, number: int, argument: int, _4: int, _
 
 def _power(domain: Domain, vcpu: Vcpu, command: int, argument: int) -> int:
     if command == abi.VCPUOP_initialise:
-        given = context.read_context(domain, argument)
+        given = vcpu_context.read_context(domain, argument)
         if vcpu.initialised:
             raise XenError(errno.EEXIST, f"vCPU {vcpu.id} has a context")
-        context.initialise(domain, vcpu, given)
+        vcpu_context.initialise(domain, vcpu, given)
         return 0
     if not vcpu.initialised:
         raise XenError(errno.EINVAL, f"vCPU {vcpu.id} has no context")
