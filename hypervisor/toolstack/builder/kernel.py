@@ -16,6 +16,7 @@ from hypervisor.errors import KernelInvalid, KernelNotXen, KernelPvhOnly, Unsupp
 from hypervisor.toolstack.builder import bzimage, elf
 from hypervisor.toolstack.builder.files import read_file
 from hypervisor.toolstack.builder.notes import XenNotes, find_notes
+from hypervisor.toolstack.builder.symbols import symbol_blob
 from hypervisor.toolstack.builder.unpack import compression_of, unpack
 from hypervisor.types import PAGE_SIZE
 
@@ -39,6 +40,7 @@ class Kernel:
     :ivar end: end of the image, likewise.
     :ivar p2m_base: where the kernel wants its p2m list mapped, or None for inside the initial mapping.
     :ivar bits: 64, or 32 for a PAE kernel.
+    :ivar symbols: what the kernel wants of its own symbols, at the end of the image; `symbols_at` says where.
     :ivar extended_cr3: a 32-bit kernel takes a top page table above 4 GiB of machine memory.
     """
 
@@ -55,6 +57,12 @@ class Kernel:
     p2m_base: int | None
     bits: int = 64
     extended_cr3: bool = False
+    symbols: bytes = dataclasses.field(default=b"", repr=False)
+
+    @property
+    def symbols_at(self) -> int:
+        """Offset of the symbols in the domain's memory."""
+        return self.end - len(self.symbols)
 
     @property
     def hypercall_page(self) -> int | None:
@@ -126,6 +134,10 @@ def _place(parsed: elf.ElfImage, notes: XenNotes, name: str) -> Kernel:
     # The older string interface had physical addresses that include VIRT_BASE.
     offset = notes.paddr_offset if notes.paddr_offset is not None else virt_base if notes.legacy else 0
     start, end = parsed.pstart - offset, parsed.pend - offset
+    symbols = symbol_blob(parsed) if notes.bsd_symtab else b""
+    if symbols:
+        align = parsed.bits // 8
+        end = -(-end // align) * align + len(symbols)
     entry = notes.entry if notes.entry is not None else parsed.entry
     if start < 0 or end > elf.MAX_EXTENT or not virt_base + start <= entry <= virt_base + end:
         raise KernelInvalid(
@@ -158,6 +170,7 @@ def _place(parsed: elf.ElfImage, notes: XenNotes, name: str) -> Kernel:
         p2m_base=p2m_base,
         bits=bits,
         extended_cr3=bits == 32 and notes.extended_cr3,
+        symbols=symbols,
     )
 
 

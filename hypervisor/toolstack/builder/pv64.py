@@ -36,6 +36,8 @@ def load_image(memory: BuildMemory, kernel: Kernel) -> None:
     for segment in kernel.segments:
         at = segment.paddr - kernel.paddr_offset
         _copy_sparse(memory.view, at, kernel.data[segment.offset : segment.offset + segment.filesz])
+    if kernel.symbols:
+        _copy_sparse(memory.view, kernel.symbols_at, memoryview(kernel.symbols))
 
 
 def load_ramdisk(memory: BuildMemory, layout: Layout, ramdisk: bytes | memoryview) -> None:

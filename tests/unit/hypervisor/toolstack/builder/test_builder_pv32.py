@@ -140,3 +140,49 @@ def test_a_string_note_may_claim_more_than_there_is(make: Any) -> None:
     image[-1:] = b"x"
     with pytest.raises(KernelInvalid, match="reaches past"):
         parse_kernel(bytes(image), "k")
+
+
+# -- the symbols of BSD kernels
+
+SYMBOLS, STRINGS = bytes(range(16)) * 3, b"\0main\0"
+
+
+def with_symbols(make: Any, link: int = 2, size: int = len(SYMBOLS)) -> bytes:
+    image = bytearray(pae_kernel(make, None))
+    note = make.note(PAE_MODE, b"yes\0") + make.note(11, b"yes\0")  # BSD_SYMTAB
+    at = struct.unpack_from("<I", image, 52 + 32 + 4)[0]
+    image += note
+    struct.pack_into("<II", image, 52 + 32 + 16, len(image) - at, len(image) - at)
+    symbols_at = len(image)
+    image += SYMBOLS + STRINGS
+    table = len(image)
+    image += bytes(40)
+    image += struct.pack("<10I", 1, 2, 0, 0, symbols_at, size, link, 0, 4, 16)
+    image += struct.pack("<10I", 2, 3, 0, 0, symbols_at + len(SYMBOLS), len(STRINGS), 0, 0, 1, 0)
+    struct.pack_into("<I", image, 32, table)
+    struct.pack_into("<HHH", image, 46, 40, 3, 0)
+    return bytes(image)
+
+
+def test_symbols_lie_behind_the_image_as_an_elf_file_of_their_own(make: Any) -> None:
+    guest = Guest32(with_symbols(make))
+    at = 0x100000 + PAGE
+    size = struct.unpack_from("<I", guest.memory, at)[0]
+    found = parse_sections(guest.memory[at + 4 : at + 4 + size])
+    assert found == [b"", SYMBOLS, STRINGS]
+    assert guest.info.mfn_list >= guest.state.virt_base + at + 4 + size
+
+
+def parse_sections(data: bytes) -> list[bytes]:
+    assert data[:7] == b"\x7fELF\1\1\1"
+    table, count = struct.unpack_from("<I", data, 32)[0], struct.unpack_from("<H", data, 48)[0]
+    assert not any(data[52:table]), "nothing of the builder's memory between the headers"
+    rows = [struct.unpack_from("<10I", data, table + 40 * n) for n in range(count)]
+    assert [row[1] for row in rows] == [0, 2, 3] and rows[1][6] == 2
+    return [data[row[4] : row[4] + row[5]] for row in rows]
+
+
+@pytest.mark.parametrize(("link", "size"), [(1, len(SYMBOLS)), (0, len(SYMBOLS)), (9, len(SYMBOLS)), (2, 1 << 31)])
+def test_a_damaged_symbol_table_is_left_out(make: Any, link: int, size: int) -> None:
+    assert parse_kernel(with_symbols(make, link, size), "k").symbols == b""
+    assert parse_kernel(with_symbols(make), "k").symbols
