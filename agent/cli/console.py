@@ -197,10 +197,14 @@ class DomainConsole(Common):
         stdin, stdout = sys.stdin.fileno(), sys.stdout.fileno()
         replay = parsed_args.replay
         while True:
-            console = toolstack.open_console(info.uuid)
+            try:
+                console = toolstack.open_console(info.uuid)
+            except DomainNotFound:
+                return DOMAIN_GONE  # it was there a moment ago
             try:
                 if replay > 0:
-                    write_all(stdout, toolstack.console_log(info.uuid, replay))
+                    with contextlib.suppress(DomainNotFound):
+                        write_all(stdout, toolstack.console_log(info.uuid, replay))
                     replay = 0
                 session = Session(console, stdin, stdout, linger=parsed_args.linger, escape=is_terminal, wake=wake)
                 why = session.run()
