@@ -110,10 +110,13 @@ class GuestRun:
         public: bool = False,
         base_mfn: int = BASE_MFN,
         domid: int = 7,
+        vcpus: int = 1,
     ) -> None:
         kernel = _kernel(name)
         self.memory = make_memory(pages)
-        config = MachineConfig(UUID, name, domid, base_mfn, pages, pages, tsc_khz=_tsc_khz(), bits=kernel.bits)
+        config = MachineConfig(
+            UUID, name, domid, base_mfn, pages, pages, vcpus, vcpus, tsc_khz=_tsc_khz(), bits=kernel.bits
+        )
         self.machine = Machine(config, self.memory, notify_host=self._from_guest, use_private=not public)
         view = memoryview(self.memory)
         target = builder.BuildMemory(view, Mfn(base_mfn), pages)
@@ -132,7 +135,8 @@ class GuestRun:
         self.store = Handle(self.server)
         domain_nodes.prepare_host(self.store)
         nodes = DomainNodes(
-            domid=domid, uuid=UUID, name=name, memory_kib=pages * 4, max_memory_kib=pages * 4, vcpus=1, max_vcpus=1,
+            domid=domid, uuid=UUID, name=name, memory_kib=pages * 4, max_memory_kib=pages * 4, vcpus=machine.config.vcpus,
+            max_vcpus=machine.config.max_vcpus,
             store_port=STORE_PORT, store_mfn=self.boot.store_mfn, console_port=CONSOLE_PORT,
             console_mfn=self.boot.console_mfn, owner="test", kernel=name, ramdisk="", cmdline="",
             console_tty="", start_time=0.0,

@@ -324,6 +324,45 @@ static void timer(void)
     check("the wall clock", shared_info->wc_sec > 1700000000U, 1);
 }
 
+/* -- a second vCPU */
+
+static volatile u32 second_says;
+
+static void second_vcpu(void)
+{
+    u32 segment;
+
+    __asm__ volatile("mov %%cs, %0" : "=r"(segment));
+    __asm__ volatile("int3");
+    second_says = segment;
+    HC(vcpu_op, VCPUOP_down, 1, 0, 0, 0);
+    for (;;)
+        HC(sched_op, SCHEDOP_block, 0, 0, 0, 0);
+}
+
+static void second(void)
+{
+    static struct vcpu_context context;
+    static u8 stack[2048];
+
+    if (HC(vcpu_op, VCPUOP_is_up, 1, 0, 0, 0) < 0)
+        return;
+    u32 root = mfn_of((void *)start_info->pt_base);
+    context.ctrlreg[3] = root << 12 | root >> 20;
+    context.regs.eip = (u32)second_vcpu;
+    context.regs.cs = KERNEL_CS;
+    context.regs.ss = context.regs.ds = context.regs.es = context.kernel_ss = KERNEL_DS;
+    context.regs.esp = (u32)stack + sizeof(stack) - 16;
+    context.traps[3] = (struct trap_info){ 3, 3, KERNEL_CS, trap_entries[3] };
+    check("VCPUOP_initialise", HC(vcpu_op, VCPUOP_initialise, 1, &context, 0, 0), 0);
+    last.vector = 99;
+    check("VCPUOP_up", HC(vcpu_op, VCPUOP_up, 1, 0, 0, 0), 0);
+    while (!second_says || HC(vcpu_op, VCPUOP_is_up, 1, 0, 0, 0))
+        HC(sched_op, SCHEDOP_yield, 0, 0, 0, 0);
+    check("the second vCPU ran", second_says, KERNEL_CS);
+    check("its trap", last.vector, 3);
+}
+
 void guest_init(void)
 {
     shared_info = (void *)shared_info_page;
@@ -341,6 +380,7 @@ void guest_init(void)
     segments();
     user();
     timer();
+    second();
     put("hello32: done\n");
     shutdown(SHUTDOWN_poweroff);
 }

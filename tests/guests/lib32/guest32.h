@@ -26,11 +26,11 @@ enum {
 };
 enum { XEN_EPERM = 1, XEN_EINVAL = 22, XEN_ENOSYS = 38, XEN_EFAULT = 14, XEN_EBUSY = 16 };
 enum { MMUEXT_PIN_L3_TABLE = 2, MMUEXT_UNPIN_TABLE = 4, MMUEXT_NEW_BASEPTR = 5, MMUEXT_NEW_USER_BASEPTR = 15 };
-enum { SCHEDOP_block = 1, SCHEDOP_shutdown = 2, SCHEDOP_poll = 3 };
+enum { SCHEDOP_yield = 0, SCHEDOP_block = 1, SCHEDOP_shutdown = 2, SCHEDOP_poll = 3 };
 enum { SHUTDOWN_poweroff = 0, SHUTDOWN_crash = 3 };
 enum { EVTCHNOP_bind_virq = 1, EVTCHNOP_send = 4 };
 enum { XENMEM_increase_reservation = 0, XENMEM_decrease_reservation = 1, XENMEM_machphys_mapping = 12 };
-enum { VCPUOP_register_runstate_memory_area = 5, VCPUOP_get_runstate_info = 4 };
+enum { VCPUOP_initialise = 0, VCPUOP_up = 1, VCPUOP_down = 2, VCPUOP_is_up = 3, VCPUOP_get_runstate_info = 4 };
 #define UVMF_INVLPG 2U
 
 #define PTE_P 1ULL
@@ -73,6 +73,28 @@ struct mmu_update { u64 ptr, val; };
 struct mmuext_op { u32 cmd, arg1, arg2; };
 struct multicall_entry { u32 op; s32 result; u32 args[6]; };
 struct console_ring { char in[1024]; char out[2048]; u32 in_cons, in_prod, out_cons, out_prod; };
+
+struct user_regs {
+    u32 ebx, ecx, edx, esi, edi, ebp, eax;
+    u16 error_code, entry_vector;
+    u32 eip;
+    u16 cs;
+    u8 saved_upcall_mask, pad0;
+    u32 eflags, esp;
+    u16 ss, pad1, es, pad2, ds, pad3, fs, pad4, gs, pad5;
+};
+
+struct vcpu_context {
+    u8 fpu[512];
+    u32 flags;
+    struct user_regs regs;
+    struct trap_info traps[256];
+    u32 ldt_base, ldt_ents, gdt_frames[16], gdt_ents, kernel_ss, kernel_sp;
+    u32 ctrlreg[8], debugreg[8];
+    u32 event_cs, event_eip, failsafe_cs, failsafe_eip, vm_assist;
+};
+
+_Static_assert(sizeof(struct vcpu_context) == 2800, "vcpu_context");
 
 /* What a trap leaves on the stack; esp and ss only when it came from ring 3. */
 struct trap_frame {

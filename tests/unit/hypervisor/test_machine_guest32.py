@@ -27,6 +27,14 @@ def test_hello32(runs: list[GuestRun]) -> None:
     assert guest.machine.domain.recount() == []
 
 
+def test_a_second_vcpu(runs: list[GuestRun]) -> None:
+    guest = running(runs, "hello32", vcpus=2)
+    assert guest.wait_end() == harness.EXPECTED_POWEROFF, guest.text
+    assert guest.failures() == []
+    assert "PASS the second vCPU ran" in guest.text
+    assert guest.machine.domain.recount() == []
+
+
 def test_the_public_path_refuses_32_bit_guests_and_says_why() -> None:
     with pytest.raises(Unsupported, match="32-bit guests need the engine's direct path"):
         GuestRun("hello32", public=True)
