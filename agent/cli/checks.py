@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from agent.cli.settings import Connection
 from agent.errors import AgentError
@@ -23,6 +24,10 @@ from hypervisor.errors import ToolstackError
 BROKER_SECONDS = 3.0
 AGENT_SECONDS = 5.0
 NR_USERFAULTFD = 323  # x86-64 system call numbers (asm/unistd_64.h)
+NO_SECCOMP_CURE = (
+    "a kernel with CONFIG_SECCOMP_FILTER, or a container that lets seccomp(2) pass; "
+    "sandbox = required makes no domain without it"
+)
 
 
 class Status(enum.StrEnum):
@@ -84,6 +89,35 @@ def memfd() -> Finding:
     except (AttributeError, OSError) as exc:
         return Finding("memfd", Status.MISSING, _line(exc), "use Linux 3.17 or newer; guest memory lives in memfds")
     return Finding("memfd", Status.OK, "guest memory can be allocated")
+
+
+def seccomp() -> Finding:
+    """What domain processes get here; the host process may live under other rules (see `host_process`)."""
+    report = _sandbox()
+    if isinstance(report, Finding):
+        return report
+    if report.seccomp:
+        return Finding("seccomp", Status.OK, "domain processes can be held to a list of system calls")
+    why = next((line for line in report.missing if line.startswith("seccomp")), "seccomp filters cannot be set")
+    return Finding("seccomp", Status.WARN, _line(why), NO_SECCOMP_CURE)
+
+
+def landlock() -> Finding:
+    report = _sandbox()
+    if isinstance(report, Finding):
+        return dataclasses.replace(report, check="landlock")
+    if report.landlock:
+        return Finding("landlock", Status.OK, f"version {report.landlock}: domain processes can be cut off from files")
+    cure = "not needed beside seccomp; a kernel with CONFIG_SECURITY_LANDLOCK, and landlock in its lsm= list"
+    return Finding("landlock", Status.WARN, "not in this kernel: seccomp alone guards files", cure)
+
+
+def _sandbox() -> Any:
+    """The host process's own probe, or the finding that there is none."""
+    try:
+        return importlib.import_module("hypervisor.host.sandbox").probe()
+    except (ImportError, AttributeError, OSError) as exc:
+        return Finding("seccomp", Status.WARN, f"cannot be asked: {_line(exc)}", "install the package again")
 
 
 def userfaultfd() -> Finding:
@@ -159,6 +193,8 @@ def host_process(connection: Connection) -> Finding:
         return Finding("host_process", Status.WARN, f"driver {connection.driver}: {_line(exc)}", cure)
     took = (time.monotonic() - began) * 1000
     text = f"driver {info.driver} answers in {took:.0f} ms: {info.domains} domains, {info.memory_free_mib} MiB free"
+    if dict(info.detail).get("seccomp") == "no":
+        return Finding("host_process", Status.WARN, f"{text}; its domains run without seccomp", NO_SECCOMP_CURE)
     return Finding("host_process", Status.OK, text)
 
 
@@ -225,6 +261,8 @@ HOST_CHECKS: tuple[Callable[[], Finding], ...] = (
     unicorn_version,
     engine,
     memfd,
+    seccomp,
+    landlock,
     userfaultfd,
     kvm,
     xen,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,10 @@ from agent.cli import checks
 from agent.cli.checks import Finding, Status
 from agent.service import Service
 from hypervisor import errors
+from hypervisor.host import sandbox
+from hypervisor.host.sandbox import Report
+from hypervisor.toolstack.api import HostInfo
+from hypervisor.toolstack.drivers.fake import FakeToolstack
 
 
 def rows(reeve: Any) -> dict[str, dict[str, str]]:
@@ -25,7 +30,7 @@ def rows(reeve: Any) -> dict[str, dict[str, str]]:
 def test_every_check_is_told_with_a_cure(reeve: Any) -> None:
     found = rows(reeve)
     assert list(found) == [
-        *("python", "machine", "unicorn", "engine", "memfd", "userfaultfd", "kvm", "xen"),
+        *("python", "machine", "unicorn", "engine", "memfd", "seccomp", "landlock", "userfaultfd", "kvm", "xen"),
         *("dpkg-deb", "apt-get", "cpio", "busybox", "state_dir", "disk", "host_process", "broker", "agent"),
     ]
     for row in found.values():
@@ -48,6 +53,34 @@ def test_the_driver_is_asked(reeve: Any) -> None:
     row = rows(reeve)["host_process"]
     assert row["status"] == "warn"
     assert "away" in row["detail"]
+
+
+@pytest.mark.parametrize(
+    ("report", "seccomp", "landlock"),
+    [
+        (Report(True, 4), "ok", "ok"),
+        (Report(True, 0, ("Landlock is not in this kernel",)), "ok", "warn"),
+        (Report(False, 0, ("Landlock is not in this kernel", "seccomp: Function not implemented")), "warn", "warn"),
+    ],
+)
+def test_the_sandbox(reeve: Any, monkeypatch: pytest.MonkeyPatch, report: Report, seccomp: str, landlock: str) -> None:
+    monkeypatch.setattr(sandbox, "probe", lambda: report)
+    found = rows(reeve)
+    assert (found["seccomp"]["status"], found["landlock"]["status"]) == (seccomp, landlock)
+    assert ("Function not implemented" in found["seccomp"]["detail"]) == (seccomp == "warn")
+    assert ("sandbox = required" in found["seccomp"]["cure"]) == (seccomp == "warn")
+
+
+def test_a_host_process_without_seccomp_says_so(reeve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may live in a container that forbids what this shell may."""
+    plain = FakeToolstack.host_info
+
+    def without(self: FakeToolstack) -> HostInfo:
+        return dataclasses.replace(plain(self), detail=(("seccomp", "no"),))
+
+    monkeypatch.setattr(FakeToolstack, "host_info", without)
+    row = rows(reeve)["host_process"]
+    assert row["status"] == "warn" and "without seccomp" in row["detail"] and "sandbox = required" in row["cure"]
 
 
 def test_broker_and_agent_before_and_after_the_agent_starts(reeve: Any) -> None:
