@@ -135,8 +135,8 @@ class GuestRun:
         self.store = Handle(self.server)
         domain_nodes.prepare_host(self.store)
         nodes = DomainNodes(
-            domid=domid, uuid=UUID, name=name, memory_kib=pages * 4, max_memory_kib=pages * 4, vcpus=machine.config.vcpus,
-            max_vcpus=machine.config.max_vcpus,
+            domid=domid, uuid=UUID, name=name, memory_kib=pages * 4, max_memory_kib=pages * 4,
+            vcpus=machine.config.vcpus, max_vcpus=machine.config.max_vcpus,
             store_port=STORE_PORT, store_mfn=self.boot.store_mfn, console_port=CONSOLE_PORT,
             console_mfn=self.boot.console_mfn, owner="test", kernel=name, ramdisk="", cmdline="",
             console_tty="", start_time=0.0,

@@ -31,8 +31,9 @@ def host() -> Iterator[Toolstack]:
         yield toolstack
 
 
+@pytest.mark.parametrize("env", ["pv64", "pv32pae"])
 @pytest.mark.parametrize("name", ["example", "selftest"])
-def test_pv64(host: Toolstack, name: str) -> None:
-    (test,) = discover(Path(FOLDER), ["pv64"], f"^test-pv64-{name}$")
+def test_own_tests(host: Toolstack, env: str, name: str) -> None:
+    (test,) = discover(Path(FOLDER), [env], f"^test-{env}-{name}$")
     result = run_test(host, test, timeout=60.0)
     assert result.verdict == "SUCCESS", f"{result.detail}\n{result.console}"
