@@ -101,8 +101,7 @@ class Channel(filesystem.Channel):  # type: ignore[misc]
         name = f"{_order()}_{next(_sequence):010d}-{uuid.uuid4()}.{queue}.msg"
         hidden = self._data / f".{name}.new"
         try:
-            with open(hidden, "xb") as file:
-                os.fchmod(file.fileno(), 0o600)
+            with open(_open_own(hidden), "wb") as file:
                 file.write(json.dumps(payload).encode())
                 file.flush()
                 os.fsync(file.fileno())
@@ -124,7 +123,11 @@ class Channel(filesystem.Channel):  # type: ignore[misc]
                 os.rename(self._data / name, taken)
             except OSError:
                 continue  # another consumer of this queue was quicker
-            payload = self._read(taken)
+            try:
+                payload = self._read(taken)
+            except OSError as exc:  # somebody else's file, a broken disk: the queue goes on without it
+                LOG.warning("message %s cannot be read: %s", name, exc.strerror)
+                payload = _damaged(b"", 0, {})
             if payload is None:
                 os.rename(taken, self._data / name)
                 continue
@@ -247,7 +250,8 @@ def sweep(root: Path, prefix: str, older_than: float, now: float) -> int:
 
 def _edit_table(file: Path, change: Callable[[list[Any]], list[Any]]) -> None:
     """Change an exchange's table in one rename, under a lock of its own: no reader sees half a table."""
-    with open(file.with_suffix(".lock"), "wb") as guard:
+    guard = _open_own(file.with_suffix(".lock"))
+    try:
         fcntl.flock(guard, fcntl.LOCK_EX)
         try:
             table = json.loads(file.read_text())
@@ -257,8 +261,28 @@ def _edit_table(file: Path, change: Callable[[list[Any]], list[Any]]) -> None:
         if changed == table:
             return
         new = file.with_suffix(".new")
-        new.write_text(json.dumps(changed))
+        new.unlink(missing_ok=True)
+        with open(_open_own(new), "wb") as out:
+            out.write(json.dumps(changed).encode())
         os.rename(new, file)
+    finally:
+        os.close(guard)
+
+
+def _open_own(path: Path) -> int:
+    """A file of the folder's owner, made if need be; never the target of a link.
+
+    What root sends (``sudo reeve instruct``) the agent's own user must be able to read.
+    """
+    flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return os.open(path, flags)
+    if os.geteuid() == 0:
+        owner = path.parent.stat()
+        os.fchown(fd, owner.st_uid, owner.st_gid)
+    return fd
 
 
 def _check_queue(queue: Any) -> None:

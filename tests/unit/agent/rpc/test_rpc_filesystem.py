@@ -213,6 +213,40 @@ def test_a_damaged_file_is_delivered_for_quarantine(
     assert files(root / "data") == files(root / "unacked") == []
 
 
+def test_a_file_that_cannot_be_read_does_not_stop_the_queue(url: str, root: Path, taker: Taker) -> None:
+    name = f"1_x.{wire.queue_name('node1')}.msg"
+    (root / "data" / name).symlink_to(name)  # a loop: not even root can read it
+    send(url, b"{}")
+    unreadable, good = taker.take(2)
+    assert (unreadable.body, good.body) == (b"", b"{}")
+    unreadable.ack()
+    good.ack()
+    assert files(root / "data") == files(root / "unacked") == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can send as somebody else")
+def test_what_root_sends_belongs_to_the_folder_s_owner(url: str, root: Path) -> None:
+    for folder in (root / "data", root / "control"):
+        os.chown(folder, 65534, 65534)
+    listener = Taker(url, "reeve.reply.x")
+    send(url, b"{}")
+    for folder in (root / "data", root / "control"):
+        assert {path.stat().st_uid for path in folder.iterdir()} <= {65534}, folder
+    assert len(files(root / "data")) == 1
+    listener.connection.release()
+
+
+def test_a_link_in_the_folder_is_not_followed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("data")
+    (tmp_path / "x.lock").symlink_to(precious)
+    with pytest.raises(OSError):
+        filesystem._edit_table(tmp_path / "x.exchange", lambda table: [*table, "row"])
+    (tmp_path / "y.new").symlink_to(precious)
+    filesystem._edit_table(tmp_path / "y.exchange", lambda table: [*table, "row"])
+    assert precious.read_text() == "data" and json.loads((tmp_path / "y.exchange").read_text()) == ["row"]
+
+
 def test_a_huge_file_is_not_read(url: str, root: Path, taker: Taker) -> None:
     send(url, b"x" * (3 << 20), reply_to="r", correlation_id="c")
     (message,) = taker.take(1)
