@@ -5,6 +5,7 @@ Handlers have a code selector of their own here, made the guest's by its privile
 
 from __future__ import annotations
 
+import ctypes
 import struct
 
 from hypervisor import abi
@@ -27,8 +28,8 @@ _FIXED_CALLBACKS = (abi.CALLBACKTYPE_event, abi.CALLBACKTYPE_failsafe)
 def set_trap_table(domain: Domain, traps: int, _2: int, _3: int, _4: int, _5: int, _6: int) -> int:
     state = domain.running.state
     if traps == 0:
-        for vector in range(256):
-            state.trap_address[vector] = state.trap_flags[vector] = state.trap_cs[vector] = 0
+        for array in (state.trap_address, state.trap_flags, state.trap_cs):
+            ctypes.memset(array, 0, ctypes.sizeof(array))
         return 0
     for number in range(_MAX_TRAPS):
         vector, flags, cs, address = _TRAP.unpack(domain.guest.read(traps + number * _TRAP.size, _TRAP.size))
