@@ -51,10 +51,17 @@ def resident() -> int:
 
 
 def run_machines(
-    seconds: float, seed: int, fill: Fill, *, calm: bool | None = None, more: Callable[[], list[str]] = list
+    seconds: float,
+    seed: int,
+    fill: Fill,
+    *,
+    calm: bool | None = None,
+    public: bool = False,
+    more: Callable[[], list[str]] = list,
 ) -> Summary:
     """Fresh machines with programs by `fill`, until the time is over or something is wrong.
 
+    :param calm: see `Generator`; None for either. `public`: the engine's public path.
     :param more: further faults, asked for after each machine.
     """
     summary = Summary(seed)
@@ -63,7 +70,7 @@ def run_machines(
     while time.monotonic() < end and not summary.faults:
         # Each machine has a seed of its own: one that found something runs again alone.
         machine_seed = seed + summary.machines
-        _run_one(summary, machine_seed, fill, calm, end)
+        _run_one(summary, machine_seed, fill, calm, public, end)
         summary.machines += 1
         summary.faults += more()
         if summary.machines == 8:
@@ -75,7 +82,7 @@ def run_machines(
     return summary
 
 
-def _run_one(summary: Summary, seed: int, fill: Fill, calm: bool | None, end: float) -> None:
+def _run_one(summary: Summary, seed: int, fill: Fill, calm: bool | None, public: bool, end: float) -> None:
     rng = random.Random(seed)
     is_calm = bool(rng.randrange(3)) if calm is None else calm
     generator: Generator | None = None
@@ -88,7 +95,7 @@ def _run_one(summary: Summary, seed: int, fill: Fill, calm: bool | None, end: fl
         fill(fuzz, generator)
         return time.monotonic() < end and fuzz.calls < CALLS_PER_MACHINE
 
-    fuzz = FuzzMachine(next_program)
+    fuzz = FuzzMachine(next_program, public=public)
     fuzz.check = lambda machine: fuzz_checks.faults(machine.domain)
     ended = fuzz.run()
     summary.calls += fuzz.calls

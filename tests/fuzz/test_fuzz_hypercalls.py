@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from fuzz_neighbour import Neighbour
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+LOG = logging.getLogger(__name__)
 pytestmark = [
     pytest.mark.skipif(harness.build.available() is not None, reason=str(harness.build.available())),
     pytest.mark.timeout(fuzz_run.SECONDS * 3 + 300),
@@ -31,7 +33,7 @@ def neighbour() -> Iterator[Neighbour]:
 def test_hostile_calls(fill: fuzz_run.Fill, share: float, neighbour: Neighbour) -> None:
     """No exception but XenError and GuestFault, exact counts, no slow call, a neighbour that notices nothing."""
     summary = fuzz_run.run_machines(fuzz_run.SECONDS * share, fuzz_run.SEED, fill, more=neighbour.faults)
-    print(summary)
+    LOG.warning("%s", summary)
     assert not summary.faults, f"{summary}\n" + "\n".join(summary.faults[:5])
     assert summary.calls > 100 * fuzz_run.SECONDS * share
 

@@ -1,0 +1,333 @@
+"""A domain on an engine whose TLB forgets nothing, for the page-table fuzzer.
+
+`GreedyEngine` behaves as the worst processor that is allowed: right before anything may change, every translation
+that a walk from the root in force yields is cached, and it stays until the whole TLB is flushed.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import fuzz_checks
+import numpy as np
+from pv_rig import BASE, NX, PAGE, RO, ROOT, ROOT_L1, ROOT_L2, ROOT_L3, RW, FakeEngine, Rig
+
+from hypervisor import abi
+from hypervisor.engines import x86
+from hypervisor.errors import XenError
+from hypervisor.grants.peer import GrantError
+from hypervisor.hypercalls import dispatch  # noqa: F401  the families register themselves
+from hypervisor.hypercalls.registry import REGISTRY, Continuation
+from hypervisor.memory.frames import L1, SEGDESC, WRITABLE
+
+PAGES = 28
+ARGUMENTS = 6
+"""Page with the arguments of hypercalls; it stays writable."""
+CODE = 7
+FIRST = 8
+DOMID = 7
+_ADDR, _P, _RW = np.uint64(x86.PTE_ADDR), np.uint64(x86.PTE_P), np.uint64(x86.PTE_RW)
+
+# Writes to memory at (%rdi) with %rax, and what they need besides: mov, xchg, lock cmpxchg %rcx, lock or, lock and,
+# mov of 1, 2 and 4 bytes, stosq, lock cmpxchg16b, lock btr $1, lock bts $1.
+STORES = (
+    b"\x48\x89\x07", b"\x48\x87\x07", b"\xf0\x48\x0f\xb1\x0f", b"\xf0\x48\x09\x07", b"\xf0\x48\x21\x07",
+    b"\x88\x07", b"\x66\x89\x07", b"\x89\x07", b"\x48\xab", b"\xf0\x48\x0f\xc7\x0f",
+    b"\xf0\x48\x0f\xba\x37\x01", b"\xf0\x48\x0f\xba\x2f\x01",
+)  # fmt: skip
+
+
+class GreedyEngine(FakeEngine):
+    """:ivar writable: frames that a cached translation may write; `readable` those it may read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.domain: Any = None
+        self.writable: set[int] = set()
+        self.readable: set[int] = set()
+
+    def load_cr3(self, mpa: int) -> None:
+        super().load_cr3(mpa)
+        self._forget()
+
+    def flush_all(self) -> None:
+        super().flush_all()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.writable.clear()
+        self.readable.clear()
+
+    def walk_all(self) -> None:
+        """Cache everything that the tables in force map."""
+        domain = self.domain
+        table, base = domain.memory.array.reshape(-1, 512), domain.config.base_mfn
+        at = np.array([(self.regs.cr3 >> 12) - base])
+        allowed = True
+        for level in (4, 3, 2, 1):
+            entries = table[at]
+            if level == 4:
+                entries = entries.copy()
+                entries[:, 256:272] = 0
+            entries = entries[(entries & _P) != 0]
+            targets = ((entries & _ADDR) >> np.uint64(12)).astype(np.int64) - base
+            inside = (targets >= 0) & (targets < domain.frames.size)
+            entries, targets = entries[inside], targets[inside]
+            if level > 1:
+                at = np.unique(targets)
+            else:
+                self.readable.update(targets.tolist())
+                self.writable.update(targets[(entries & _RW) != 0].tolist() if allowed else ())
+
+    def faults(self) -> list[str]:
+        """Frames that a stale translation reaches although it must not."""
+        frames = self.domain.frames
+        found = [f"a stale translation reads frame {i:#x}, given back" for i in self.readable if not frames.refs[i]]
+        for index in self.writable:
+            if frames.count[index] and L1 <= frames.kind[index] <= SEGDESC:
+                found.append(f"a stale translation writes frame {index:#x} of type {frames.kind[index]}")
+        return found
+
+
+class TableRig(Rig):
+    """A booted domain with few pages: random choices meet."""
+
+    def __init__(self) -> None:
+        super().__init__(pages=PAGES, vcpus=2)
+        greedy = GreedyEngine()
+        greedy.domain = self.domain
+        # The domain holds its engine in many places: it becomes a greedy one where it is.
+        self.engine.__class__ = GreedyEngine
+        self.engine.__dict__.update({k: v for k, v in greedy.__dict__.items() if k not in self.engine.__dict__})
+        self.engine.domain = self.domain
+        self.boot()
+        self.domain.vm_assist |= 1 << abi.VMASST_TYPE_writable_pagetables
+
+
+class Steps:
+    """Everything that changes types, counts or mappings, one step at a time, by hypercalls and by direct writes."""
+
+    def __init__(self, rig: TableRig, rng: random.Random) -> None:
+        self.rig = rig
+        self.rng = rng
+        self.done: list[str] = []
+        self.mapped: dict[int, tuple[int, int]] = {}
+        self.makers: tuple[Callable[[], None], ...] = (
+            *[self.mmu_update, self.update_va, self.mmuext, self.direct] * 4,
+            *[self.fill, self.memory_op, self.grant] * 2,
+            *[self.gdt, self.ldt, self.descriptor, self.vcpu_info, self.fifo, self.multicall],
+        )
+
+    def step(self) -> list[str]:
+        """One step, and what is wrong after it."""
+        rig = self.rig
+        rig.engine.walk_all()
+        self.rng.choice(self.makers)()
+        # A guest whose own arguments or code are not there any more would go on elsewhere: so does this.
+        found = rig.domain.recount() + fuzz_checks.reachable_faults(rig.domain) + rig.engine.faults()
+        return [f"{fault} after {self.done[-12:]}" for fault in found]
+
+    # -- values
+
+    def frame(self) -> int:
+        what = self.rng.randrange(24)
+        if what == 0:
+            return BASE + PAGES + self.rng.randrange(rig_size(self.rig) - PAGES)
+        if what == 1:
+            return self.rng.choice((0, BASE - 1, BASE + rig_size(self.rig), 1 << 27, (1 << 40) - 1))
+        return BASE + self.rng.randrange(1 if what == 2 else FIRST, PAGES)
+
+    def entry(self) -> int:
+        rng = self.rng
+        if rng.randrange(5) == 0:
+            return 0
+        flags = rng.choice(
+            (RW, RW, RO, RO, RO | NX, RW | NX, x86.PTE_P, x86.PTE_P | x86.PTE_RW, RW | 1 << 9, RW | 0x80)
+        )
+        return self.frame() << 12 | flags
+
+    def slot(self) -> int:
+        return self.rng.choice((0, 0, 1, 1, 2, 3, 8, 12, 255, 256, 260, 272, 511))
+
+    def va(self) -> int:
+        return self.rng.randrange(FIRST, PAGES) << 12
+
+    # -- calls
+
+    def call(self, number: int, *arguments: int, image: bytes = b"") -> int:
+        """A hypercall with its structures in the argument page; its result."""
+        rig = self.rig
+        rig.put(ARGUMENTS * PAGE, image.ljust(512, b"\0"))
+        six = (*arguments, 0, 0, 0, 0, 0, 0)[:6]
+        handler = REGISTRY.table[number]
+        assert handler is not None
+        result = 0
+        for _ in range(64):
+            try:
+                result = handler(rig.domain, *six)
+            except XenError as exc:
+                result = -exc.errno
+            except Continuation as exc:
+                six = (*exc.arguments, *six[len(exc.arguments) :])
+                continue
+            break
+        self.done.append(f"hypercall {number} {[hex(a) for a in arguments]} {image.hex()} = {result}")
+        return result
+
+    def mmu_update(self) -> None:
+        many = self.rng.randrange(1, 4)
+        command = self.rng.choice((0, 0, 0, 2, 3, 1))
+        image = b"".join(
+            struct.pack("<2Q", self.frame() << 12 | self.slot() << 3 | command, self.entry()) for _ in range(many)
+        )
+        self.call(abi.HYPERVISOR_mmu_update, ARGUMENTS * PAGE, many, 0, abi.DOMID_SELF, image=image)
+
+    def update_va(self) -> None:
+        self.call(abi.HYPERVISOR_update_va_mapping, self.va(), self.entry(), self.rng.choice((0, 0, 1, 2)))
+
+    def mmuext(self) -> None:
+        rng = self.rng
+        command = rng.choice((0, 0, 0, 1, 1, 2, 3, 4, 4, 4, 4, 5, 5, 15, 15, 16, 17, 6, 7))
+        first = self.frame() if rng.randrange(8) or command != 15 else 0
+        if command == abi.MMUEXT_NEW_BASEPTR and rng.randrange(2):
+            first = BASE + ROOT
+        image = struct.pack("<I4xQQ", command, first, self.frame())
+        self.call(abi.HYPERVISOR_mmuext_op, ARGUMENTS * PAGE, 1, 0, abi.DOMID_SELF, image=image)
+        if self.rig.engine.regs.cr3 >> 12 != BASE + ROOT:
+            # Another root is in force, with no arguments to be read: for this one step.
+            self.rig.engine.walk_all()
+            try:
+                self.rig.domain.new_baseptr(BASE + ROOT)
+            except XenError:
+                self.done.append("the first root is no root any more")
+
+    def memory_op(self) -> None:
+        rng = self.rng
+        command = rng.choice(
+            (abi.XENMEM_decrease_reservation, abi.XENMEM_populate_physmap, abi.XENMEM_increase_reservation)
+        )
+        many = rng.randrange(1, 3)
+        frames = [
+            self.frame() if command == abi.XENMEM_decrease_reservation else FIRST + rng.randrange(8)
+            for _ in range(many)
+        ]
+        image = struct.pack("<QQIIHxxxxxx", ARGUMENTS * PAGE + 64, many, 0, 0, abi.DOMID_SELF).ljust(64, b"\0")
+        image += struct.pack(f"<{many}Q", *frames)
+        self.call(abi.HYPERVISOR_memory_op, command, ARGUMENTS * PAGE, image=image)
+
+    def fill(self) -> None:
+        """The guest writes a frame that it may write: through any translation, stale ones too."""
+        rng, frames = self.rng, self.rig.frames
+        index = rng.randrange(FIRST, PAGES)
+        if index not in self.rig.engine.writable or not frames.refs[index]:
+            return
+        assert not (frames.count[index] and L1 <= frames.kind[index] <= SEGDESC), self.done[-12:]
+        if rng.randrange(2):
+            self.rig.memory.clear_page(index)
+        for _ in range(rng.randrange(3)):
+            self.rig.memory.words[index * 512 + self.slot()] = self.entry()
+        self.done.append(f"filled {index:#x}")
+
+    def direct(self) -> None:
+        """A write to a page table by the guest's own instruction, as the fault handler sees it."""
+        rng, rig = self.rng, self.rig
+        code = rng.choice(STORES)
+        regs = rig.regs
+        va = (
+            rng.choice((ROOT_L1, rng.randrange(FIRST, PAGES))) * PAGE
+            + self.slot() * 8
+            + (rng.randrange(8) if rng.randrange(6) == 0 else 0)
+        )
+        rig.memory.bytes[CODE * PAGE : CODE * PAGE + len(code)] = code
+        regs.rip, regs.cr2 = CODE * PAGE, va
+        gpr = regs.gpr
+        gpr[x86.RDI], gpr[x86.RAX], gpr[x86.RCX] = va, self.entry(), self.entry()
+        if rng.randrange(2):
+            gpr[x86.RAX] = rig.memory.words[va >> 3]
+        gpr[x86.RBX], gpr[x86.RDX] = self.entry(), rig.memory.words[(va >> 3) + 1 & ~1]
+        taken = rig.domain.table_writes.emulate(va)
+        self.done.append(f"direct write {code.hex()} at {va:#x} of {gpr[x86.RAX]:#x}, {gpr[x86.RCX]:#x}: {taken}")
+
+    def gdt(self) -> None:
+        many = self.rng.randrange(3)
+        frames = struct.pack(f"<{many}Q", *[self.frame() for _ in range(many)])
+        self.call(abi.HYPERVISOR_set_gdt, ARGUMENTS * PAGE, 512 * many, image=frames)
+
+    def ldt(self) -> None:
+        image = struct.pack("<I4xQQ", abi.MMUEXT_SET_LDT, self.va(), self.rng.choice((0, 1, 512, 1024, 1025)))
+        self.call(abi.HYPERVISOR_mmuext_op, ARGUMENTS * PAGE, 1, 0, abi.DOMID_SELF, image=image)
+
+    def descriptor(self) -> None:
+        good = self.rng.choice((0, 0x00AF_FB00_0000_FFFF, 0x0000_EC00_E033_0000, fuzz_checks.POISON, self.entry()))
+        self.call(abi.HYPERVISOR_update_descriptor, self.frame() << 12 | self.slot() << 3, good)
+
+    def vcpu_info(self) -> None:
+        if self.rng.randrange(8):
+            return
+        image = struct.pack("<QI4x", self.frame(), self.rng.choice((0, 64, 4096 - 64, 4096 - 56)))
+        self.call(
+            abi.HYPERVISOR_vcpu_op, abi.VCPUOP_register_vcpu_info, self.rng.randrange(2), ARGUMENTS * PAGE, image=image
+        )
+
+    def fifo(self) -> None:
+        if self.rng.randrange(4):
+            return
+        command = self.rng.choice((abi.EVTCHNOP_init_control, abi.EVTCHNOP_expand_array, abi.EVTCHNOP_reset))
+        image = struct.pack("<Q2I", self.frame(), 0, self.rng.randrange(2))
+        if command == abi.EVTCHNOP_reset:
+            image = struct.pack("<H", abi.DOMID_SELF)
+        self.call(abi.HYPERVISOR_event_channel_op, command, ARGUMENTS * PAGE, image=image)
+
+    def grant(self) -> None:
+        rng, rig = self.rng, self.rig
+        table = rig.domain.grants.table
+        ref = rng.randrange(8, 12)
+        if rng.randrange(2):
+            at = table.frames[0] * PAGE + ref * 8
+            entry = struct.pack("<HHI", rng.choice((1, 1, 5, 0)), DOMID, self.frame() & 0xFFFF_FFFF)
+            if table.version == 1:
+                rig.memory.bytes[at : at + 8] = entry
+        host = self.va() if rng.randrange(2) else (BASE + ROOT_L1) << 12 | rng.randrange(FIRST, PAGES) << 3
+        what = rng.randrange(10)
+        if what < 5:
+            self._map_grant(host, ref)
+        elif what < 9:
+            self._unmap_grant()
+        else:
+            image = struct.pack("<I", rng.choice((1, 2)))
+            self.call(abi.HYPERVISOR_grant_table_op, abi.GNTTABOP_set_version, ARGUMENTS * PAGE, 1, image=image)
+
+    def _map_grant(self, host: int, ref: int) -> None:
+        flags = self.rng.choice((2, 6, 18, 22, 3, 1, 7)) if host < BASE << 12 else self.rng.choice((18, 22))
+        image = struct.pack("<QIIHhIQ", host, flags, ref, DOMID, 0, 0, 0)
+        self.call(abi.HYPERVISOR_grant_table_op, abi.GNTTABOP_map_grant_ref, ARGUMENTS * PAGE, 1, image=image)
+        _, _, _, _, status, handle, address = struct.unpack("<QIIHhIQ", self.rig.get(ARGUMENTS * PAGE, 32))
+        if not status:
+            self.mapped[handle] = host, address
+
+    def _unmap_grant(self) -> None:
+        rng = self.rng
+        handle, (host, address) = rng.choice([*self.mapped.items(), (rng.randrange(6), (self.va(), 0))])
+        replace = rng.randrange(4) == 0
+        second = self.va() if replace else rng.choice((0, 0, address, self.frame() << 12))
+        host = rng.choice((host, host, host, 0, self.va()))
+        command = abi.GNTTABOP_unmap_and_replace if replace else abi.GNTTABOP_unmap_grant_ref
+        image = struct.pack("<QQIhxx", host, second, handle, 0)
+        self.call(abi.HYPERVISOR_grant_table_op, command, ARGUMENTS * PAGE, 1, image=image)
+
+    def multicall(self) -> None:
+        entries = b""
+        for _ in range(2):
+            arguments = (self.va(), self.entry(), 0, 0, 0, 0)
+            entries += struct.pack("<8Q", abi.HYPERVISOR_update_va_mapping, 0, *arguments)
+        self.call(abi.HYPERVISOR_multicall, ARGUMENTS * PAGE, 2, image=entries)
+
+
+def rig_size(rig: TableRig) -> int:
+    return int(rig.frames.size)
+
+
+__all__ = ["CODE", "ROOT_L2", "ROOT_L3", "WRITABLE", "GrantError", "Steps", "TableRig"]
