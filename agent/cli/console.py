@@ -197,19 +197,13 @@ class DomainConsole(Common):
         stdin, stdout = sys.stdin.fileno(), sys.stdout.fileno()
         replay = parsed_args.replay
         while True:
-            try:
-                console = toolstack.open_console(info.uuid)
-            except DomainNotFound:
-                return DOMAIN_GONE  # it was there a moment ago
-            try:
+            why = DOMAIN_GONE  # also when it goes, or is remade, just while it is attached to
+            with contextlib.suppress(DomainNotFound), contextlib.closing(toolstack.open_console(info.uuid)) as console:
                 if replay > 0:
-                    with contextlib.suppress(DomainNotFound):
-                        write_all(stdout, toolstack.console_log(info.uuid, replay))
+                    write_all(stdout, toolstack.console_log(info.uuid, replay))
                     replay = 0
                 session = Session(console, stdin, stdout, linger=parsed_args.linger, escape=is_terminal, wake=wake)
                 why = session.run()
-            finally:
-                console.close()
             if why != DOMAIN_GONE or not comes_back(toolstack, info.uuid):
                 return why
 

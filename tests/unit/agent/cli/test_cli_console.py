@@ -40,6 +40,15 @@ class Terminal:
             if select.select([self.master], [], [], 0.05)[0]:
                 self.shown += os.read(self.master, 65536)
 
+    def until_attached(self, reeve: Any, uuid: str) -> None:
+        """The terminal is raw a moment before the console is attached: print until something is shown."""
+
+        def shown() -> bool:
+            reeve.host.guest_print(uuid, b"attached?")
+            return b"attached?" in self.shown
+
+        self.until(shown)
+
     def type(self, data: bytes) -> None:
         os.write(self.master, data)
 
@@ -110,6 +119,7 @@ def test_it_ends_with_the_domain(reeve: Any, terminal: Any) -> None:
     info = reeve.domain("web")
     console = terminal("web")
     console.until(console.is_raw)
+    console.until_attached(reeve, info.uuid)
     reeve.host.destroy(info.uuid)
     assert console.ended() == 0
     console.until(b"domain web has ended")
@@ -120,6 +130,7 @@ def test_it_stays_over_a_reboot(reeve: Any, terminal: Any) -> None:
     info = reeve.domain("web")
     console = terminal("web", "--replay", "0")
     console.until(console.is_raw)
+    console.until_attached(reeve, info.uuid)
     reeve.host.reboot(info.uuid)
     console.until(b"fake guest web")
     console.type(b"\x1d")
