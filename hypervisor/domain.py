@@ -80,7 +80,7 @@ class Domain:
 
     # What `hypervisor.domain32` has others for.
     AREA, TABLES, GUEST, CLOCK, EVENTS = XenArea, PageTables, GuestAccess, Clock, TwoLevel
-    TRAPS, TABLE_WRITES, PRIVILEGED = Traps, PageTableWrites, PrivilegedOps
+    TRAPS, TABLE_WRITES, PRIVILEGED, CPUID = Traps, PageTableWrites, PrivilegedOps, CpuidPolicy
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class Domain:
         self.grants = Grants(config.domid, self.tables, self.area, self.guest)
         self.traps = self.TRAPS(engine, self.memory, self.guest, self.area)
         self.traps.set_vcpu(self.running)
-        self.cpuid = CpuidPolicy(engine.cpuid, self.scale)
+        self.cpuid = self.CPUID(engine.cpuid, self.scale)
         self.table_writes = self.TABLE_WRITES(engine.regs, self.guest, self.tables)
         self.privileged = self.PRIVILEGED(self.traps, self.cpuid, self.new_baseptr)
         self.vm_assist = 0

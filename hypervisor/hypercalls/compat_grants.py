@@ -24,6 +24,8 @@ _ARRAYS = {
 
 @compat(abi.HYPERVISOR_grant_table_op)
 def grant_table_op(domain: Domain, command: int, argument: int, count: int, _4: int, _5: int, _6: int) -> int:
+    if count >> 31:
+        raise XenError(errno.EINVAL, f"{count} grant operations")
     if command == abi.GNTTABOP_setup_table:
         return _setup_table(domain, argument, count)
     pair = _ARRAYS.get(command)
