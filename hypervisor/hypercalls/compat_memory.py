@@ -9,11 +9,12 @@ from hypervisor.abi import errno
 from hypervisor.domain import Domain
 from hypervisor.errors import XenError
 from hypervisor.hypercalls.compat_registry import compat, guest_of, native
-from hypervisor.hypercalls.memory import START_EXTENT_SHIFT
 from hypervisor.hypercalls.registry import Continuation
 from hypervisor.hypercalls.xlat import Pair, narrow_words, widen_words
+from hypervisor.memory.guest32 import GuestAccess32
 from hypervisor.memory.xenarea32 import M2P_ENTRIES
 
+START_EXTENT_SHIFT = 6  # MEMOP_EXTENT_SHIFT: a continued call says here where it stopped
 CHUNK = 512
 """Extents translated at a time."""
 MAX_EXCHANGED = 1 << 14
@@ -66,9 +67,11 @@ def memory_op(domain: Domain, command: int, argument: int, _3: int, _4: int, _5:
 
 
 def _extents(domain: Domain, command: int, argument: int, start: int) -> int:
-    """The number of extents done, the ones before `start` included."""
-    reservation = _RESERVATION.read(guest_of(domain), argument)
-    total = int(reservation.nr_extents)
+    """The number of extents done, the ones before `start` included, whatever is wrong with the rest."""
+    try:
+        total = int(_RESERVATION.read(guest_of(domain), argument).nr_extents)
+    except XenError:
+        return start
     while True:
         end = min(total, start + CHUNK)
         done = _piece(domain, command, argument, start, end)
@@ -85,24 +88,41 @@ def _piece(domain: Domain, command: int, argument: int, start: int, end: int) ->
     reservation = _RESERVATION.read(guest, argument)
     theirs = int(reservation.extent_start)
     with guest.translating():
-        ours = guest.put(widen_words(guest.read(theirs + 4 * start, 4 * max(0, end - start))))
-        # Entry `start` of the list that the handler sees is the first one translated.
-        reservation.extent_start = ours - 8 * start
+        ours = 0
+        if theirs:  # a list may be left out when the guest does not care which frames it gets
+            words = _readable(guest, theirs + 4 * start, max(0, end - start))
+            ours = guest.put(words)
+            end = start + len(words) // 8
+            # Entry `start` of the list that the handler sees is the first one translated.
+            reservation.extent_start = ours - 8 * start
         reservation.nr_extents = end
         structure = guest.put(bytes(reservation))
         again = None
-        done = start
+        call = command | start << START_EXTENT_SHIFT
         try:
-            call = command | start << START_EXTENT_SHIFT
             done = native(abi.HYPERVISOR_memory_op)(domain, call, structure, 0, 0, 0, 0)
         except Continuation as exc:
             done = exc.arguments[0] >> START_EXTENT_SHIFT
             again = Continuation(exc.arguments[0], argument)
-        if command != abi.XENMEM_decrease_reservation and done > start:
+        if theirs and command != abi.XENMEM_decrease_reservation and done > start:
             guest.write(theirs + 4 * start, narrow_words(guest.read(ours, 8 * (done - start))))
         if again is not None:
             raise again
     return done
+
+
+def _readable(guest: GuestAccess32, address: int, count: int) -> bytes:
+    """As many of `count` frame numbers as can be read, widened."""
+    try:
+        return widen_words(guest.read(address, 4 * count))
+    except XenError:
+        out = b""
+        for number in range(count):
+            try:
+                out += widen_words(guest.read(address + 4 * number, 4))
+            except XenError:
+                break
+        return out
 
 
 def _exchange(domain: Domain, argument: int) -> int:

@@ -190,6 +190,17 @@ def test_a_list_of_many_pieces(rig: Rig32) -> None:
     rig.check()
 
 
+def test_what_cannot_be_read_of_a_list_is_not_done(rig: Rig32) -> None:
+    rig.unmap(40, 41, 63)
+    end = (63 << 12) - 8
+    rig.put(end, struct.pack("<2I", BASE + 40, BASE + 41))
+    rig.pack(ARG, "<4IH", end, 5, 0, 0, abi.DOMID_SELF)
+    assert rig.call(abi.HYPERVISOR_memory_op, abi.XENMEM_decrease_reservation, ARG) == 2
+    assert rig.call(abi.HYPERVISOR_memory_op, abi.XENMEM_decrease_reservation, 0xF580_0000) == 0
+    assert rig.call(abi.HYPERVISOR_memory_op, abi.XENMEM_decrease_reservation | 7 << 6, 0xF580_0000) == 7
+    rig.check()
+
+
 def test_maps_and_counts(rig: Rig32) -> None:
     assert rig.call(abi.HYPERVISOR_memory_op, abi.XENMEM_machphys_mapping, ARG) == 0
     assert rig.unpack(ARG, "<3I") == (abi.COMPAT_HYPERVISOR_VIRT_START, 0xFFE0_0000, (168 << 18) - 1)
