@@ -108,9 +108,12 @@ class PvRuntime:
     def _read(self, request: BuildRequest) -> tuple[Kernel, bytes | None]:
         """Everything that comes from files."""
         spec = request.spec
-        if (request.engine or engines.DEFAULT) not in self._engines:
+        if not self._engines:
+            raise HostFailure("no engine is installed (entry points reeve.engines): install the package again")
+        engine = request.engine or engines.DEFAULT
+        if engine not in self._engines:
             known = ", ".join(sorted(self._engines))
-            raise HostFailure(f"there is no engine {request.engine!r}: set engine to one of {known}, or leave it empty")
+            raise HostFailure(f"there is no engine {engine!r}: set engine to one of {known}, or leave it empty")
         if request.cache_dir:
             kernel = builder.KernelCache(request.cache_dir).load(spec.boot.kernel)
         else:
