@@ -11,7 +11,7 @@ from pv_rig32 import KRO, KRW, ROOT3, ROOT_L1, ROOT_L2, Rig32
 from hypervisor import abi
 from hypervisor.engines import x86
 from hypervisor.errors import Unsupported, XenError
-from hypervisor.memory.frames import L1, L2, L2_XEN, L3, L4, NONE
+from hypervisor.memory.frames import L1, L2, L2_XEN, L3, L4, NONE, WRITABLE
 from hypervisor.memory.guest32 import MAX_SCRATCH, SCRATCH
 from hypervisor.memory.segdesc32 import check_descriptor, fix_selector
 from hypervisor.memory.xenarea32 import FIRST_XEN_L2_SLOT, M2P_ENTRIES, XenArea32
@@ -147,8 +147,38 @@ def test_random_updates_keep_exact_counts(rig: Rig32) -> None:
         if dice.random() < 0.02:
             frame = rig.mfn(dice.randrange(FIRST_FREE, PAGES))
             code_of(dice.choice((rig.tables.unpin, lambda mfn: rig.tables.pin(mfn, dice.choice((L1, L2, L3))))), frame)
+        if rig.frames.kind[D] == L3 and rig.frames.count[D] and dice.random() < 0.02:
+            walk(rig, D)
     assert done > 300
     rig.check()
+
+
+def walk(rig: Rig32, root: int) -> None:
+    """What the processor reaches from L3 `root`: the domain's own frames, and none writable that is a table."""
+    rig.area.set_guest_root(0, rig.mfn(root))
+    todo = [(rig.area.root(0), 4, True)]
+    leaves = 0
+    while todo:
+        table, level, writable = todo.pop()
+        index = rig.memory.index(table >> 12)
+        assert index >= 0, "a table that is not the domain's nor Xen's for it"
+        for slot in range(512):
+            entry = rig.word(index, slot)
+            if not entry & x86.PTE_P or (level == 4 and slot != 0):  # no 32-bit address goes through another L4 slot
+                continue
+            target, allows = entry & x86.PTE_ADDR, writable and bool(entry & x86.PTE_RW)
+            if level > 1:
+                todo.append((target, level - 1, allows))
+                continue
+            leaves += 1
+            frame = rig.memory.index(target >> 12)
+            assert frame >= 0
+            if allows and frame < rig.frames.ram:
+                assert rig.frames.kind[frame] == WRITABLE and rig.frames.count[frame]
+            elif allows:
+                assert rig.frames.owned(frame), "Xen's own frames are never writable, but for those it shares"
+    assert leaves >= 84 * 512, "the M2P is always there"
+    rig.area.set_guest_root(0, 0)
 
 
 # -- the machine-to-physical table and roots
