@@ -307,6 +307,9 @@ class Domain:
         if not legacy <= state.vcpu_info < legacy + PAGE_SIZE:
             raise XenError(errno.EINVAL, "vcpu_info is registered already")
         index = self.tables.owned_index(mfn)
+        if index == self.area.shared_info:
+            # It is there already; and a place in that page does not tell that one was registered.
+            raise XenError(errno.EINVAL, "vcpu_info inside shared_info")
         self.tables.get_type(index, WRITABLE)
         new, old, size = index * PAGE_SIZE + offset, state.vcpu_info, abi.SIZEOF_VCPU_INFO
         self.memory.bytes[new : new + size] = bytes(self.memory.bytes[old : old + size])

@@ -71,6 +71,8 @@ class Grants:
     def set_version(self, version: int) -> None:
         """See `GrantTable.set_version`."""
         self.table.set_version(version, self.own)
+        # Status frames that went are no longer the guest's, though it may have unmapped them without a flush.
+        self._tables.tlb.flush_all()
 
     def swap(self, a: int, b: int) -> None:
         """Exchange two of the domain's grants. :raises GrantError: out of range, or in use."""

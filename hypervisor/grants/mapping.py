@@ -201,6 +201,8 @@ class GrantMapper:
                 raise GrantError(abi.GNTST_general_error, f"entry {entry:#x} does not map the granted frame {mfn:#x}")
         except GrantError:
             if stolen & PTE_P:
+                # The caller flushes for what was unmapped only, and this frame may be another domain's.
+                self._tables.tlb.flush_all()
                 self._drop_leaf(stolen)
             raise
         self._tables.words[at] = stolen

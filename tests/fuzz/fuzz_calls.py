@@ -96,11 +96,18 @@ class Generator:
         if what == 12:
             # Its own code and stacks only now and then: a guest that writes those is soon gone.
             return self.base + rng.randrange(self.arena.stop if rng.randrange(50) else 0, self.ram)
+        if what == 13 and rng.randrange(2):
+            return self.base + rng.choice(self._shared())
         if what == 13:
             return self.base + self.ram + rng.randrange(self.size - self.ram)
         return rng.choice(
             (0, 1, self.base - 1, self.base + self.size, 0x40000, 0x40010, 1 << 27, (1 << 40) - 1, ALL, 1 << 52)
         )
+
+    def _shared(self) -> list[int]:
+        """Frames of Xen's that the domain may map."""
+        grants = self.fuzz.domain.grants.table
+        return [self.fuzz.domain.area.shared_info, *grants.frames[:2], *grants.status_frames[:2]]
 
     def entry(self) -> int:
         rng = self.rng
@@ -368,7 +375,9 @@ class Generator:
         if command == abi.VCPUOP_register_vcpu_info:
             info = self.base + ((self.fuzz.where["info"] - VIRT_BASE) >> 12)
             frame, offset = (
-                (info, who * 64 & 64) if rng.randrange(3) else (self.frame() & ALL, self.number() & 0xFFFF_FFFF | 1)
+                (info, who * 64 & 64)
+                if rng.randrange(3)
+                else (self.frame() & ALL, rng.choice((0, 64, 4032, 4040, self.number() & 0xFFFF_FFFF)))
             )
             data = struct.pack("<QI4x", frame, offset)
         elif command in (abi.VCPUOP_register_runstate_memory_area, abi.VCPUOP_register_vcpu_time_memory_area):

@@ -6,6 +6,8 @@ that a walk from the root in force yields is cached, and it stays until the whol
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import random
 import struct
 from collections.abc import Callable
@@ -13,15 +15,17 @@ from typing import Any
 
 import fuzz_checks
 import numpy as np
-from pv_rig import BASE, NX, PAGE, RO, ROOT, ROOT_L1, ROOT_L2, ROOT_L3, RW, FakeEngine, Rig
+from pv_rig import BASE, NX, PAGE, RO, ROOT, ROOT_L1, RW, FakeEngine, Peers, Rig
 
 from hypervisor import abi
+from hypervisor.domain import Domain, MachineConfig
 from hypervisor.engines import x86
 from hypervisor.errors import XenError
-from hypervisor.grants.peer import GrantError
 from hypervisor.hypercalls import dispatch  # noqa: F401  the families register themselves
 from hypervisor.hypercalls.registry import REGISTRY, Continuation
-from hypervisor.memory.frames import L1, SEGDESC, WRITABLE
+from hypervisor.memory import layout
+from hypervisor.memory.frames import L1, NONE, SEGDESC, WRITABLE
+from hypervisor.memory.recount import recount
 
 PAGES = 28
 ARGUMENTS = 6
@@ -29,6 +33,8 @@ ARGUMENTS = 6
 CODE = 7
 FIRST = 8
 DOMID = 7
+PEER, PEER_BASE, PEER_PAGES = 8, 0x40000, 8
+"""A second domain, which grants."""
 _ADDR, _P, _RW = np.uint64(x86.PTE_ADDR), np.uint64(x86.PTE_P), np.uint64(x86.PTE_RW)
 
 # Writes to memory at (%rdi) with %rax, and what they need besides: mov, xchg, lock cmpxchg %rcx, lock or, lock and,
@@ -48,6 +54,8 @@ class GreedyEngine(FakeEngine):
         self.domain: Any = None
         self.writable: set[int] = set()
         self.readable: set[int] = set()
+        self.peer: Any = None
+        self.foreign: set[tuple[int, bool]] = set()
 
     def load_cr3(self, mpa: int) -> None:
         super().load_cr3(mpa)
@@ -60,6 +68,7 @@ class GreedyEngine(FakeEngine):
     def _forget(self) -> None:
         self.writable.clear()
         self.readable.clear()
+        self.foreign.clear()
 
     def walk_all(self) -> None:
         """Cache everything that the tables in force map."""
@@ -75,6 +84,8 @@ class GreedyEngine(FakeEngine):
             entries = entries[(entries & _P) != 0]
             targets = ((entries & _ADDR) >> np.uint64(12)).astype(np.int64) - base
             inside = (targets >= 0) & (targets < domain.frames.size)
+            for entry in entries[~inside].tolist():
+                self.foreign.add(((entry & x86.PTE_ADDR) >> 12, bool(entry & x86.PTE_RW)))
             entries, targets = entries[inside], targets[inside]
             if level > 1:
                 at = np.unique(targets)
@@ -89,6 +100,13 @@ class GreedyEngine(FakeEngine):
         for index in self.writable:
             if frames.count[index] and L1 <= frames.kind[index] <= SEGDESC:
                 found.append(f"a stale translation writes frame {index:#x} of type {frames.kind[index]}")
+        frames = self.peer.frames
+        for mfn, writable in self.foreign:
+            index = mfn - PEER_BASE
+            if not 0 <= index < PEER_PAGES or frames.refs[index] < 2:
+                found.append(f"a stale translation reaches the granter's frame {index:#x} after the grant")
+            elif writable and (frames.kind[index] != WRITABLE or not frames.count[index]):
+                found.append(f"a stale translation writes the granter's frame {index:#x} of type {frames.kind[index]}")
         return found
 
 
@@ -104,7 +122,30 @@ class TableRig(Rig):
         self.engine.__dict__.update({k: v for k, v in greedy.__dict__.items() if k not in self.engine.__dict__})
         self.engine.domain = self.domain
         self.boot()
+        self.peer = self._make_peer()
+        self.engine.peer = self.peer
         self.domain.vm_assist |= 1 << abi.VMASST_TYPE_writable_pagetables
+
+    def _make_peer(self) -> Domain:
+        config = MachineConfig(
+            "00000000-0000-0000-0000-000000000002", "peer", PEER, PEER_BASE, PEER_PAGES, PEER_PAGES, tsc_khz=2_000_000
+        )
+        mapping = mmap.mmap(-1, layout.total_frames(PEER_PAGES) * PAGE)
+        peer = Domain(config, mapping, FakeEngine(), Peers(), lambda _number, _port: None)
+        self.domain.grants.find_peer = lambda domid: peer.grants.own if domid == PEER else None
+        peer.grants.find_peer = lambda domid: self.domain.grants.own if domid == DOMID else None
+        return peer
+
+    def peer_faults(self) -> list[str]:
+        """The granter's counts, with what the grantee's mappings make of them."""
+        holds: list[tuple[int, int]] = []
+        for (mfn, writable), (_, count) in self.domain.tables.foreign._uses.items():
+            holds += [(mfn - PEER_BASE, WRITABLE if writable else NONE)] * count
+        for _, mapping in self.domain.grants.mapper.maptrack.items():
+            if mapping.domid == PEER and mapping.flags & abi.GNTMAP_device_map:
+                readonly = mapping.flags & abi.GNTMAP_readonly
+                holds.append((mapping.mfn - PEER_BASE, NONE if readonly else WRITABLE))
+        return [f"granter: {fault}" for fault in recount(self.peer.tables, holds)]
 
 
 class Steps:
@@ -117,8 +158,8 @@ class Steps:
         self.mapped: dict[int, tuple[int, int]] = {}
         self.makers: tuple[Callable[[], None], ...] = (
             *[self.mmu_update, self.update_va, self.mmuext, self.direct] * 4,
-            *[self.fill, self.memory_op, self.grant] * 2,
-            *[self.gdt, self.ldt, self.descriptor, self.vcpu_info, self.fifo, self.multicall],
+            *[self.fill, self.memory_op, self.grant, self.grant] * 2,
+            *[self.gdt, self.ldt, self.descriptor, self.vcpu_info, self.fifo, self.multicall, self.granter],
         )
 
     def step(self) -> list[str]:
@@ -127,13 +168,19 @@ class Steps:
         rig.engine.walk_all()
         self.rng.choice(self.makers)()
         # A guest whose own arguments or code are not there any more would go on elsewhere: so does this.
-        found = rig.domain.recount() + fuzz_checks.reachable_faults(rig.domain) + rig.engine.faults()
+        found = (
+            rig.domain.recount() + fuzz_checks.reachable_faults(rig.domain) + rig.engine.faults() + rig.peer_faults()
+        )
         return [f"{fault} after {self.done[-12:]}" for fault in found]
 
     # -- values
 
     def frame(self) -> int:
         what = self.rng.randrange(24)
+        if what == 0 and self.rng.randrange(2):
+            domain = self.rig.domain
+            shared = (domain.area.shared_info, *domain.grants.table.frames[:2], *domain.grants.table.status_frames[:2])
+            return BASE + self.rng.choice(shared)
         if what == 0:
             return BASE + PAGES + self.rng.randrange(rig_size(self.rig) - PAGES)
         if what == 1:
@@ -282,27 +329,45 @@ class Steps:
         self.call(abi.HYPERVISOR_event_channel_op, command, ARGUMENTS * PAGE, image=image)
 
     def grant(self) -> None:
-        rng, rig = self.rng, self.rig
-        table = rig.domain.grants.table
+        rng = self.rng
         ref = rng.randrange(8, 12)
+        granter = rng.choice((DOMID, PEER))
         if rng.randrange(2):
-            at = table.frames[0] * PAGE + ref * 8
-            entry = struct.pack("<HHI", rng.choice((1, 1, 5, 0)), DOMID, self.frame() & 0xFFFF_FFFF)
-            if table.version == 1:
-                rig.memory.bytes[at : at + 8] = entry
+            self._write_grant(granter, ref)
         host = self.va() if rng.randrange(2) else (BASE + ROOT_L1) << 12 | rng.randrange(FIRST, PAGES) << 3
         what = rng.randrange(10)
         if what < 5:
-            self._map_grant(host, ref)
+            self._map_grant(host, granter, ref)
         elif what < 9:
             self._unmap_grant()
         else:
             image = struct.pack("<I", rng.choice((1, 2)))
             self.call(abi.HYPERVISOR_grant_table_op, abi.GNTTABOP_set_version, ARGUMENTS * PAGE, 1, image=image)
 
-    def _map_grant(self, host: int, ref: int) -> None:
+    def _write_grant(self, granter: int, ref: int) -> None:
+        """An entry of the granter's table, which lets this domain map a frame, or does so no more."""
+        domain = self.rig.domain if granter == DOMID else self.rig.peer
+        if domain.grants.table.version != 1:
+            return
+        frame = self.frame() if granter == DOMID else PEER_BASE + self.rng.randrange(PEER_PAGES)
+        entry = struct.pack("<HHI", self.rng.choice((1, 1, 5, 0)), DOMID, frame & 0xFFFF_FFFF)
+        at = domain.grants.table.frames[0] * PAGE + ref * 8
+        domain.memory.bytes[at : at + 8] = entry
+
+    def granter(self) -> None:
+        """The granting domain makes a page table of a frame, or ends that."""
+        mfn = PEER_BASE + self.rng.randrange(PEER_PAGES)
+        tables = self.rig.peer.tables
+        with contextlib.suppress(XenError):
+            if self.rng.randrange(2):
+                tables.pin(mfn, L1)
+            else:
+                tables.unpin(mfn)
+        self.done.append(f"the granter pins or unpins {mfn:#x}")
+
+    def _map_grant(self, host: int, granter: int, ref: int) -> None:
         flags = self.rng.choice((2, 6, 18, 22, 3, 1, 7)) if host < BASE << 12 else self.rng.choice((18, 22))
-        image = struct.pack("<QIIHhIQ", host, flags, ref, DOMID, 0, 0, 0)
+        image = struct.pack("<QIIHhIQ", host, flags, ref, granter, 0, 0, 0)
         self.call(abi.HYPERVISOR_grant_table_op, abi.GNTTABOP_map_grant_ref, ARGUMENTS * PAGE, 1, image=image)
         _, _, _, _, status, handle, address = struct.unpack("<QIIHhIQ", self.rig.get(ARGUMENTS * PAGE, 32))
         if not status:
@@ -328,6 +393,3 @@ class Steps:
 
 def rig_size(rig: TableRig) -> int:
     return int(rig.frames.size)
-
-
-__all__ = ["CODE", "ROOT_L2", "ROOT_L3", "WRITABLE", "GrantError", "Steps", "TableRig"]
