@@ -29,11 +29,15 @@ from hypervisor.memory.guest import GuestAccess
 from hypervisor.memory.pagetables import PageTables
 from hypervisor.memory.physical import DomainMemory
 from hypervisor.memory.recount import recount
+from hypervisor.memory.reservation import Reservation
 from hypervisor.memory.xenarea import XenArea
+from hypervisor.sched.watchdog import Watchdogs
 from hypervisor.toolstack.builder.state import BootState
 from hypervisor.types import PAGE_SIZE, DomId
 
 RUNSTATE_UPDATE = 1 << 63  # XEN_RUNSTATE_UPDATE (public/vcpu.h)
+PERIOD_NS = 10_000_000
+"""A PV vCPU starts with a tick of 100 Hz (pv_vcpu_initialise)."""
 _RUNSTATE = struct.Struct("<i4x5Q")
 
 
@@ -75,6 +79,7 @@ class Domain:
     :ivar running: the vCPU whose registers the engine holds.
     :ivar shutdown_code: SHUTDOWN_* once the guest ended itself, else None.
     :ivar declared_code: what the guest wants a later end to count as (SCHEDOP_shutdown_code), else None.
+    :ivar console: takes what the guest writes with console_io; None: it may not, as under a release build of Xen.
     :ivar vm_assist: bit mask of VMASST_TYPE_* that are on.
     """
 
@@ -98,11 +103,13 @@ class Domain:
         self.area.fill_m2p(config.nr_pages)
         self.tables = self.TABLES(self.memory, self.frames, engine, self.area.slots)
         self.tables.linear.allowed = config.linear_page_tables
+        self.reservation = Reservation(self.frames, self.tables, self.area)
         self.guest = self.GUEST(self.memory, lambda: engine.regs.cr3, self.tables.code)
         self.scale = TscScale.from_khz(config.tsc_khz)
         self.clock = self.CLOCK(self.scale, read_tsc)
         self.vcpus = [Vcpu(i) for i in range(config.max_vcpus)]
         for vcpu in self.vcpus:
+            vcpu.periodic_ns = vcpu.periodic_next = PERIOD_NS
             vcpu.state.vcpu_info = self.area.shared_info * PAGE_SIZE + vcpu.id * abi.SIZEOF_VCPU_INFO
             self.memory.bytes[vcpu.state.vcpu_info + abi.VCPU_INFO_EVTCHN_UPCALL_MASK] = 1
         self.running = self.vcpus[0]
@@ -115,11 +122,12 @@ class Domain:
         self.cpuid = self.CPUID(engine.cpuid, self.scale)
         self.table_writes = self.TABLE_WRITES(engine.regs, self.guest, self.tables)
         self.privileged = self.PRIVILEGED(self.traps, self.cpuid, self.new_baseptr)
+        self.watchdogs = Watchdogs()
         self.vm_assist = 0
         self.shutdown_code: int | None = None
         self.declared_code: int | None = None
         self.preempt = False
-        self.console: Callable[[bytes], None] = lambda _data: None
+        self.console: Callable[[bytes], None] | None = None
         self.leave: Callable[[], None] = lambda: None
         self.vcpus_changed: Callable[[Vcpu], None] = lambda _vcpu: None
         self.timer_changed: Callable[[], None] = lambda: None

@@ -33,6 +33,7 @@ from hypervisor.hypercalls.compat import Dispatcher32
 from hypervisor.hypercalls.dispatch import Dispatcher
 from hypervisor.sched.alarm import Alarm
 from hypervisor.sched.quiet import QuietDomain
+from hypervisor.sched.timers import Timers
 from hypervisor.sched.vcpus import SLICE_NS, VcpuQueue
 from hypervisor.toolstack.api import ShutdownReason
 from hypervisor.toolstack.builder.state import BootState
@@ -87,6 +88,7 @@ class Machine:
         self.domain.leave = self._leave
         self.domain.timer_changed = self._set_alarm
         self.domain.vcpus_changed = self._woken
+        self._timers = Timers(self.domain.vcpus, self.domain.events, self.domain.watchdogs, self._watchdog_over)
         self._queue = VcpuQueue(config.max_vcpus)
         self._slice_end = 0
         self._quiet = QuietDomain(self.engine.drop_translations)
@@ -156,10 +158,10 @@ class Machine:
         self._take_posts()
         if self._stopped:
             return self._stopped
+        now = domain.clock.now()
+        self._timers.fire(now)
         if domain.shutdown_code is not None:
             return Shutdown(_REASONS.get(domain.shutdown_code, ShutdownReason.CRASH))
-        now = domain.clock.now()
-        self._fire_timers(now)
         vcpu = None if self._paused else self._choose(now)
         if vcpu is None:
             self._idle(now)
@@ -236,7 +238,8 @@ class Machine:
 
     def _idle(self, now: int) -> None:
         """Wait for a post or the next deadline; the guest costs nothing meanwhile."""
-        deadline = self._next_deadline() if not self._paused else 0
+        # A watchdog does not wait for a paused domain.
+        deadline = self._timers.next() if not self._paused else self.domain.watchdogs.next
         with self._condition:
             if self._posts:
                 return
@@ -250,36 +253,17 @@ class Machine:
         while posts:
             posts.popleft()()
 
-    def _next_deadline(self) -> int:
-        """System time of the earliest timer of any vCPU, 0: none."""
-        best = 0
-        for vcpu in self.domain.vcpus:
-            if not vcpu.up:
-                continue
-            poll = vcpu.poll_deadline if vcpu.blocked and vcpu.poll is not None else 0
-            for deadline in (vcpu.state.deadline, vcpu.periodic_next, poll):
-                if deadline and (not best or deadline < best):
-                    best = deadline
-        return best
-
     def _set_alarm(self) -> None:
-        deadline = self._next_deadline()
+        deadline = self._timers.next()
         if self._slice_end and (not deadline or self._slice_end < deadline):
             deadline = self._slice_end
         self._alarm.set(deadline + self.domain.clock.base if deadline else 0)
         if self._posts:
             self._alarm.now()
 
-    def _fire_timers(self, now: int) -> None:
-        for vcpu in self.domain.vcpus:
-            deadline = vcpu.state.deadline
-            if deadline and deadline <= now:
-                vcpu.state.deadline = 0
-                self.domain.events.raise_virq(abi.VIRQ_TIMER, vcpu.id)
-            if vcpu.periodic_next and vcpu.periodic_next <= now:
-                missed = (now - vcpu.periodic_next) // vcpu.periodic_ns
-                vcpu.periodic_next += (missed + 1) * vcpu.periodic_ns
-                self.domain.events.raise_virq(abi.VIRQ_TIMER, vcpu.id)
+    def _watchdog_over(self) -> None:
+        LOG.warning("a watchdog of the guest is over")
+        self.domain.shut_down(abi.SHUTDOWN_watchdog)
 
     def _wake(self, number: int, port: int) -> None:
         """An event became deliverable on a vCPU, or a port that may be polled went pending."""

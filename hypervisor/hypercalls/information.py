@@ -66,10 +66,11 @@ def _handle(uuid: str) -> bytes:
 @hypercall(abi.HYPERVISOR_console_io)
 def console_io(domain: Domain, command: int, count: int, buffer: int, _4: int, _5: int, _6: int) -> int:
     count &= 0xFFFF_FFFF
-    if command == abi.CONSOLEIO_write:
+    say = domain.console
+    if command == abi.CONSOLEIO_write and say is not None:
         while count:
             part = min(count, MAX_CONSOLE_WRITE)
-            domain.console(domain.guest.read(buffer, part))
+            say(domain.guest.read(buffer, part))
             buffer += part
             count -= part
             if count and domain.preempt:

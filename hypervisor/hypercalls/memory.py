@@ -8,90 +8,14 @@ from hypervisor import abi
 from hypervisor.abi import errno
 from hypervisor.domain import Domain
 from hypervisor.errors import XenError
-from hypervisor.hypercalls.mmu import require_self
-from hypervisor.hypercalls.registry import Continuation, hypercall
-from hypervisor.memory.frames import NONE
+from hypervisor.hypercalls.registry import hypercall
+from hypervisor.hypercalls.reservations import START_EXTENT_SHIFT as START_EXTENT_SHIFT
+from hypervisor.hypercalls.reservations import exchange, require_own, reservation
 from hypervisor.memory.layout import M2P_VIRT_START
-from hypervisor.memory.xenarea import INVALID_M2P_ENTRY
 
-_RESERVATION = struct.Struct("<QQIIHxxxxxx")
-START_EXTENT_SHIFT = 6  # MEMOP_EXTENT_SHIFT: a continued call says here where it stopped
 _COMMAND_MASK = (1 << START_EXTENT_SHIFT) - 1
 MAX_MFN_ANSWER = (1 << 35) - 1
 """XENMEM_machphys_mapping's max_mfn. The guest caches it for life, so it must hold on every host it may move to."""
-CHUNK = 512
-MAX_EXTENTS = 0xFFFF_FFFF >> START_EXTENT_SHIFT
-"""More could not be continued; Xen does none of them then."""
-
-
-def _reservation(domain: Domain, argument: int) -> tuple[int, int]:
-    """(address of the extent list, number of extents); none when it cannot be read or is too long, as in Xen."""
-    try:
-        start, count, order, _flags, dom = _RESERVATION.unpack(domain.guest.read(argument, _RESERVATION.size))
-    except XenError:
-        return 0, 0
-    require_self(domain, dom)
-    if count > MAX_EXTENTS:
-        return 0, 0
-    if order != 0:
-        raise XenError(errno.EINVAL, f"extent order {order}: single pages only")
-    return start, count
-
-
-def _decrease(domain: Domain, argument: int, start: int) -> int:
-    extents, count = _reservation(domain, argument)
-    for number in range(start, count):
-        if _gives_way(domain, number, start):
-            raise Continuation(abi.XENMEM_decrease_reservation | number << START_EXTENT_SHIFT, argument)
-        try:
-            _release_page(domain, domain.guest.read_u64(extents + 8 * number))
-        except XenError:
-            return number
-    return max(start, count)
-
-
-def _release_page(domain: Domain, mfn: int) -> None:
-    frames, index = domain.frames, domain.tables.owned_index(mfn)
-    if index >= frames.ram or frames.pinned[index]:
-        raise XenError(errno.EINVAL, f"frame {mfn:#x} cannot be given back")
-    if frames.refs[index] != 1:
-        raise XenError(errno.EINVAL, f"frame {mfn:#x} is in use")
-    if frames.executed[index]:
-        domain.tables.code.changed(index)
-        frames.executed[index] = 0
-    frames.refs[index] = 0
-    frames.kind[index] = NONE
-    domain.area.set_m2p(mfn, INVALID_M2P_ENTRY)
-    domain.memory.clear_page(index)
-    domain.engine.flush_all()
-
-
-def _populate(domain: Domain, argument: int, start: int, command: int) -> int:
-    extents, count = _reservation(domain, argument)
-    free: list[int] = []
-    for number in range(start, count):
-        if _gives_way(domain, number, start):
-            raise Continuation(command | number << START_EXTENT_SHIFT, argument)
-        if not free:
-            free = domain.frames.free_frames(min(CHUNK, count - number))[::-1]
-        if not free:
-            return number
-        index = free.pop()
-        mfn = domain.memory.mfn(index)
-        at = extents + 8 * number
-        try:
-            pfn = domain.guest.read_u64(at)
-            domain.guest.write_u64(at, mfn)
-        except XenError:
-            return number
-        domain.frames.refs[index] = 1
-        if command == abi.XENMEM_populate_physmap:
-            domain.area.set_m2p(mfn, pfn)
-    return max(start, count)
-
-
-def _gives_way(domain: Domain, number: int, start: int) -> bool:
-    return number > start and (number - start) % CHUNK == 0 and domain.preempt
 
 
 def _memory_map(domain: Domain, argument: int) -> int:
@@ -110,7 +34,7 @@ def _machphys_mapping(domain: Domain, argument: int) -> int:
 
 def _domain_count(domain: Domain, command: int, argument: int) -> int:
     (dom,) = struct.unpack("<H", domain.guest.read(argument, 2))
-    require_self(domain, dom)
+    require_own(domain, dom)
     if command == abi.XENMEM_current_reservation:
         return domain.frames.pages()
     if command == abi.XENMEM_maximum_gpfn:
@@ -139,18 +63,29 @@ def _physmap(domain: Domain, command: int, argument: int, start: int) -> int:
     raise XenError(errno.EACCES, "a PV domain's frame numbers are not translated")
 
 
+_NOT_CONTINUED = (
+    abi.XENMEM_exchange,
+    abi.XENMEM_maximum_ram_page,
+    abi.XENMEM_current_reservation,
+    abi.XENMEM_maximum_reservation,
+    abi.XENMEM_maximum_gpfn,
+)
+
+
 @hypercall(abi.HYPERVISOR_memory_op)
 def memory_op(domain: Domain, command: int, argument: int, _3: int, _4: int, _5: int, _6: int) -> int:
     start = (command & 0xFFFF_FFFF) >> START_EXTENT_SHIFT
     command &= _COMMAND_MASK
+    if command in (abi.XENMEM_increase_reservation, abi.XENMEM_decrease_reservation, abi.XENMEM_populate_physmap):
+        return reservation(domain, command, argument, start)
+    if start and command in _NOT_CONTINUED:
+        raise XenError(errno.EINVAL, f"memory_op {command} has nothing to go on with")
+    if command == abi.XENMEM_exchange:
+        return exchange(domain, argument)
     if command == abi.XENMEM_maximum_ram_page:
         return domain.memory.base_mfn + domain.memory.frames - 1
     if command in (abi.XENMEM_current_reservation, abi.XENMEM_maximum_reservation, abi.XENMEM_maximum_gpfn):
         return _domain_count(domain, command, argument)
-    if command == abi.XENMEM_decrease_reservation:
-        return _decrease(domain, argument, start)
-    if command in (abi.XENMEM_populate_physmap, abi.XENMEM_increase_reservation):
-        return _populate(domain, argument, start, command)
     if command == abi.XENMEM_machphys_mapping:
         return _machphys_mapping(domain, argument)
     if command == abi.XENMEM_memory_map:

@@ -8,9 +8,11 @@ import struct
 from hypervisor import abi
 from hypervisor.abi import errno
 from hypervisor.domain import Domain
+from hypervisor.engines.x86 import PTE_P
 from hypervisor.errors import XenError
 from hypervisor.hypercalls.registry import Continuation, hypercall
-from hypervisor.memory.frames import NONE, SEGDESC, WRITABLE
+from hypervisor.memory.frames import L1, NONE, SEGDESC, WRITABLE
+from hypervisor.memory.pagetables import L1_DISALLOW, SAME
 from hypervisor.memory.segdesc import check_descriptor
 from hypervisor.types import PAGE_SIZE
 
@@ -25,17 +27,24 @@ _REQUESTS = struct.Struct("<2Q")
 _MMUEXT = struct.Struct("<I4xQQ")
 _U32 = struct.Struct("<I")
 
-_RESERVED_DOMIDS = (abi.DOMID_IO, abi.DOMID_XEN, abi.DOMID_COW, abi.DOMID_INVALID, abi.DOMID_IDLE)
+_DOM0 = 0
 
 
-def require_self(domain: Domain, domid: int) -> None:
-    """Operations on other domains' memory need privileges that no domain here has. :raises XenError: ESRCH or EPERM."""
+def page_owner(domain: Domain, domid: int) -> int:
+    """Whose pages a call is about, among domains that exist: DOMID_SELF, DOMID_IO, DOMID_XEN, or the tools' domain.
+
+    :raises XenError: ESRCH for any other, and for the caller by its own number, as Xen's get_pg_owner does.
+    """
     domid &= 0xFFFF
-    if domid in (abi.DOMID_SELF, domain.config.domid):
-        return
-    if domid == abi.DOMID_IO:
-        return  # "my own frames, or I/O": there is no I/O memory
-    raise XenError(errno.EPERM if domid in _RESERVED_DOMIDS else errno.ESRCH, f"foreign domain {domid}")
+    if domid in (abi.DOMID_SELF, abi.DOMID_IO, abi.DOMID_XEN) or (domid == _DOM0 != domain.config.domid):
+        return domid
+    raise XenError(errno.ESRCH, f"foreign domain {domid}")
+
+
+def _require_self(domain: Domain, domid: int) -> None:
+    """Others' memory needs privileges that no domain here has. :raises XenError: ESRCH or EPERM."""
+    if page_owner(domain, domid) != abi.DOMID_SELF:
+        raise XenError(errno.EPERM, f"foreign domain {domid & 0xFFFF}")
 
 
 def _resume(domain: Domain, count: int, pdone: int) -> tuple[int, int]:
@@ -59,9 +68,12 @@ def _report_done(domain: Domain, pdone: int, done: int) -> None:
 @hypercall(abi.HYPERVISOR_mmu_update)
 def mmu_update(domain: Domain, requests: int, count: int, pdone: int, foreign: int, _5: int, _6: int) -> int:
     left, before = _resume(domain, count, pdone)
-    if foreign >> 16 & 0xFFFF:
-        require_self(domain, (foreign >> 16 & 0xFFFF) - 1)
-    require_self(domain, foreign)
+    tables_of = (foreign >> 16 & 0xFFFF) - 1
+    if tables_of > 0 and tables_of != domain.config.domid:
+        raise XenError(errno.ESRCH, f"page tables of domain {tables_of}")
+    owner = page_owner(domain, foreign)
+    if tables_of == _DOM0 != domain.config.domid:
+        owner = _DOM0
     done = 0
     try:
         while left:
@@ -69,7 +81,7 @@ def mmu_update(domain: Domain, requests: int, count: int, pdone: int, foreign: i
             chunk = min(left, CHUNK, (-requests % PAGE_SIZE) // _REQUEST_SIZE or 1)
             data = domain.guest.read(requests, chunk * _REQUEST_SIZE)
             for ptr, value in _REQUESTS.iter_unpack(data):
-                _update_one(domain, ptr, value)
+                _update_one(domain, ptr, value, owner)
                 done += 1
             left -= chunk
             requests += chunk * _REQUEST_SIZE
@@ -80,18 +92,43 @@ def mmu_update(domain: Domain, requests: int, count: int, pdone: int, foreign: i
     return 0
 
 
-def _update_one(domain: Domain, ptr: int, value: int) -> None:
+def _update_one(domain: Domain, ptr: int, value: int, owner: int) -> None:
     command = ptr & 7
     tables = domain.tables
+    if command > abi.MMU_PT_UPDATE_NO_TRANSLATE:
+        raise XenError(errno.ENOSYS, f"mmu_update command {command}")
+    if owner not in (abi.DOMID_SELF, abi.DOMID_IO):
+        raise XenError(errno.EPERM, f"frames of domain {owner}")
+    if owner == abi.DOMID_IO:
+        _check_io(domain, ptr, value)
     if command in (abi.MMU_NORMAL_PT_UPDATE, abi.MMU_PT_UPDATE_PRESERVE_AD, abi.MMU_PT_UPDATE_NO_TRANSLATE):
         index = tables.owned_index(ptr >> 12)
         preserve = command == abi.MMU_PT_UPDATE_PRESERVE_AD
         tables.update(index, (ptr & 0xFF8) >> 3, value, preserve_ad=preserve)
-    elif command == abi.MMU_MACHPHYS_UPDATE:
+    else:
         tables.owned_index(ptr >> 12)
         domain.area.set_m2p(ptr >> 12, value)
-    else:
-        raise XenError(errno.ENOSYS, f"mmu_update command {command}")
+
+
+def _check_io(domain: Domain, ptr: int, value: int) -> None:
+    """With DOMID_IO as the owner only I/O memory may be mapped, of which no domain here has any.
+
+    What maps nothing new is done. :raises XenError: EINVAL, EPERM or EBUSY, as get_page_from_l1e.
+    """
+    tables, frames = domain.tables, domain.frames
+    if ptr & 7 == abi.MMU_MACHPHYS_UPDATE:
+        raise XenError(errno.EINVAL, "I/O memory has no place in the M2P")
+    index = tables.owned_index(ptr >> 12)
+    if not frames.count[index] or frames.kind[index] not in tables.TABLES:
+        return
+    if frames.kind[index] != L1:
+        raise XenError(errno.EINVAL, "an upper-level entry for I/O memory")
+    old = domain.memory.words[(index << 9) + ((ptr & 0xFF8) >> 3)]
+    if value & PTE_P and (value & L1_DISALLOW or not old & PTE_P or (old ^ value) & SAME):
+        if value & L1_DISALLOW:
+            raise XenError(errno.EINVAL, f"bad L1 flags in {value:#x}")
+        tables.frame_of(value)
+        raise XenError(errno.EBUSY, "the frame is no I/O memory")
 
 
 def _flush_after(domain: Domain, va: int, flags: int) -> None:
@@ -115,14 +152,14 @@ def update_va_mapping(domain: Domain, va: int, value: int, flags: int, _4: int, 
 
 @hypercall(abi.HYPERVISOR_update_va_mapping_otherdomain)
 def update_va_mapping_otherdomain(domain: Domain, va: int, value: int, flags: int, domid: int, _5: int, _6: int) -> int:
-    require_self(domain, domid)
+    _require_self(domain, domid)
     return update_va_mapping(domain, va, value, flags, 0, 0, 0)
 
 
 @hypercall(abi.HYPERVISOR_mmuext_op)
 def mmuext_op(domain: Domain, operations: int, count: int, pdone: int, foreign: int, _5: int, _6: int) -> int:
     left, before = _resume(domain, count, pdone)
-    require_self(domain, foreign)
+    _require_self(domain, foreign)
     done = 0
     try:
         while left:

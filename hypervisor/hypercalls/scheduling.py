@@ -43,7 +43,10 @@ def sched_op(domain: Domain, command: int, argument: int, _3: int, _4: int, _5: 
         (dom,) = struct.unpack("<H", domain.guest.read(argument, 2))
         raise XenError(errno.EPERM if dom == domain.config.domid else errno.ESRCH, "remote shutdown")
     elif command == abi.SCHEDOP_watchdog:
-        raise XenError(errno.ENOSYS, "no guest watchdogs")
+        number, timeout = struct.unpack("<II", domain.guest.read(argument, 8))
+        result = domain.watchdogs.set(number, timeout, domain.clock.now())
+        domain.timer_changed()
+        return result
     else:
         raise XenError(errno.ENOSYS, f"sched_op {command}")
     return 0
@@ -120,8 +123,10 @@ def _timers(domain: Domain, vcpu: Vcpu, command: int, argument: int) -> None:
         (period,) = struct.unpack("<Q", domain.guest.read(argument, 8))
         if not MIN_PERIOD_NS <= period <= MAX_PERIOD_NS:
             raise XenError(errno.EINVAL, f"timer period of {period} ns")
+        # Counted from the last tick; one that did not run ticks at once.
+        last = vcpu.periodic_next - vcpu.periodic_ns if vcpu.periodic_next else 0
         vcpu.periodic_ns = period
-        vcpu.periodic_next = domain.clock.now() + period
+        vcpu.periodic_next = max(1, domain.clock.now(), last + period)
         domain.timer_changed()
     elif command == abi.VCPUOP_stop_periodic_timer:
         vcpu.periodic_ns = vcpu.periodic_next = 0

@@ -6,6 +6,9 @@ descriptor page can be writable for the guest at the same moment.
 
 * ``refs`` counts every use, the domain's ownership included; 0 means the
   frame is not given to the domain (ballooned out, or one of Xen's own).
+* ``holding`` says of a RAM frame whether the domain's ownership is one of
+  those uses: a frame that was given back while in use stays the domain's
+  until its last use goes (`hypervisor.memory.reservation`).
 * ``count`` counts uses as ``kind``.
 * ``stamp`` is the TLB flush epoch in which a frame lost its last writable
   mapping: until a flush since, a stale translation may still allow writes.
@@ -21,6 +24,8 @@ from typing import Any
 import numpy as np
 
 NONE, L1, L2, L3, L4, SEGDESC, WRITABLE, L2_XEN = range(8)
+FREE, HELD, LEFT, STOLEN = range(4)
+"""``holding``: in nobody's hands; the domain's; given back, but with uses left (or not swept up yet); set aside."""
 KIND_NAMES = ("none", "l1", "l2", "l3", "l4", "segment descriptors", "writable", "l2 with slots of xen's")
 
 
@@ -32,6 +37,8 @@ class FrameTable:
         "count_np",
         "executed",
         "executed_np",
+        "holding",
+        "holding_np",
         "kind",
         "kind_np",
         "pinned",
@@ -52,8 +59,10 @@ class FrameTable:
         self.refs_np = np.zeros(size, dtype=np.uint32)
         self.stamp_np = np.zeros(size, dtype=np.uint64)
         self.executed_np = np.zeros(size, dtype=np.uint8)
+        self.holding_np = np.zeros(ram, dtype=np.uint8)
         self.pinned = bytearray(size)
         self.refs_np[:populated] = 1
+        self.holding_np[:populated] = HELD
         self._make_views()
 
     def _make_views(self) -> None:
@@ -62,6 +71,7 @@ class FrameTable:
         self.refs: Any = self.refs_np.data
         self.stamp: Any = self.stamp_np.data
         self.executed: Any = self.executed_np.data
+        self.holding: Any = self.holding_np.data
 
     def share(self, index: int, *, writable: bool) -> None:
         """Let the guest map one of Xen's frames (shared_info, a grant frame)."""
@@ -88,9 +98,19 @@ class FrameTable:
         """RAM frames the domain has now."""
         return int(np.count_nonzero(self.refs_np[: self.ram]))
 
-    def free_frames(self, wanted: int) -> list[int]:
-        """Up to `wanted` RAM frames that the domain does not have and nothing maps."""
-        return [int(i) for i in np.flatnonzero(self.refs_np[: self.ram] == 0)[:wanted]]
+    def free_frames(self, wanted: int, end: int) -> list[int]:
+        """Up to `wanted` RAM frames below `end` that nobody has."""
+        return [int(i) for i in np.flatnonzero(self.holding_np[:end] == FREE)[:wanted]]
+
+    def free_blocks(self, wanted: int, end: int, size: int, first: int) -> list[int]:
+        """The first frames of up to `wanted` blocks of `size` free frames, at `first` + a multiple of `size`."""
+        free = self.holding_np[first:end] == FREE
+        blocks = free[: len(free) // size * size].reshape(-1, size).all(axis=1)
+        return [first + int(i) * size for i in np.flatnonzero(blocks)[:wanted]]
+
+    def unused(self) -> list[int]:
+        """Frames given back whose last use has gone since."""
+        return [int(i) for i in np.flatnonzero((self.holding_np == LEFT) & (self.refs_np[: self.ram] == 0))]
 
     # -- save and restore
 
@@ -105,6 +125,7 @@ class FrameTable:
             "count": pack(self.count_np),
             "refs": pack(self.refs_np),
             "executed": pack(self.executed_np),
+            "holding": pack(self.holding_np),
             "pinned": zlib.compress(bytes(self.pinned), 1),
         }
 
@@ -112,16 +133,17 @@ class FrameTable:
     def restore(cls, state: dict[str, Any]) -> FrameTable:
         table = cls(state["size"], state["ram"], 0)
 
-        def unpack(name: str, dtype: Any) -> np.ndarray[Any, Any]:
+        def unpack(name: str, dtype: Any, size: int = table.size) -> np.ndarray[Any, Any]:
             array = np.frombuffer(zlib.decompress(state[name]), dtype=dtype).copy()
-            if array.size != table.size:
-                raise ValueError(f"frame table: {name} has {array.size} entries, not {table.size}")
+            if array.size != size:
+                raise ValueError(f"frame table: {name} has {array.size} entries, not {size}")
             return array
 
         table.kind_np = unpack("kind", np.uint8)
         table.count_np = unpack("count", np.uint32)
         table.refs_np = unpack("refs", np.uint32)
         table.executed_np = unpack("executed", np.uint8)
+        table.holding_np = unpack("holding", np.uint8, table.ram)
         table.pinned = bytearray(zlib.decompress(state["pinned"]))
         table._make_views()
         return table

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from hypervisor.engines.x86 import PTE_ADDR
-from hypervisor.memory.frames import L1, NONE
+from hypervisor.memory.frames import HELD, L1, NONE
 from hypervisor.memory.pagetables import PageTables
 
 
@@ -21,7 +21,7 @@ def recount(tables: PageTables, holds: Iterable[tuple[int, int]]) -> list[str]:
     # Xen's own frames that the guest may map are held as what they are for as long as they are shared.
     count[frames.ram :] += frames.refs_np[frames.ram :] != 0
     refs = (frames.refs_np != 0).astype(np.int64)
-    refs[: frames.ram] += count[: frames.ram]
+    refs[: frames.ram] = (frames.holding_np == HELD) + count[: frames.ram]
     wrong: list[str] = []
     for index, kind in holds:
         refs[index] += 1

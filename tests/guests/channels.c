@@ -13,6 +13,7 @@ enum {
     XENMEM_decrease_reservation = 1,
     XENMEM_current_reservation = 3,
     XENMEM_maximum_reservation = 4,
+    XENMEM_exchange = 11,
     XENMEM_populate_physmap = 6,
 };
 
@@ -247,6 +248,91 @@ static void reservations(void)
     check_value("the reservation is as before", HC2(memory_op, XENMEM_current_reservation, &self), before);
 }
 
+/* Frames that are given back while they are mapped stay until they are not. */
+static void held_frames(void)
+{
+    u16 self = DOMID_SELF;
+    u8 *page = page_alloc();
+    u64 frame = va_to_mfn(page), old = frame, pfn = va_to_pfn(page), other;
+    s64 before = HC2(memory_op, XENMEM_current_reservation, &self);
+
+    page[5] = 0x77;
+    check_value("give back a mapped page", reservation(XENMEM_decrease_reservation, &frame, 1), 1);
+    check_value("it is still counted", HC2(memory_op, XENMEM_current_reservation, &self), before);
+    check_value("and still there", *(volatile u8 *)(page + 5), 0x77);
+    other = pfn;
+    s64 taken = reservation(XENMEM_populate_physmap, &other, 1);
+    check(taken == 0 || (taken == 1 && other != old), "nobody gets it meanwhile");
+    if (taken == 1)
+        check_value("give the other one back", reservation(XENMEM_decrease_reservation, &other, 1), 1);
+    check_value("it goes with its mapping", map_page(page, 0), 0);
+    check_value("it is not counted any more", HC2(memory_op, XENMEM_current_reservation, &self), before - 1);
+    check(map_page(page, pte_of(old, PTE_RW)) != 0, "refused: map it again");
+    frame = pfn;
+    check_value("take one", reservation(XENMEM_populate_physmap, &frame, 1), 1);
+    ((u64 *)start_info->mfn_list)[pfn] = frame;
+    check_value("it can be mapped", map_page(page, pte_of(frame, PTE_RW)), 0);
+    check_value("it is empty", *(volatile u8 *)(page + 5), 0);
+}
+
+static struct {
+    struct {
+        u64 extent_start, nr_extents;
+        u32 extent_order, mem_flags;
+        u16 domid;
+    } in, out;
+    u64 nr_exchanged;
+} trade;
+
+static s64 exchange(u64 *frames, u64 n, u64 *names)
+{
+    trade.in.extent_start = (u64)frames;
+    trade.out.extent_start = (u64)names;
+    trade.in.nr_extents = trade.out.nr_extents = n;
+    trade.in.domid = trade.out.domid = DOMID_SELF;
+    trade.nr_exchanged = 0;
+    return HC2(memory_op, XENMEM_exchange, &trade);
+}
+
+static void exchanges(void)
+{
+    u8 *page = page_alloc();
+    u64 frame = va_to_mfn(page), pfn = va_to_pfn(page), name = pfn;
+
+    page[5] = 0x78;
+    check_value("refused: exchange a mapped page", exchange(&frame, 1, &name), -XEN_EINVAL);
+    check_value("and none is", trade.nr_exchanged, 0);
+    map_page(page, 0);
+    check_value("exchange a page", exchange(&frame, 1, &name), 0);
+    check_value("one is", trade.nr_exchanged, 1);
+    ((u64 *)start_info->mfn_list)[pfn] = name;
+    check_value("the M2P knows the new one", (s64)((volatile u64 *)M2P_VIRT_START)[name], (s64)pfn);
+    if (name != frame)
+        check(map_page(page, pte_of(frame, PTE_RW)) != 0, "refused: map the old one");
+    check_value("the new one can be mapped", map_page(page, pte_of(name, PTE_RW)), 0);
+    check_value("it is empty", *(volatile u8 *)(page + 5), 0);
+}
+
+static s64 watchdog(u32 id, u32 seconds)
+{
+    struct {
+        u32 id, timeout;
+    } args = {id, seconds};
+    return HC2(sched_op, SCHEDOP_watchdog, &args);
+}
+
+static void watchdogs(void)
+{
+    check_value("refused: a watchdog that is not in use", watchdog(1, 5), -XEN_EINVAL);
+    check_value("a watchdog", watchdog(0, 1000), 1);
+    check_value("a second one", watchdog(0, 1000), 2);
+    check_value("refused: a third one", watchdog(0, 1000), -XEN_ENOSPC);
+    check_value("set one anew", watchdog(1, 2000), 0);
+    check_value("stop it", watchdog(1, 0), 0);
+    check_value("stop the other", watchdog(2, 0), 0);
+    check_value("refused: stop it twice", watchdog(2, 0), -XEN_EINVAL);
+}
+
 void guest_main(void)
 {
     check_begin("channels");
@@ -256,6 +342,14 @@ void guest_main(void)
     polling();
     timers();
     reservations();
+    held_frames();
+    exchanges();
+    watchdogs();
+    if (cmdline_flag("bite")) {
+        watchdog(0, 0);
+        for (;;)
+            __asm__ volatile("");
+    }
     if (!check_end())
         printk("channels: OK\n");
 }

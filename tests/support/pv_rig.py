@@ -222,7 +222,7 @@ class Rig:
         f = self.frames
         count = f.count_np
         kinds = bytes(k if c else 0 for k, c in zip(f.kind_np.tolist(), count.tolist(), strict=True))
-        return kinds, count.tobytes(), f.refs_np.tobytes(), bytes(f.pinned)
+        return kinds, count.tobytes(), f.refs_np.tobytes(), bytes(f.pinned), bytes(f.holding)
 
     def check(self) -> None:
         assert self.domain.recount() == []

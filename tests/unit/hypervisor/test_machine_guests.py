@@ -146,9 +146,10 @@ def test_a_guest_that_never_gives_way_can_be_paused_and_stopped(runs: list[Guest
     assert other.wait_end() == harness.EXPECTED_POWEROFF
 
 
-def test_an_idle_guest_costs_nothing(runs: list[GuestRun]) -> None:
+@pytest.mark.parametrize("cmdline", ["", "ticking"])
+def test_an_idle_guest_costs_nothing(runs: list[GuestRun], cmdline: str) -> None:
     """Between two looks at it, with another guest's work in between, it is entered for the looks at most."""
-    idle = running(runs, "idle")
+    idle = running(runs, "idle", cmdline=cmdline)
     idle.wait_text("idle: blocking")
     idle.call(lambda: None)  # behind the console's own event
     while not idle.call(lambda: idle.machine.domain.running.blocked):
@@ -159,6 +160,35 @@ def test_an_idle_guest_costs_nothing(runs: list[GuestRun]) -> None:
     after = idle.machine.stats()
     assert after["exits"] == before["exits"] and after["cpu_time_ns"] == before["cpu_time_ns"]
     assert idle.machine._alarm.at == 0, "no timer fires for it"
+
+
+def test_a_guest_that_never_stops_its_tick_costs_nothing_while_nobody_listens(runs: list[GuestRun]) -> None:
+    spin = running(runs, "spin")
+    spin.wait_text("spin: spinning")
+    domain = spin.machine.domain
+    assert domain.running.periodic_ns and spin.call(spin.machine._timers.next) == 0
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_watchdog_that_is_over_ends_the_domain(runs: list[GuestRun], paused: bool) -> None:
+    spin = running(runs, "spin")
+    spin.wait_text("spin: spinning")
+    if paused:
+        spin.machine.pause()
+
+    def bite() -> None:
+        domain = spin.machine.domain
+        domain.watchdogs.set(0, 0, domain.clock.now() + 1_000_000)
+
+    spin.call(bite)
+    assert spin.wait_end().reason is ShutdownReason.WATCHDOG
+
+
+def test_a_guest_s_own_watchdog_ends_it(runs: list[GuestRun]) -> None:
+    guest = running(runs, "channels", cmdline="bite")
+    assert guest.wait_end().reason is ShutdownReason.WATCHDOG
+    assert guest.failures() == [], guest.text[-2000:]
+    assert guest.machine.domain.recount() == []
 
 
 def test_pausing_a_guest_silences_its_alarm(runs: list[GuestRun]) -> None:

@@ -119,6 +119,7 @@ TAKES_POINTER: list[tuple[int, tuple[Any, ...]]] = [
 )
 @pytest.mark.parametrize(("number", "arguments"), TAKES_POINTER)
 def test_bad_pointers(call: Caller, number: int, arguments: tuple[Any, ...], pointer: int) -> None:
+    call.rig.domain.console = lambda _data: None
     before = call.rig.snapshot()
     given = [pointer if a is None else a for a in arguments]
     assert call(number, *given) == -E.EFAULT
@@ -274,3 +275,9 @@ def test_console_output_gives_way_without_loss(call: Caller) -> None:
     assert call(abi.HYPERVISOR_console_io, abi.CONSOLEIO_write, len(text), LIST) == 0
     assert b"".join(said) == text and call.calls == 3
     assert call(abi.HYPERVISOR_console_io, abi.CONSOLEIO_read, 1, LIST) == -E.EPERM
+
+
+def test_console_output_is_refused_where_nobody_takes_it(call: Caller) -> None:
+    """So that Linux's earlyprintk=xen turns to the console's ring instead."""
+    for count, at in ((5, LIST), (0, 0), (5, BAD)):
+        assert call(abi.HYPERVISOR_console_io, abi.CONSOLEIO_write, count, at) == -E.EPERM

@@ -240,8 +240,10 @@ def test_single_shot_timer(rig: Rig, deadline: int, flags: int, result: int, sto
 )
 def test_periodic_timer(rig: Rig, period: int, result: int) -> None:
     put(rig, "<Q", period)
+    before = rig.domain.running.periodic_ns
+    assert before == 10_000_000, "100 Hz from the start"
     assert call(rig, abi.HYPERVISOR_vcpu_op, abi.VCPUOP_set_periodic_timer, 0, ARG) == result
-    assert rig.domain.running.periodic_ns == (0 if result else period)
+    assert rig.domain.running.periodic_ns == (before if result else period)
     assert call(rig, abi.HYPERVISOR_vcpu_op, abi.VCPUOP_stop_periodic_timer, 0) == 0
     assert rig.domain.running.periodic_next == 0
 

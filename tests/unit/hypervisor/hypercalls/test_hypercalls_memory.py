@@ -9,10 +9,7 @@ from pv_rig import BASE, FIRST_FREE, NX, PAGES, RO, ROOT, ROOT_L1, RW, E, Rig, c
 
 from hypervisor import abi
 from hypervisor.engines import x86
-from hypervisor.hypercalls.memory import MAX_EXTENTS, START_EXTENT_SHIFT
-from hypervisor.hypercalls.registry import Continuation
 from hypervisor.memory.frames import L1, L4
-from hypervisor.memory.xenarea import INVALID_M2P_ENTRY
 
 ARG, OUT = FIRST_FREE * 4096, (FIRST_FREE + 1) * 4096
 TABLE, DATA, SPARE = FIRST_FREE + 2, FIRST_FREE + 3, FIRST_FREE + 4
@@ -26,87 +23,6 @@ def rig() -> Rig:
 # -- memory
 
 
-def reservation(rig: Rig, *mfns: int, order: int = 0, dom: int = abi.DOMID_SELF, count: int | None = None) -> int:
-    put(rig, f"<{len(mfns)}Q", *mfns, at=OUT)
-    return put(rig, "<QQIIHxxxxxx", OUT, len(mfns) if count is None else count, order, 0, dom)
-
-
-def test_decrease_and_populate_exchange_frames_with_the_pool(rig: Rig) -> None:
-    pages = rig.frames.pages()
-    rig.unmap(DATA, SPARE)
-    rig.put(DATA * 4096, b"secret")
-    reservation(rig, rig.mfn(DATA), rig.mfn(SPARE))
-    flushes = rig.engine.flushes
-    assert call(rig, abi.HYPERVISOR_memory_op, abi.XENMEM_decrease_reservation, ARG) == 2
-    assert rig.frames.pages() == pages - 2 and not rig.frames.owned(DATA)
-    assert rig.domain.area.m2p(rig.mfn(DATA)) == INVALID_M2P_ENTRY and rig.get(DATA * 4096, 6) == bytes(6)
-    assert rig.engine.flushes > flushes, "no translation of a frame that was given back may stay"
-    rig.check()
-    reservation(rig, 77, 78)
-    assert call(rig, abi.HYPERVISOR_memory_op, abi.XENMEM_populate_physmap, ARG) == 2
-    mfns = struct.unpack("<2Q", rig.get(OUT, 16))
-    assert mfns == (rig.mfn(DATA), rig.mfn(SPARE))
-    assert [rig.domain.area.m2p(m) for m in mfns] == [77, 78]
-    rig.check()
-
-
-def test_populate_ends_where_the_domains_maximum_is(rig: Rig) -> None:
-    reservation(rig, *range(12))
-    assert call(rig, abi.HYPERVISOR_memory_op, abi.XENMEM_populate_physmap, ARG) == 8
-    assert rig.frames.pages() == PAGES + 8
-    assert (
-        call(rig, abi.HYPERVISOR_memory_op, abi.XENMEM_current_reservation, put(rig, "<H", abi.DOMID_SELF)) == PAGES + 8
-    )
-    rig.check()
-
-
-@pytest.mark.parametrize(
-    ("mfn", "why"),
-    [
-        (BASE + ROOT_L1, "a page table"), (BASE + DATA, "still mapped"), (BASE - 1, "a neighbour's"), (0, "frame 0"),
-        (BASE + PAGES + 8, "shared_info"), (BASE + PAGES + 9, "Xen's own"), (BASE + PAGES, "not the domain's now"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_given_back(rig: Rig, mfn: int, why: str) -> None:
-    before = rig.snapshot()
-    reservation(rig, mfn)
-    assert call(rig, abi.HYPERVISOR_memory_op, abi.XENMEM_decrease_reservation, ARG) == 0, why
-    assert rig.snapshot() == before
-
-
-def test_reservations_that_make_no_sense(rig: Rig) -> None:
-    op = abi.XENMEM_decrease_reservation
-    for kwargs, result in (
-        ({"order": 9}, -E.EINVAL),
-        ({"dom": 5}, -E.ESRCH),
-        ({"count": MAX_EXTENTS + 1}, 0),
-        ({"count": (1 << 64) - 1}, 0),
-    ):
-        reservation(rig, rig.mfn(DATA), **kwargs)
-        assert call(rig, abi.HYPERVISOR_memory_op, op, ARG) == result, kwargs
-    assert call(rig, abi.HYPERVISOR_memory_op, op, 1 << 40) == 0
-    reservation(rig, rig.mfn(DATA))
-    assert call(rig, abi.HYPERVISOR_memory_op, op | 5 << START_EXTENT_SHIFT, ARG) == 5, "begins behind the end"
-
-
-def test_a_long_reservation_says_where_it_stopped(rig: Rig) -> None:
-    """A guest that ballooned out 1030 of its pages, in two goes."""
-    rig = Rig(pages=PAGES, max_pages=2000).boot()
-    base = 16 * 4096
-    put(rig, "<QQIIHxxxxxx", base, 1030, 0, 0, abi.DOMID_SELF)
-    rig.put(base, struct.pack("<1030Q", *range(PAGES, PAGES + 1030)))
-    rig.domain.preempt = True
-    with pytest.raises(Continuation) as caught:
-        call(rig, abi.HYPERVISOR_memory_op, abi.XENMEM_populate_physmap, ARG)
-    command, argument = caught.value.arguments
-    assert (command >> START_EXTENT_SHIFT, argument) == (512, ARG) and rig.frames.pages() == PAGES + 512
-    rig.domain.preempt = False
-    assert call(rig, abi.HYPERVISOR_memory_op, command, ARG) == 1030
-    assert rig.frames.pages() == PAGES + 1030
-    assert len(set(struct.unpack("<1030Q", rig.get(base, 8240)))) == 1030
-    rig.check()
-
-
 def test_memory_questions(rig: Rig) -> None:
     put(rig, "<I4xQ", 1, OUT)
     assert call(rig, abi.HYPERVISOR_memory_op, abi.XENMEM_memory_map, ARG) == 0
@@ -115,6 +31,16 @@ def test_memory_questions(rig: Rig) -> None:
     assert struct.unpack("<2Q", rig.get(OUT, 16)) == (0xFFFF_8000_0000_0000, 0xFFFF_8040_0000_0000)
     assert call(rig, abi.HYPERVISOR_memory_op, abi.XENMEM_machine_memory_map, ARG) == -E.EPERM
     assert call(rig, abi.HYPERVISOR_memory_op, 62, ARG) == -E.ENOSYS
+    for command in (
+        abi.XENMEM_exchange, abi.XENMEM_maximum_ram_page, abi.XENMEM_current_reservation, abi.XENMEM_maximum_gpfn
+    ):  # fmt: skip
+        assert call(rig, abi.HYPERVISOR_memory_op, command | 1 << 6, ARG) == -E.EINVAL, "nothing to go on with"
+
+
+@pytest.mark.parametrize(("dom", "result"), [(0, -E.EPERM), (5, -E.ESRCH), (abi.DOMID_IO, -E.ESRCH), (7, PAGES + 8)])
+def test_whose_maximum(rig: Rig, dom: int, result: int) -> None:
+    put(rig, "<H", dom)
+    assert call(rig, abi.HYPERVISOR_memory_op, abi.XENMEM_maximum_reservation, ARG) == result
 
 
 # -- page tables by hypercall
@@ -165,18 +91,58 @@ def test_page_contents(rig: Rig) -> None:
     assert rig.snapshot() == before
 
 
-def test_foreign_domains_are_out_of_reach(rig: Rig) -> None:
+SELF, IO, XEN = abi.DOMID_SELF, abi.DOMID_IO, abi.DOMID_XEN
+
+
+@pytest.mark.parametrize(
+    ("foreign", "update", "operation"),
+    [
+        (SELF, 0, 0), (5, -E.ESRCH, -E.ESRCH), (0, -E.EPERM, -E.EPERM), (XEN, -E.EPERM, -E.EPERM), (IO, 0, -E.EPERM),
+        (7, -E.ESRCH, -E.ESRCH),  # oneself has no number here
+        (abi.DOMID_COW, -E.ESRCH, -E.ESRCH), (abi.DOMID_IDLE, -E.ESRCH, -E.ESRCH),
+        (6 << 16 | SELF, -E.ESRCH, None), (8 << 16 | SELF, 0, None), (8 << 16 | 7, -E.ESRCH, None),
+        (1 << 16 | SELF, -E.EPERM, None), (8 << 16 | IO, 0, None),
+    ],
+)  # fmt: skip
+def test_foreign_domains_are_out_of_reach(rig: Rig, foreign: int, update: int, operation: int | None) -> None:
     put(rig, "<2Q", rig.mpa(DATA), 1)
-    for foreign, result in (
-        (5, -E.ESRCH),
-        (abi.DOMID_XEN, -E.EPERM),
-        (6 << 16 | abi.DOMID_SELF, -E.ESRCH),
-        (8 << 16 | 7, 0),
-    ):
-        assert call(rig, abi.HYPERVISOR_mmu_update, ARG, 1, 0, foreign) == result, hex(foreign)
-    assert mmuext(rig, abi.MMUEXT_TLB_FLUSH_LOCAL, foreign=5) == -E.ESRCH
-    assert call(rig, abi.HYPERVISOR_update_va_mapping_otherdomain, DATA * 4096, rig.pte(DATA), 0, 5) == -E.ESRCH
-    assert call(rig, abi.HYPERVISOR_update_va_mapping_otherdomain, DATA * 4096, rig.pte(DATA), 0, 7) == 0
+    assert call(rig, abi.HYPERVISOR_mmu_update, ARG, 1, 0, foreign) == update
+    assert call(rig, abi.HYPERVISOR_mmu_update, ARG, 0, 0, foreign) == (0 if update != -E.ESRCH else update)
+    if operation is None:
+        return
+    assert mmuext(rig, abi.MMUEXT_TLB_FLUSH_LOCAL, foreign=foreign) == operation
+    entry = rig.pte(DATA, RW | NX)
+    assert call(rig, abi.HYPERVISOR_update_va_mapping_otherdomain, DATA * 4096, entry, 0, foreign) == operation
+
+
+@pytest.mark.parametrize(
+    ("frame", "slot", "value", "result"),
+    [
+        (ROOT_L1, DATA, (BASE + SPARE) << 12 | RW, -E.EBUSY),  # its own frame is no I/O memory
+        (ROOT_L1, DATA, (BASE + DATA) << 12 | RO, -E.EBUSY),
+        (ROOT_L1, DATA, (BASE + DATA) << 12 | RW | NX | 1 << 55, 0),  # maps nothing new
+        (ROOT_L1, DATA, 0, 0),
+        (ROOT_L1, DATA, (BASE - 1) << 12 | RW, -E.EBUSY),  # a neighbour's
+        (ROOT_L1, DATA, x86.PTE_ADDR | RW, -E.EINVAL),  # INVALID_MFN
+        (ROOT_L1, DATA, 5 << 12 | RW, -E.EPERM),  # I/O memory, but not the domain's
+        (ROOT_L1, DATA, (BASE + DATA) << 12 | RW | x86.PTE_PSE, -E.EINVAL),
+        (ROOT, 0, (BASE + 2) << 12 | RW, -E.EINVAL),
+        (ROOT, 5, 0, -E.EINVAL),
+        (DATA, 5, 0x1234, 0),
+    ],
+)
+def test_with_io_memory_as_the_owner(rig: Rig, frame: int, slot: int, value: int, result: int) -> None:
+    put(rig, "<2Q", rig.mpa(frame, 8 * slot), value)
+    before = rig.snapshot(), rig.word(frame, slot)
+    assert call(rig, abi.HYPERVISOR_mmu_update, ARG, 1, 0, IO) == result
+    assert result == 0 or before == (rig.snapshot(), rig.word(frame, slot))
+    rig.check()
+
+
+@pytest.mark.parametrize(("command", "result"), [(abi.MMU_MACHPHYS_UPDATE, -E.EINVAL), (5, -E.ENOSYS), (4, -E.ENOSYS)])
+def test_other_updates_with_io_memory_as_the_owner(rig: Rig, command: int, result: int) -> None:
+    put(rig, "<2Q", rig.mpa(DATA) | command, 1)
+    assert call(rig, abi.HYPERVISOR_mmu_update, ARG, 1, 0, IO) == result
 
 
 def test_mmu_updates_by_command(rig: Rig) -> None:

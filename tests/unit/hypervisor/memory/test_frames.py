@@ -14,8 +14,11 @@ def test_a_new_table_owns_what_is_populated() -> None:
     table = FrameTable(20, 10, 6)
     assert table.pages() == 6
     assert [table.owned(i) for i in (-1, 0, 5, 6, 19, 20)] == [False, True, True, False, False, False]
-    assert table.free_frames(3) == [6, 7, 8]
-    assert table.free_frames(30) == [6, 7, 8, 9], "Xen's frames are never given out"
+    assert table.free_frames(3, table.ram) == [6, 7, 8]
+    assert table.free_frames(30, table.ram) == [6, 7, 8, 9], "Xen's frames are never given out"
+    assert table.free_frames(30, 8) == [6, 7] and table.free_frames(30, 3) == []
+    assert table.free_blocks(30, table.ram, 2, 0) == [6, 8] and table.free_blocks(30, table.ram, 2, 1) == [7]
+    assert table.free_blocks(30, table.ram, 16, 3) == table.free_blocks(30, table.ram, 4, 3) == []
 
 
 @pytest.mark.parametrize(("writable", "kind"), [(True, WRITABLE), (False, SEGDESC)])
@@ -32,10 +35,11 @@ def test_a_shared_frame_keeps_its_type_until_it_is_taken_back(writable: bool, ki
 def test_save_and_restore_round_trip() -> None:
     rig = Rig().boot()
     rig.frames.executed[3] = 1
+    rig.domain.reservation.give_back(rig.mfn(9))
     table = rig.frames
     copy = FrameTable.restore(table.save())
     assert (copy.size, copy.ram, copy.pinned) == (table.size, table.ram, table.pinned)
-    for name in ("kind", "count", "refs", "executed"):
+    for name in ("kind", "count", "refs", "executed", "holding"):
         assert bytes(getattr(copy, name)) == bytes(getattr(table, name)), name
     copy.count[0] += 1
     assert copy.count_np[0] == table.count_np[0] + 1, "views and arrays are one"

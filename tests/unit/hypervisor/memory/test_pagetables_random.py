@@ -13,9 +13,8 @@ from pv_rig import BASE, NX, RO, ROOT, RW, Rig, code_of
 from hypervisor.domain import Domain
 from hypervisor.engines import x86
 from hypervisor.errors import XenError
-from hypervisor.hypercalls.memory import _release_page
 from hypervisor.memory import layout
-from hypervisor.memory.frames import L1, L4, SEGDESC, WRITABLE
+from hypervisor.memory.frames import HELD, L1, L4, SEGDESC, WRITABLE
 
 SMALL = 14  # few frames, so that random choices meet
 
@@ -163,16 +162,30 @@ class PageTableMachine(RuleBasedStateMachine):
 
     @rule(frame=frames)
     def decrease(self, frame: int) -> None:
-        before = self.rig.snapshot()
-        if code_of(_release_page, self.domain, self.rig.mfn(frame)):
-            assert self.rig.snapshot() == before
+        before, refs = self.rig.snapshot(), self.rig.frames.refs[frame]
+        held = self.rig.frames.holding[frame] == HELD
+        if code_of(self.domain.reservation.give_back, self.rig.mfn(frame)):
+            assert self.rig.snapshot() == before and not refs
         else:
-            assert not self.rig.frames.refs[frame]
+            assert self.rig.frames.refs[frame] == refs - held
+        self.domain.reservation.settle()
 
-    @rule()
-    def populate(self) -> None:
-        for frame in self.rig.frames.free_frames(1):
-            self.rig.frames.refs[frame] = 1
+    @rule(order=st.sampled_from([0, 0, 1, 2]))
+    def populate(self, order: int) -> None:
+        before = self.rig.frames.refs_np.copy()
+        first = self.domain.reservation.taker(order).take()
+        if first is not None:
+            assert not before[first : first + (1 << order)].any(), "only what nothing uses is handed out"
+
+    @rule(pages=st.lists(frames, min_size=1, max_size=4), order=st.sampled_from([0, 1]))
+    def exchange(self, pages: list[int], order: int) -> None:
+        reservation = self.domain.reservation
+        taker, before, pages_before = reservation.taker(order), self.rig.snapshot(), self.rig.frames.pages()
+        pages = pages[: len(pages) >> order << order]
+        if code_of(reservation.exchange, [self.rig.mfn(p) for p in pages], taker, len(pages) >> order):
+            assert self.rig.snapshot() == before
+        assert self.rig.frames.pages() == pages_before
+        reservation.settle()
 
     @rule(frame=frames, offset=st.sampled_from([0, 64, 4096 - 64, 4095]))
     def vcpu_info(self, frame: int, offset: int) -> None:
