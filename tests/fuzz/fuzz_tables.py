@@ -1,8 +1,4 @@
-"""A domain on an engine whose TLB forgets nothing, for the page-table fuzzer.
-
-`GreedyEngine` behaves as the worst processor that is allowed: right before anything may change, every translation
-that a walk from the root in force yields is cached, and it stays until the whole TLB is flushed.
-"""
+"""Random steps that change types, counts or mappings of a domain, for the page-table fuzzer."""
 
 from __future__ import annotations
 
@@ -24,18 +20,9 @@ from hypervisor.errors import XenError
 from hypervisor.hypercalls import dispatch  # noqa: F401  the families register themselves
 from hypervisor.hypercalls.registry import REGISTRY, Continuation
 from hypervisor.memory import layout
-from hypervisor.memory.frames import L1, NONE, SEGDESC, WRITABLE
+from hypervisor.memory.frames import L1, LEFT, NONE, SEGDESC, WRITABLE
 from hypervisor.memory.recount import recount
-
-PAGES = 28
-ARGUMENTS = 6
-"""Page with the arguments of hypercalls; it stays writable."""
-CODE = 7
-FIRST = 8
-DOMID = 7
-PEER, PEER_BASE, PEER_PAGES = 8, 0x40000, 8
-"""A second domain, which grants."""
-_ADDR, _P, _RW = np.uint64(x86.PTE_ADDR), np.uint64(x86.PTE_P), np.uint64(x86.PTE_RW)
+from fuzz_greedy import *
 
 # Writes to memory at (%rdi) with %rax, and what they need besides: mov, xchg, lock cmpxchg %rcx, lock or, lock and,
 # mov of 1, 2 and 4 bytes, stosq, lock cmpxchg16b, lock btr $1, lock bts $1.
@@ -44,108 +31,6 @@ STORES = (
     b"\x88\x07", b"\x66\x89\x07", b"\x89\x07", b"\x48\xab", b"\xf0\x48\x0f\xc7\x0f",
     b"\xf0\x48\x0f\xba\x37\x01", b"\xf0\x48\x0f\xba\x2f\x01",
 )  # fmt: skip
-
-
-class GreedyEngine(FakeEngine):
-    """:ivar writable: frames that a cached translation may write; `readable` those it may read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.domain: Any = None
-        self.writable: set[int] = set()
-        self.readable: set[int] = set()
-        self.peer: Any = None
-        self.foreign: set[tuple[int, bool]] = set()
-
-    def load_cr3(self, mpa: int) -> None:
-        super().load_cr3(mpa)
-        self._forget()
-
-    def flush_all(self) -> None:
-        super().flush_all()
-        self._forget()
-
-    def _forget(self) -> None:
-        self.writable.clear()
-        self.readable.clear()
-        self.foreign.clear()
-
-    def walk_all(self) -> None:
-        """Cache everything that the tables in force map."""
-        domain = self.domain
-        table, base = domain.memory.array.reshape(-1, 512), domain.config.base_mfn
-        at = np.array([(self.regs.cr3 >> 12) - base])
-        allowed = True
-        for level in (4, 3, 2, 1):
-            entries = table[at]
-            if level == 4:
-                entries = entries.copy()
-                entries[:, 256:272] = 0
-            entries = entries[(entries & _P) != 0]
-            targets = ((entries & _ADDR) >> np.uint64(12)).astype(np.int64) - base
-            inside = (targets >= 0) & (targets < domain.frames.size)
-            for entry in entries[~inside].tolist():
-                self.foreign.add(((entry & x86.PTE_ADDR) >> 12, bool(entry & x86.PTE_RW)))
-            entries, targets = entries[inside], targets[inside]
-            if level > 1:
-                at = np.unique(targets)
-            else:
-                self.readable.update(targets.tolist())
-                self.writable.update(targets[(entries & _RW) != 0].tolist() if allowed else ())
-
-    def faults(self) -> list[str]:
-        """Frames that a stale translation reaches although it must not."""
-        frames = self.domain.frames
-        found = [f"a stale translation reads frame {i:#x}, given back" for i in self.readable if not frames.refs[i]]
-        for index in self.writable:
-            if frames.count[index] and L1 <= frames.kind[index] <= SEGDESC:
-                found.append(f"a stale translation writes frame {index:#x} of type {frames.kind[index]}")
-        frames = self.peer.frames
-        for mfn, writable in self.foreign:
-            index = mfn - PEER_BASE
-            if not 0 <= index < PEER_PAGES or frames.refs[index] < 2:
-                found.append(f"a stale translation reaches the granter's frame {index:#x} after the grant")
-            elif writable and (frames.kind[index] != WRITABLE or not frames.count[index]):
-                found.append(f"a stale translation writes the granter's frame {index:#x} of type {frames.kind[index]}")
-        return found
-
-
-class TableRig(Rig):
-    """A booted domain with few pages: random choices meet."""
-
-    def __init__(self) -> None:
-        super().__init__(pages=PAGES, vcpus=2)
-        greedy = GreedyEngine()
-        greedy.domain = self.domain
-        # The domain holds its engine in many places: it becomes a greedy one where it is.
-        self.engine.__class__ = GreedyEngine
-        self.engine.__dict__.update({k: v for k, v in greedy.__dict__.items() if k not in self.engine.__dict__})
-        self.engine.domain = self.domain
-        self.boot()
-        self.peer = self._make_peer()
-        self.engine.peer = self.peer
-        self.domain.vm_assist |= 1 << abi.VMASST_TYPE_writable_pagetables
-
-    def _make_peer(self) -> Domain:
-        config = MachineConfig(
-            "00000000-0000-0000-0000-000000000002", "peer", PEER, PEER_BASE, PEER_PAGES, PEER_PAGES, tsc_khz=2_000_000
-        )
-        mapping = mmap.mmap(-1, layout.total_frames(PEER_PAGES) * PAGE)
-        peer = Domain(config, mapping, FakeEngine(), Peers(), lambda _number, _port: None)
-        self.domain.grants.find_peer = lambda domid: peer.grants.own if domid == PEER else None
-        peer.grants.find_peer = lambda domid: self.domain.grants.own if domid == DOMID else None
-        return peer
-
-    def peer_faults(self) -> list[str]:
-        """The granter's counts, with what the grantee's mappings make of them."""
-        holds: list[tuple[int, int]] = []
-        for (mfn, writable), (_, count) in self.domain.tables.foreign._uses.items():
-            holds += [(mfn - PEER_BASE, WRITABLE if writable else NONE)] * count
-        for _, mapping in self.domain.grants.mapper.maptrack.items():
-            if mapping.domid == PEER and mapping.flags & abi.GNTMAP_device_map:
-                readonly = mapping.flags & abi.GNTMAP_readonly
-                holds.append((mapping.mfn - PEER_BASE, NONE if readonly else WRITABLE))
-        return [f"granter: {fault}" for fault in recount(self.peer.tables, holds)]
 
 
 class Steps:
@@ -257,13 +142,28 @@ class Steps:
             (abi.XENMEM_decrease_reservation, abi.XENMEM_populate_physmap, abi.XENMEM_increase_reservation)
         )
         many = rng.randrange(1, 3)
+        if rng.randrange(4) == 0:
+            self.exchange(many)
+            return
         frames = [
             self.frame() if command == abi.XENMEM_decrease_reservation else FIRST + rng.randrange(8)
             for _ in range(many)
         ]
-        image = struct.pack("<QQIIHxxxxxx", ARGUMENTS * PAGE + 64, many, 0, 0, abi.DOMID_SELF).ljust(64, b"\0")
+        order = rng.choice((0, 0, 0, 1, 2))
+        image = struct.pack("<QQIIHxxxxxx", ARGUMENTS * PAGE + 64, many, order, 0, abi.DOMID_SELF).ljust(64, b"\0")
         image += struct.pack(f"<{many}Q", *frames)
         self.call(abi.HYPERVISOR_memory_op, command, ARGUMENTS * PAGE, image=image)
+
+    def exchange(self, many: int) -> None:
+        """Single frames for single frames, or for pairs, or pairs for single ones."""
+        given, taken = self.rng.choice(((0, 0), (0, 1), (1, 0)))
+        at = ARGUMENTS * PAGE + 128
+        counts = many << taken, many << given
+        image = struct.pack("<QQIIHxxxxxx", at, counts[0], given, 0, abi.DOMID_SELF)
+        image += struct.pack("<QQIIHxxxxxxQ", at + 64, counts[1], taken, 0, abi.DOMID_SELF, 0)
+        image = image.ljust(128, b"\0") + struct.pack(f"<{counts[0]}Q", *[self.frame() for _ in range(counts[0])])
+        image = image.ljust(192, b"\0") + struct.pack(f"<{counts[1]}Q", *range(FIRST, FIRST + counts[1]))
+        self.call(abi.HYPERVISOR_memory_op, abi.XENMEM_exchange, ARGUMENTS * PAGE, image=image)
 
     def fill(self) -> None:
         """The guest writes a frame that it may write: through any translation, stale ones too."""
