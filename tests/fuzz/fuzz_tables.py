@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import random
 import struct
 from collections.abc import Callable
-from typing import Any
 
 import fuzz_checks
-import numpy as np
-from pv_rig import BASE, NX, PAGE, RO, ROOT, ROOT_L1, RW, FakeEngine, Peers, Rig
+from fuzz_greedy import ARGUMENTS, CODE, DOMID, FIRST, PAGES, PEER, PEER_BASE, PEER_PAGES, TableRig
+from pv_rig import BASE, NX, PAGE, RO, ROOT, ROOT_L1, RW
 
 from hypervisor import abi
-from hypervisor.domain import Domain, MachineConfig
 from hypervisor.engines import x86
 from hypervisor.errors import XenError
 from hypervisor.hypercalls import dispatch  # noqa: F401  the families register themselves
 from hypervisor.hypercalls.registry import REGISTRY, Continuation
-from hypervisor.memory import layout
-from hypervisor.memory.frames import L1, LEFT, NONE, SEGDESC, WRITABLE
-from hypervisor.memory.recount import recount
-from fuzz_greedy import *
+from hypervisor.memory.frames import L1, SEGDESC
 
 # Writes to memory at (%rdi) with %rax, and what they need besides: mov, xchg, lock cmpxchg %rcx, lock or, lock and,
 # mov of 1, 2 and 4 bytes, stosq, lock cmpxchg16b, lock btr $1, lock bts $1.
