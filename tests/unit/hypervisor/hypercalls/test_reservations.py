@@ -5,12 +5,13 @@ from __future__ import annotations
 import struct
 
 import pytest
-from pv_rig import BASE, FIRST_FREE, NX, PAGES, RO, ROOT_L1, RW, E, Rig, call, put
+from pv_rig import BASE, FIRST_FREE, NX, PAGES, RO, ROOT_L1, RW, E, Rig, call, code_of, put
 
 from hypervisor import abi
 from hypervisor.hypercalls.registry import Continuation
 from hypervisor.hypercalls.reservations import MAX_EXTENTS, START_EXTENT_SHIFT
 from hypervisor.memory.frames import FREE, HELD, L1, LEFT
+from hypervisor.memory.reservation import Taker
 from hypervisor.memory.xenarea import INVALID_M2P_ENTRY
 
 ARG, OUT, OTHER = (FIRST_FREE * 4096 + n * 4096 for n in range(3))
@@ -314,6 +315,19 @@ def test_no_block_for_many(rig: Rig) -> None:
     assert rig.snapshot() == before and rig.get(DATA * 4096, 4) == b"kept"
     assert trade(rig, [DATA], [1], flags=20) == (-E.ENOMEM, 0), "no frame lies below 2**20"
     assert rig.snapshot() == before
+    rig.check()
+
+
+def test_what_was_taken_for_an_exchange_that_fails_is_free_again(rig: Rig) -> None:
+    """Two frames for two below a border, where only one is free."""
+    ask(rig, POPULATE, 1, 2)
+    rig.unmap(DATA)
+    ask(rig, DECREASE, rig.mfn(DATA))
+    before = rig.snapshot()
+    low = Taker(rig.frames, 0, 0, (PAGES << 12).bit_length() - 1)
+    mfns = [rig.mfn(PAGES), rig.mfn(PAGES + 1)]
+    assert code_of(rig.domain.reservation.exchange, mfns, low, 2) == E.ENOMEM
+    assert rig.snapshot() == before and low.take() == DATA
     rig.check()
 
 
