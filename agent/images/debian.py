@@ -163,26 +163,41 @@ def read_member(package: Path, matches: Callable[[str], bool]) -> tuple[str, byt
 
     :raises ImageBuildFailed: the package has none, or is damaged.
     """
+    return read_members(package, matches, 1)[0]
+
+
+def read_members(package: Path, matches: Callable[[str], bool], count: int) -> list[tuple[str, bytes]]:
+    """The first `count` regular files whose paths match, in one pass: (path, content) in the package's order.
+
+    :raises ImageBuildFailed: the package has fewer, or is damaged.
+    """
     try:
         unpacker = subprocess.Popen(
             ["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
     except OSError as exc:
         raise ImageBuildFailed(f"dpkg-deb cannot be run ({exc.strerror}): install dpkg, or give files") from exc
+    found: list[tuple[str, bytes]] = []
     with unpacker:
         try:
             with tarfile.open(fileobj=unpacker.stdout, mode="r|") as archive:
                 for member in archive:
                     if member.isreg() and matches(member.name):
-                        content = archive.extractfile(member)
-                        if content is None or member.size > _MAX_MEMBER:
-                            raise ImageBuildFailed(f"{member.name} in {package.name} is too large")
-                        return member.name, content.read()
+                        found.append((member.name, _content(archive, member, package)))
+                        if len(found) == count:
+                            return found
         except (tarfile.TarError, EOFError) as exc:
             raise ImageBuildFailed(f"{package} is damaged: remove it and try again ({exc})") from exc
         finally:
-            unpacker.kill()  # what follows the member is of no interest
+            unpacker.kill()  # what follows the last member is of no interest
     raise ImageBuildFailed(f"{package.name} does not hold what the image needs")
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, package: Path) -> bytes:
+    content = archive.extractfile(member)
+    if content is None or member.size > _MAX_MEMBER:
+        raise ImageBuildFailed(f"{member.name} in {package.name} is too large")
+    return content.read()
 
 
 def run_command(command: Sequence[str], timeout: float, cwd: Path | None = None) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from agent.images.debian import read_member, run_command
+from agent.images.debian import read_member, read_members, run_command
 from agent.images.errors import ImageBuildFailed
 
 
@@ -38,3 +40,22 @@ def test_a_damaged_package(tmp_path: Path) -> None:
     package.write_bytes(b"!<arch>\nnonsense")
     with pytest.raises(ImageBuildFailed, match=r"x\.deb"):
         read_member(package, lambda name: True)
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb on this machine: install dpkg")
+def test_several_files_of_a_package(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for path, data in {"lib/a.ko": b"A", "lib/b.ko": b"B", "lib/c.txt": b"C", "lib/d.ko": b"D"}.items():
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        (tree / path).write_bytes(data)
+    (tree / "DEBIAN").mkdir()
+    (tree / "DEBIAN" / "control").write_text(
+        "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x>\nDescription: x\n"
+    )
+    package = tmp_path / "x.deb"
+    subprocess.run(["dpkg-deb", "-Zgzip", "--build", str(tree), str(package)], check=True, capture_output=True)
+    modules = read_members(package, lambda path: path.endswith(".ko"), 3)
+    assert sorted(modules) == [("./lib/a.ko", b"A"), ("./lib/b.ko", b"B"), ("./lib/d.ko", b"D")]
+    assert len(read_members(package, lambda path: path.endswith(".ko"), 2)) == 2
+    with pytest.raises(ImageBuildFailed, match="does not hold"):
+        read_members(package, lambda path: path.endswith(".ko"), 4)
