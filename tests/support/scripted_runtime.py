@@ -3,8 +3,8 @@
 The file begins with ``#scripted`` and holds one word a line: ``print TEXT``, ``wait`` (for ever, echoing
 typed lines and obeying control/shutdown), ``deaf`` (wait, obeying nothing), ``poweroff``, ``reboot``,
 ``crash``, ``segv``, ``raise``, ``spin``, ``await`` (until the process gets SIGUSR1), ``drop-host`` (the
-channel breaks), ``try CALL`` (a system call that must be refused), ``once WORD`` (only in the domain's first incarnation), ``die-in-build``,
-``hang-in-build``.
+channel breaks), ``try CALL`` (a system call that must be refused), ``once WORD`` (only in the domain's first
+incarnation), ``die-in-build``, ``hang-in-build``.
 """
 
 from __future__ import annotations
