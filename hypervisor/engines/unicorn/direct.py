@@ -97,6 +97,11 @@ class DirectRegisters:
         self._q[self._eflags] &= ~mask
 
     @property
+    def single_step(self) -> bool:
+        """RFLAGS.TF, without computing the rest."""
+        return bool(self._q[self._eflags] & x86.FLAG_TF)
+
+    @property
     def cr2(self) -> int:
         return self._q[self._cr + 2]
 

@@ -76,6 +76,7 @@ class UnicornEngine:
         self._code_stale = False
         self._pending: Callable[[], None] | None = None
         self._kicked = False
+        self._rechecked = -1
         self._map_base = 0
         self._hooks: list[Any] = []
         self._start = self._lib.uc_emu_start
@@ -231,6 +232,9 @@ class UnicornEngine:
     def _direct_intr(self, _uc: int, number: int, _data: int) -> None:
         try:
             error_code, software = self._direct.take_exception()  # type: ignore[union-attr]
+            rechecked, self._rechecked = self._rechecked, -1
+            if number == x86.DB and rechecked == self._direct.rip:  # type: ignore[union-attr]
+                return
             self._handler.exception(number, error_code, software)  # type: ignore[union-attr]
         except BaseException as exc:
             self._fail(exc)
@@ -250,6 +254,9 @@ class UnicornEngine:
             self._handler.syscall()  # type: ignore[union-attr]
         except BaseException as exc:
             self._fail(exc)
+        # The library looks at TF once more behind `syscall`. If the handler went to a program that is single-stepped,
+        # that would be the program's first step, taken before its first instruction: it must not count.
+        self._rechecked = regs.rip if regs.single_step else -1  # type: ignore[union-attr]
         # The library adds the length of `syscall` to whatever RIP is now.
         regs.rip = (regs.rip - 2) & x86.MASK64  # type: ignore[union-attr]
 
@@ -265,6 +272,8 @@ class UnicornEngine:
     # -- public hooks: note and stop
 
     def _public_intr(self, _uc: int, number: int, _data: int) -> None:
+        if number == x86.DB and self._pending is not None:
+            return  # the library's second look at TF behind a `syscall` that is still to be handled
         self._pending = lambda: self._public_exception(number)
         self._stop(self._handle)
 

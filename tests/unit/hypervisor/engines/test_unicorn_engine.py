@@ -51,12 +51,12 @@ class Recorder:
 class Bench:
     """An engine in ring 3 with identity-free paging: CODE rx, RO_DATA ro nx, two pages rw below STACK_TOP."""
 
-    def __init__(self, use_private: bool) -> None:
+    def __init__(self, use_private: bool, recorder: type[Recorder] = Recorder) -> None:
         self.memory = mmap.mmap(-1, SIZE)
         self.anchor = ctypes.c_char.from_buffer(self.memory)
         self.engine = create(use_private=use_private)
         self.engine.map_memory(BASE, SIZE, ctypes.addressof(self.anchor))
-        self.handler = Recorder(self.engine)
+        self.handler = recorder(self.engine)
         self.engine.set_handler(self.handler)
         self._table(1, 0, BASE + 0x2007)
         self._table(2, 0, BASE + 0x3007)
@@ -239,3 +239,24 @@ def test_dropped_translations_are_made_again(bench: Bench) -> None:
     bench.engine.drop_translations()
     bench.run(code)
     assert [s[2] for s in bench.handler.seen] == [7, 7]
+
+
+class Stepper(Recorder):
+    """Answers the first `syscall` by setting TF and going on behind it, as an iret to a traced program does."""
+
+    def syscall(self) -> None:
+        self.engine.regs.rflags = 0x202 | x86.FLAG_TF
+
+    def exception(self, vector: int, error_code: int, software: bool) -> None:
+        self.engine.regs.rflags = 0x202
+        super().exception(vector, error_code, software)
+
+
+@pytest.mark.parametrize("use_private", [True, False])
+def test_a_step_set_by_the_handler_is_taken_behind_one_instruction(use_private: bool) -> None:
+    """syscall; inc rbx; inc rbx; inc rbx"""
+    bench = Bench(use_private, Stepper)
+    bench.engine.regs.gpr[x86.RBX] = 0
+    seen = bench.run(bytes.fromhex("0f05 48ffc3 48ffc3 48ffc3"))
+    assert seen[0][:2] == ("exception", x86.DB)
+    assert (bench.engine.regs.gpr[x86.RBX], bench.engine.regs.rip) == (1, CODE + 5)
