@@ -1,6 +1,6 @@
 """Debian's GRUB for PV guests, of both word sizes, reaches its prompt.
 
-Needs the images of the package grub-xen-bin, in their place or in the folder that REEVE_GRUB_XEN names.
+Needs the images of the package grub-xen-host, in their place or in the folder that REEVE_GRUB_XEN names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IMAGES = {"grub-x86_64-xen.bin": Capability.PV, "grub-i386-xen.bin": Capability.
 
 pytestmark = pytest.mark.skipif(
     not all((FOLDER / name).is_file() for name in IMAGES),
-    reason=f"no GRUB images in {FOLDER}: install grub-xen-bin, or name their folder in REEVE_GRUB_XEN",
+    reason=f"no GRUB images in {FOLDER}: install grub-xen-host, or name their folder in REEVE_GRUB_XEN",
 )
 
 
