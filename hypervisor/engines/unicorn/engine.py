@@ -17,8 +17,9 @@ from typing import Any
 
 from hypervisor.engines import x86
 from hypervisor.engines.base import EngineError, TrapHandler
+from hypervisor.engines.tsc import read_tsc
 from hypervisor.engines.unicorn.codebuffer import CodeBuffer, executable_areas
-from hypervisor.engines.unicorn.direct import HF_CS64, DirectRegisters
+from hypervisor.engines.unicorn.direct import DirectRegisters
 from hypervisor.engines.unicorn.library import uc_const, uc_x86, unicorn
 from hypervisor.engines.unicorn.private import LIBRARY_PATH, Layout, handle_of
 from hypervisor.engines.unicorn.public import PublicRegisters
@@ -370,8 +371,6 @@ class UnicornEngine:
         return out[0].value, out[1].value, out[2].value, out[3].value
 
     def read_tsc(self) -> int:
-        from hypervisor.engines.tsc import read_tsc
-
         return read_tsc()
 
     def save_cpu(self) -> bytes:
@@ -383,10 +382,3 @@ class UnicornEngine:
             assert self.layout is not None
             self._f_cr3(self._env, self._direct.cr3)
         self._epoch += 1
-
-    @property
-    def long_mode(self) -> bool:
-        return bool(self.regs.long_mode_code)
-
-
-__all__ = ["CPU_MODEL", "HF_CS64", "UnicornEngine"]

@@ -23,7 +23,6 @@ _GPR_IDS = [getattr(uc_x86, f"UC_X86_REG_{name}") for name in GPR_NAMES]
 _XMM_IDS = [getattr(uc_x86, f"UC_X86_REG_XMM{i}") for i in range(16)]
 _FP_IDS = [getattr(uc_x86, f"UC_X86_REG_FP{i}") for i in range(8)]
 _FP_CONTROL_IDS = [uc_x86.UC_X86_REG_FPCW, uc_x86.UC_X86_REG_FPSW, uc_x86.UC_X86_REG_FPTAG, uc_x86.UC_X86_REG_MXCSR]
-_WITH_ERROR_CODE = (8, 10, 11, 12, 13, 14, 17)
 
 
 class _Gpr:
