@@ -2,18 +2,35 @@
 
 The same requests as a tool's go through the same code, so watches fire and the
 journal is kept. Values are text, as everything the toolstack writes is.
+
+A watch's callback is a function or a coroutine function. A coroutine runs as a
+task, one at a time for each watch; what changes meanwhile is told when it is
+done, each path once. However much a guest changes, no more than `MAX_WAITING`
+paths wait: beyond that the watched path itself is told, once. So a callback
+takes its path as a hint of where to look, and looks at what is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from hypervisor.xenstore import errors
 from hypervisor.xenstore.connection import Connection
 from hypervisor.xenstore.server import Server
 from hypervisor.xenstore.wire import Op, Packet, Parser
+
+LOG = logging.getLogger(__name__)
+
+MAX_WAITING = 256
+"""Changed paths that wait for a coroutine which is still at work on an earlier one."""
+
+Callback = Callable[[str], object]
+"""A function, or a coroutine function."""
 
 
 class Handle:
@@ -27,7 +44,7 @@ class Handle:
         self._parser = Parser()
         self._replies: dict[int, Packet] = {}
         self._requests = 0
-        self._callbacks: dict[bytes, Callable[[str], None]] = {}
+        self._watchers: dict[bytes, _Watcher] = {}
         self._tokens = 0
         self._tx = 0
         self._conn: Connection = server.connect(self, "host process")
@@ -79,30 +96,37 @@ class Handle:
         fields = [path.encode(), *(p.encode() for p in perms.split(","))]
         self._call(Op.SET_PERMS, b"".join(field + b"\0" for field in fields))
 
-    def watch(self, path: str, callback: Callable[[str], None]) -> Callable[[], None]:
+    def watch(self, path: str, callback: Callback, *, depth: int | None = None) -> Callable[[], None]:
         """Call `callback` with the changed path for each change at or below `path`, and once at first.
 
-        :returns: the function that ends it.
+        :param path: absolute, or ``@introduceDomain``, ``@releaseDomain``.
+        :param depth: levels below `path` that matter; None for all.
+        :returns: the function that ends it. A coroutine that is at work then is not interrupted.
+        :raises Invalid: no such path can be.
         """
         self._tokens += 1
         token = b"%d" % self._tokens
-        self._callbacks[token] = callback
+        self._watchers[token] = _Watcher(path, callback)
         fields = path.encode() + b"\0" + token + b"\0"
         try:
-            self._call(Op.WATCH, fields)
+            self._call(Op.WATCH, fields + (b"%d\0" % depth if depth is not None else b""))
         except errors.XenstoreError:
-            del self._callbacks[token]
+            del self._watchers[token]
             raise
 
         def unwatch() -> None:
-            if self._callbacks.pop(token, None) is not None:
-                self._call(Op.UNWATCH, fields)
+            watcher = self._watchers.pop(token, None)
+            if watcher is not None:
+                watcher.end()
+                self._call(Op.UNWATCH, fields, 0)
 
         return unwatch
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Everything within happens as a whole or, when it raises, not at all; not to be nested.
+
+        Nothing may be awaited within: every request of this handle belongs to the transaction until it ends.
 
         :raises Conflict: at the end; nothing happened, do it again. Since the host process has one thread,
             only what runs within the block can be in conflict with it.
@@ -116,7 +140,9 @@ class Handle:
         self._end(b"T\0")
 
     def close(self) -> None:
-        self._callbacks.clear()
+        for watcher in self._watchers.values():
+            watcher.end()
+        self._watchers.clear()
         self._server.disconnect(self._conn)
 
     # -- Endpoint ---------------------------------------------------------------------------------------------
@@ -141,9 +167,9 @@ class Handle:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _deliver(self, token: bytes, path: str) -> None:
-        callback = self._callbacks.get(token)
-        if callback is not None:
-            callback(path)
+        watcher = self._watchers.get(token)
+        if watcher is not None:
+            watcher.tell(path)
 
     def _end(self, word: bytes) -> None:
         # What the commit makes watches call is outside of it.
@@ -161,3 +187,43 @@ class Handle:
             what = payload.partition(b"\0")[0].decode("ascii", "replace")
             raise errors.from_errno_name(name, f"xenstore {op.name} {what}: {name.decode()}")
         return reply.payload
+
+
+class _Watcher:
+    """One watch's callback and what it is still to be told."""
+
+    def __init__(self, path: str, callback: Callback) -> None:
+        self._path = path
+        self._callback = callback
+        self._waiting: dict[str, None] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def tell(self, path: str) -> None:
+        if self._task is None:
+            coroutine = self._callback(path)
+            if asyncio.iscoroutine(coroutine):
+                self._task = asyncio.get_running_loop().create_task(self._run(coroutine))
+        elif len(self._waiting) < MAX_WAITING:
+            self._waiting[path] = None
+        else:
+            self._waiting = {self._path: None}
+
+    def end(self) -> None:
+        self._waiting.clear()
+
+    async def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        try:
+            while True:
+                try:
+                    await coroutine
+                except Exception:  # one change that could not be dealt with must not deafen the watch
+                    LOG.exception("xenstore watch on %s: its callback failed", self._path)
+                if not self._waiting:
+                    return
+                path = next(iter(self._waiting))
+                del self._waiting[path]
+                again = self._callback(path)
+                assert asyncio.iscoroutine(again), "a coroutine function is one each time"
+                coroutine = again
+        finally:
+            self._task = None

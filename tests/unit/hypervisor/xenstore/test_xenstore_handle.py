@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import pytest
 
 from hypervisor.xenstore import domain_nodes, errors
 from hypervisor.xenstore.domain_nodes import DomainNodes
-from hypervisor.xenstore.handle import Handle
+from hypervisor.xenstore.handle import MAX_WAITING, Handle
 from hypervisor.xenstore.wire import Op
 
 UUID = "46b436ae-d30c-47e2-b58b-605b58b46e26"
@@ -198,6 +199,78 @@ def test_a_closed_handle_hears_nothing(handle, world) -> None:
     handle.close()
     world.dom0.ask(Op.WRITE, b"/a\0v")
     assert seen == ["/a"]
+
+
+def test_a_watch_of_limited_depth(handle) -> None:
+    seen: list[str] = []
+    handle.watch("/a", seen.append, depth=1)
+    handle.write("/a/b/c", "x")
+    handle.write("/a/b", "x")
+    assert seen == ["/a", "/a/b"]
+
+
+def test_a_special_watch(handle, world) -> None:
+    seen: list[str] = []
+    handle.watch("@introduceDomain", seen.append)
+    world.domain(3)
+    assert seen == ["@introduceDomain", "@introduceDomain"]
+
+
+class Slow:
+    """A coroutine as callback that is at work until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.go_on = asyncio.Event()
+
+    async def __call__(self, path: str) -> None:
+        self.seen.append(path)
+        await self.go_on.wait()
+        if path == "/a/fails":
+            raise ZeroDivisionError
+
+
+async def settled() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def test_a_coroutine_is_called_again_when_it_is_done(world) -> None:
+    async def body() -> None:
+        handle = Handle(world.server, asyncio.get_running_loop().call_soon)
+        slow = Slow()
+        end = handle.watch("/a", slow)
+        await settled()
+        for path in ("/a/fails", "/a/c", "/a/fails", "/a/c"):
+            handle.write(path, "x")
+        await settled()
+        assert slow.seen == ["/a"]
+        slow.go_on.set()
+        await settled()
+        assert slow.seen == ["/a", "/a/fails", "/a/c"]  # one that failed does not end the watch
+        handle.write("/a/d", "x")
+        end()
+        await settled()
+        assert slow.seen[3:] == []
+
+    asyncio.run(body())
+
+
+def test_what_waits_for_a_coroutine_has_a_bound(world) -> None:
+    async def body() -> None:
+        handle = Handle(world.server, asyncio.get_running_loop().call_soon)
+        slow = Slow()
+        handle.watch("/a", slow)
+        await settled()
+        for number in range(MAX_WAITING + 1):
+            handle.write(f"/a/{number}", "x")
+        handle.write("/a/last", "x")
+        await settled()
+        slow.go_on.set()
+        await settled()
+        assert slow.seen == ["/a", "/a", "/a/last"]
+
+    asyncio.run(body())
 
 
 def test_a_domain_looks_as_libxl_makes_it(handle) -> None:
