@@ -20,6 +20,11 @@
          │   ├─ KernelNotXen       kernel.no_xen_notes
          │   └─ KernelPvhOnly      kernel.pvh_only
          ├─ RamdiskInvalid         ramdisk.invalid
+         ├─ DeviceNotFound         device.not_found
+         ├─ DeviceExists           device.exists       the id, or a MAC, is taken
+         ├─ ImageInvalid           image.invalid       missing, unreadable, another format, outside the allowed folders
+         ├─ ImageInUse             image.in_use        by another domain
+         ├─ NetworkUnknown         network.unknown
          ├─ Unsupported            driver.unsupported  this driver cannot do that (see its capabilities)
          ├─ HostUnavailable        host.unavailable    retryable; the host process does not answer
          ├─ OperationTimeout       domain.timeout      retryable
@@ -120,6 +125,26 @@ class KernelPvhOnly(KernelInvalid):
 
 class RamdiskInvalid(ToolstackError):
     code = "ramdisk.invalid"
+
+
+class DeviceNotFound(ToolstackError):
+    code = "device.not_found"
+
+
+class DeviceExists(ToolstackError):
+    code = "device.exists"
+
+
+class ImageInvalid(ToolstackError):
+    code = "image.invalid"
+
+
+class ImageInUse(ToolstackError):
+    code = "image.in_use"
+
+
+class NetworkUnknown(ToolstackError):
+    code = "network.unknown"
 
 
 class Unsupported(ToolstackError):

@@ -24,8 +24,9 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from hypervisor.errors import SpecInvalid
+from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec, check_devices
 
-API_VERSION = (1, 0)
+API_VERSION = (1, 1)
 
 MAX_VCPUS = 32
 """Most vCPUs of one domain (the white paper's bound; the legacy vcpu_info slots of shared_info)."""
@@ -75,7 +76,12 @@ class Capability(enum.StrEnum):
     SMP = "smp"
     CONSOLE = "console"
     REBOOT = "reboot"
-    RESIZE = "resize"
+    DISK = "disk"
+    NIC = "nic"
+    HOTPLUG = "hotplug"  # devices attached and detached while the domain runs
+    RESIZE = "resize"  # vCPUs, memory and disks while the domain runs
+    SYSRQ = "sysrq"
+    DUMP_CORE = "dump-core"
     SAVE = "save"
     LIVE_MIGRATION = "live-migration"
     ADOPTION = "adoption"  # domains survive a restart of the host process
@@ -106,6 +112,9 @@ class DomainSpec:
     :ivar vcpus: vCPUs online at boot, 1..32.
     :ivar max_vcpus: most vCPUs, >= vcpus; 0 means the same as vcpus.
     :ivar owner: marker that proves the domain is the agent's (ours); empty means foreign.
+    :ivar disks, nics: devices at boot; ids, MACs and unshared paths are unique.
+    :ivar weight: share of the CPU against others under load, 1..65535, 256 being usual (credit scheduler).
+    :ivar cap: most CPU it gets, percent of one CPU; 0 means no cap.
     """
 
     uuid: str
@@ -121,6 +130,10 @@ class DomainSpec:
     on_crash: OnEvent = OnEvent.PRESERVE
     owner: str = ""
     metadata: tuple[tuple[str, str], ...] = ()
+    disks: tuple[DiskSpec, ...] = ()
+    nics: tuple[NicSpec, ...] = ()
+    weight: int = 256
+    cap: int = 0
 
     def validate(self) -> None:
         """:raises SpecInvalid: with the field, what is wrong and what would be right."""
@@ -144,6 +157,8 @@ class DomainSpec:
             raise SpecInvalid("boot.cmdline is longer than 1023 bytes: Xen's start_info holds no more")
         if "\0" in self.boot.cmdline:
             raise SpecInvalid("boot.cmdline holds a NUL byte: remove it")
+        check_scheduling(self.weight, self.cap)
+        check_devices(self.disks, self.nics)
 
     @property
     def effective_max_vcpus(self) -> int:
@@ -156,6 +171,8 @@ class DomainSpec:
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         data["metadata"] = dict(self.metadata)
+        data["disks"] = [disk.to_json() for disk in self.disks]
+        data["nics"] = [nic.to_json() for nic in self.nics]
         return data
 
     @classmethod
@@ -174,6 +191,8 @@ class DomainSpec:
                     fields[name] = OnEvent(fields[name])
             metadata = fields.get("metadata", {})
             fields["metadata"] = tuple(sorted((str(k), str(v)) for k, v in dict(metadata).items()))
+            fields["disks"] = tuple(DiskSpec.from_json(item) for item in fields.get("disks", ()))
+            fields["nics"] = tuple(NicSpec.from_json(item) for item in fields.get("nics", ()))
             spec = cls(**fields)
         except (KeyError, TypeError, ValueError) as exc:
             raise SpecInvalid(f"domain spec is not usable: {exc}") from exc
@@ -185,6 +204,8 @@ class DomainSpec:
             ("vcpus", int),
             ("max_vcpus", int),
             ("max_memory_mib", int),
+            ("weight", int),
+            ("cap", int),
         ):
             value = getattr(spec, name)
             if not isinstance(value, kind) or isinstance(value, bool):
@@ -202,6 +223,9 @@ class DomainInfo:
     """What is known of a domain now.
 
     :ivar cpu_time_ns: CPU time used by its vCPUs, nanoseconds.
+    :ivar vcpus: vCPUs that are online, of `max_vcpus` (0: not known).
+    :ivar memory_mib: memory it has now; `memory_target_mib` what it is asked to have, `max_memory_mib` its static
+        maximum (0: not known).
     :ivar shutdown_reason: set when state is SHUTDOWN or CRASHED.
     :ivar created_at: seconds since the epoch.
     :ivar detail: one line for a human, for example why it crashed.
@@ -220,6 +244,9 @@ class DomainInfo:
     created_at: float = 0.0
     detail: str = ""
     metadata: tuple[tuple[str, str], ...] = ()
+    max_vcpus: int = 0
+    memory_target_mib: int = 0
+    max_memory_mib: int = 0
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
@@ -356,11 +383,73 @@ class Toolstack(Protocol):
 
     def open_console(self, uuid: str) -> Console: ...
 
+    # -- devices: `Capability.DISK`, `NIC`; while the domain runs also `HOTPLUG`
+
+    def list_devices(self, uuid: str) -> list[DeviceInfo]:
+        """Disks, then nics, each by id."""
+
+    def attach_disk(self, uuid: str, disk: DiskSpec) -> DeviceInfo:
+        """Give a domain one more disk; it becomes part of its spec. Returns before the guest has taken it up.
+
+        No effect if the same disk is attached. :raises SpecInvalid, DeviceExists, ImageInvalid, ImageInUse.
+        """
+
+    def attach_nic(self, uuid: str, nic: NicSpec) -> DeviceInfo:
+        """As `attach_disk`. :raises SpecInvalid, DeviceExists (also for a MAC in use on the host)."""
+
+    def detach_device(self, uuid: str, kind: str, ident: str, timeout: float, *, force: bool = False) -> None:
+        """Ask the guest to let go of a device and take it away; no effect if there is none.
+
+        :param kind: ``disk`` or ``nic``.
+        :param timeout: seconds the guest has.
+        :param force: take it away when the guest has not let go in time.
+        :raises OperationTimeout: the guest keeps it; it is attached still.
+        """
+
+    # -- resize: `Capability.RESIZE`
+
+    def set_vcpus(self, uuid: str, vcpus: int) -> None:
+        """Ask the guest to have that many vCPUs online, 1..max_vcpus; returns at once. It becomes part of its spec."""
+
+    def set_memory(self, uuid: str, memory_mib: int) -> None:
+        """Set the balloon's target, at most the static maximum; returns at once. Part of its spec from then on.
+
+        :raises SpecInvalid: beyond the static maximum. :raises InsufficientMemory: the host has not got it.
+        """
+
+    def resize_disk(self, uuid: str, disk: str, size_bytes: int) -> DeviceInfo:
+        """Make a disk's image larger, and let the guest see it; a whole number of 512-byte sectors.
+
+        :raises SpecInvalid: smaller than it is. :raises DeviceNotFound, HostFailure: no space.
+        """
+
+    def set_scheduling(self, uuid: str, weight: int, cap: int) -> None:
+        """Set `DomainSpec.weight` and `cap`."""
+
+    # -- looking inside
+
+    def stats(self, uuid: str) -> dict[str, Any]:
+        """Counters for people: at least ``cpu_time_ns``, ``vcpus``, ``memory_mib``, ``devices`` (as `list_devices`)."""
+
+    def sysrq(self, uuid: str, key: str) -> None:
+        """Send a magic SysRq key, one letter or digit (control/sysrq). `Capability.SYSRQ`."""
+
+    def dump_core(self, uuid: str, path: str) -> None:
+        """Write the domain's memory and registers to a new file on the host. `Capability.DUMP_CORE`."""
+
     def subscribe(self, listener: Callable[[DomainEvent], None]) -> Callable[[], None]:
         """Call `listener` (in a thread of the driver) for each event; returns the unsubscribe function."""
 
     def close(self) -> None:
         """Release the connection; domains are not touched."""
+
+
+def check_scheduling(weight: int, cap: int) -> None:
+    """:raises SpecInvalid: out of range."""
+    if not 1 <= weight <= 65535:
+        raise SpecInvalid(f"weight is {weight}: give 1 to 65535, 256 being usual")
+    if not 0 <= cap <= 100 * MAX_VCPUS:
+        raise SpecInvalid(f"cap is {cap}: give percent of one CPU, at most {100 * MAX_VCPUS}, or 0 for none")
 
 
 def _check_uuid(text: str) -> None:

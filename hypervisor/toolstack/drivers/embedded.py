@@ -23,6 +23,7 @@ from hypervisor.toolstack.api import (
     DomainState,
     HostInfo,
 )
+from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec
 from hypervisor.toolstack.drivers._embedded_client import Client, SocketConsole
 
 LOG = logging.getLogger(__name__)
@@ -117,11 +118,50 @@ class EmbeddedToolstack:
     def open_console(self, uuid: str) -> Console:
         return SocketConsole(self._path, uuid)
 
+    # -- devices and resize
+
+    def list_devices(self, uuid: str) -> list[DeviceInfo]:
+        return [DeviceInfo.from_json(item) for item in self._look("device.list", BUILD, uuid=uuid)]
+
+    def attach_disk(self, uuid: str, disk: DiskSpec) -> DeviceInfo:
+        return self._device("device.attach", uuid, kind="disk", spec=disk.to_json())
+
+    def attach_nic(self, uuid: str, nic: NicSpec) -> DeviceInfo:
+        return self._device("device.attach", uuid, kind="nic", spec=nic.to_json())
+
+    def detach_device(self, uuid: str, kind: str, ident: str, timeout: float, *, force: bool = False) -> None:
+        args = {"uuid": uuid, "kind": kind, "id": ident, "timeout": float(timeout), "force": int(force)}
+        self._client.call("device.detach", args, timeout + QUICK)
+
+    def resize_disk(self, uuid: str, disk: str, size_bytes: int) -> DeviceInfo:
+        return self._device("device.resize", uuid, id=disk, size_bytes=size_bytes)
+
+    def set_vcpus(self, uuid: str, vcpus: int) -> None:
+        self._client.call("domain.set_vcpus", {"uuid": uuid, "vcpus": vcpus}, BUILD)
+
+    def set_memory(self, uuid: str, memory_mib: int) -> None:
+        self._client.call("domain.set_memory", {"uuid": uuid, "memory_mib": memory_mib}, BUILD)
+
+    def set_scheduling(self, uuid: str, weight: int, cap: int) -> None:
+        self._client.call("domain.set_scheduling", {"uuid": uuid, "weight": weight, "cap": cap}, BUILD)
+
+    def stats(self, uuid: str) -> dict[str, Any]:
+        return dict(self._look("domain.stats", uuid=uuid))
+
+    def sysrq(self, uuid: str, key: str) -> None:
+        self._client.call("domain.sysrq", {"uuid": uuid, "key": key}, QUICK)
+
+    def dump_core(self, uuid: str, path: str) -> None:
+        self._client.call("domain.dump_core", {"uuid": uuid, "path": path}, 10 * BUILD)
+
     def subscribe(self, listener: Callable[[DomainEvent], None]) -> Callable[[], None]:
         return self._client.subscribe(listener)
 
     def close(self) -> None:
         self._client.close()
+
+    def _device(self, verb: str, uuid: str, **args: Any) -> DeviceInfo:
+        return DeviceInfo.from_json(self._client.call(verb, {"uuid": uuid, **args}, BUILD))
 
     def _act(self, verb: str, uuid: str) -> None:
         self._client.call(verb, {"uuid": uuid}, BUILD)

@@ -48,6 +48,7 @@ from hypervisor.toolstack.api import (
 from hypervisor.toolstack.drivers import _fake_guest as guest
 from hypervisor.toolstack.drivers._fake_console import FakeConsole, follow_events
 from hypervisor.toolstack.drivers._fake_store import FakeDomain, Store
+from hypervisor.toolstack.drivers._optional import OptionalVerbs
 
 DRIVER_VERSION = "1"
 CAPABILITIES = frozenset(
@@ -71,7 +72,7 @@ def create(settings: Mapping[str, str]) -> FakeToolstack:
     )
 
 
-class FakeToolstack:
+class FakeToolstack(OptionalVerbs):
     """A `hypervisor.toolstack.api.Toolstack` over a simulated host.
 
     :param state_dir: where the host's state lives; None keeps it in this object only.

@@ -1,0 +1,51 @@
+"""The verbs that a driver may lack: each refuses, naming the capability that is missing."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from hypervisor.errors import Unsupported
+from hypervisor.toolstack.api import Capability
+from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec
+
+
+class OptionalVerbs:
+    """Base of a driver: it overrides what it can do, and says so in its capabilities."""
+
+    name: str
+
+    def _lacks(self, capability: Capability) -> NoReturn:
+        raise Unsupported(f"the {self.name} driver cannot do this (it lacks {capability}): see reeve host show")
+
+    def list_devices(self, uuid: str) -> list[DeviceInfo]:
+        return []
+
+    def attach_disk(self, uuid: str, disk: DiskSpec) -> DeviceInfo:
+        self._lacks(Capability.DISK)
+
+    def attach_nic(self, uuid: str, nic: NicSpec) -> DeviceInfo:
+        self._lacks(Capability.NIC)
+
+    def detach_device(self, uuid: str, kind: str, ident: str, timeout: float, *, force: bool = False) -> None:
+        self._lacks(Capability.HOTPLUG)
+
+    def set_vcpus(self, uuid: str, vcpus: int) -> None:
+        self._lacks(Capability.RESIZE)
+
+    def set_memory(self, uuid: str, memory_mib: int) -> None:
+        self._lacks(Capability.RESIZE)
+
+    def resize_disk(self, uuid: str, disk: str, size_bytes: int) -> DeviceInfo:
+        self._lacks(Capability.RESIZE)
+
+    def set_scheduling(self, uuid: str, weight: int, cap: int) -> None:
+        self._lacks(Capability.RESIZE)
+
+    def stats(self, uuid: str) -> dict[str, Any]:
+        self._lacks(Capability.RESIZE)
+
+    def sysrq(self, uuid: str, key: str) -> None:
+        self._lacks(Capability.SYSRQ)
+
+    def dump_core(self, uuid: str, path: str) -> None:
+        self._lacks(Capability.DUMP_CORE)
