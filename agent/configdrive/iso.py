@@ -1,0 +1,72 @@
+"""An ISO 9660 image with Joliet and Rock Ridge names, written atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pycdlib
+
+from agent.errors import InstructionError
+
+MAX_BYTES = 8 << 20
+"""More than any config drive needs; a bound for what one message can put on the disk."""
+
+
+def write_iso(path: Path, label: str, files: Mapping[str, bytes]) -> None:
+    """Write `files` (path in the image → content) to `path`, mode 0600 since user data holds secrets.
+
+    :raises InstructionError: it would be larger than `MAX_BYTES`, or the disk does not take it.
+    """
+    if sum(map(len, files.values())) > MAX_BYTES:
+        raise InstructionError("instruction.bad_args", f"first_boot: more than {MAX_BYTES} bytes")
+    image = _image(label, files)
+    temporary = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
+            file.write(image)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise InstructionError(
+            "host.failure", f"config drive {path} cannot be written: {exc.strerror}; free space or correct its rights"
+        ) from exc
+
+
+def _image(label: str, files: Mapping[str, bytes]) -> bytes:
+    iso = pycdlib.PyCdlib()
+    iso.new(interchange_level=3, joliet=3, rock_ridge="1.09", vol_ident=label, sys_ident="LINUX")
+    try:
+        made: dict[str, str] = {"": ""}
+        for number, (path, content) in enumerate(sorted(files.items())):
+            folder = ""
+            *parents, name = path.split("/")
+            for part in parents:
+                inside = f"{folder}/{part}".lstrip("/")
+                if inside not in made:
+                    made[inside] = f"{made[folder]}/D{len(made)}"
+                    iso.add_directory(made[inside], rr_name=part, joliet_path=f"/{inside}")
+                folder = inside
+            # Plain ISO names are eight capitals; cloud-init reads the Rock Ridge or Joliet ones.
+            iso.add_fp(
+                io.BytesIO(content),
+                len(content),
+                f"{made[folder]}/F{number}.;1",
+                rr_name=name,
+                joliet_path=f"/{path}",
+            )
+        output = io.BytesIO()
+        iso.write_fp(output)
+        return output.getvalue()
+    finally:
+        iso.close()
