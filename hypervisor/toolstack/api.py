@@ -168,6 +168,15 @@ class DomainSpec:
     def effective_max_memory_mib(self) -> int:
         return self.max_memory_mib or self.memory_mib
 
+    def with_vcpus(self, vcpus: int) -> DomainSpec:
+        """So many online; the most it may have stays, also where it was not spelt out."""
+        return dataclasses.replace(self, vcpus=vcpus, max_vcpus=max(vcpus, self.effective_max_vcpus))
+
+    def with_memory(self, memory_mib: int) -> DomainSpec:
+        """So much memory; the static maximum stays, also where it was not spelt out."""
+        most = max(memory_mib, self.effective_max_memory_mib)
+        return dataclasses.replace(self, memory_mib=memory_mib, max_memory_mib=most)
+
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         data["metadata"] = dict(self.metadata)
@@ -220,7 +229,7 @@ class DomainSpec:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DomainInfo:
-    """What is known of a domain now.
+    """What is known of a domain now: of the present run, where its spec was changed for the next one.
 
     :ivar cpu_time_ns: CPU time used by its vCPUs, nanoseconds.
     :ivar vcpus: vCPUs that are online, of `max_vcpus` (0: not known).
@@ -409,33 +418,59 @@ class Toolstack(Protocol):
     # -- resize: `Capability.RESIZE`
 
     def set_vcpus(self, uuid: str, vcpus: int) -> None:
-        """Ask the guest to have that many vCPUs online, 1..max_vcpus; returns at once. It becomes part of its spec."""
+        """Ask the guest to have that many vCPUs online, 1..max_vcpus; returns at once.
+
+        It becomes part of its spec (`DomainSpec.with_vcpus`). `DomainInfo.vcpus` follows as the guest does.
+        :raises SpecInvalid: beyond the maximum of the present run. :raises WrongState: it has ended.
+        """
 
     def set_memory(self, uuid: str, memory_mib: int) -> None:
-        """Set the balloon's target, at most the static maximum; returns at once. Part of its spec from then on.
+        """Set the balloon's target, at most the static maximum; returns at once.
 
-        :raises SpecInvalid: beyond the static maximum. :raises InsufficientMemory: the host has not got it.
+        It becomes part of its spec (`DomainSpec.with_memory`). `DomainInfo.memory_mib` follows as the guest does.
+        :raises SpecInvalid: beyond the static maximum of the present run. :raises WrongState: it has ended.
+        :raises InsufficientMemory: the host has not got it.
+        """
+
+    def redefine(self, uuid: str, spec: DomainSpec) -> None:
+        """Replace the spec that the domain is built from when it starts next (reboot, reset); what runs stays as it is.
+
+        Metadata and ``on_poweroff``, ``on_reboot``, ``on_crash`` count at once; weight and cap with the next start.
+        UUID, name, owner, type, disks and nics must be those it has. Allowed in every state, also when it has ended.
+        :raises SpecInvalid: it differs in what must stay. :raises InsufficientVcpus: more than the host can give.
         """
 
     def resize_disk(self, uuid: str, disk: str, size_bytes: int) -> DeviceInfo:
         """Make a disk's image larger, and let the guest see it; a whole number of 512-byte sectors.
 
-        :raises SpecInvalid: smaller than it is. :raises DeviceNotFound, HostFailure: no space.
+        No effect if it has that size. A driver never makes a disk smaller.
+        :raises SpecInvalid: smaller than it is, no whole sectors, or read-only. :raises DeviceNotFound: no such disk.
+        :raises HostFailure: no space.
         """
 
     def set_scheduling(self, uuid: str, weight: int, cap: int) -> None:
-        """Set `DomainSpec.weight` and `cap`."""
+        """Set `DomainSpec.weight` and `cap`, at once and in its spec. :raises SpecInvalid: out of range."""
 
     # -- looking inside
 
     def stats(self, uuid: str) -> dict[str, Any]:
-        """Counters for people: at least ``cpu_time_ns``, ``vcpus``, ``memory_mib``, ``devices`` (as `list_devices`)."""
+        """Counters for people: at least ``cpu_time_ns``, ``vcpus``, ``memory_mib``, ``devices`` (as `list_devices`).
+
+        ``memory_min_mib``, where the guest or the driver knows it, is the least memory the guest can do with.
+        """
 
     def sysrq(self, uuid: str, key: str) -> None:
-        """Send a magic SysRq key, one letter or digit (control/sysrq). `Capability.SYSRQ`."""
+        """Send a magic SysRq key, one letter or digit (control/sysrq). `Capability.SYSRQ`.
+
+        :raises SpecInvalid: another key. :raises WrongState: it has ended.
+        """
 
     def dump_core(self, uuid: str, path: str) -> None:
-        """Write the domain's memory and registers to a new file on the host. `Capability.DUMP_CORE`."""
+        """Write the domain's memory and registers to a new file on the host. `Capability.DUMP_CORE`.
+
+        The file appears when it is whole (written under another name beside it), with mode 0600.
+        :raises SpecInvalid: the path is not absolute, or something is there already. :raises HostFailure: no space.
+        """
 
     def subscribe(self, listener: Callable[[DomainEvent], None]) -> Callable[[], None]:
         """Call `listener` (in a thread of the driver) for each event; returns the unsubscribe function."""

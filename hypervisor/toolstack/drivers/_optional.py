@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from hypervisor.errors import Unsupported
-from hypervisor.toolstack.api import Capability
+from hypervisor.toolstack.api import Capability, DomainSpec
 from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec
 
 
@@ -15,7 +15,7 @@ class OptionalVerbs:
     name: str
 
     def _lacks(self, capability: Capability) -> NoReturn:
-        raise Unsupported(f"the {self.name} driver cannot do this (it lacks {capability}): see reeve host show")
+        raise Unsupported(f"the {self.name} driver cannot do this (it lacks {capability}): see reeve node show")
 
     def list_devices(self, uuid: str) -> list[DeviceInfo]:
         return []
@@ -33,6 +33,9 @@ class OptionalVerbs:
         self._lacks(Capability.RESIZE)
 
     def set_memory(self, uuid: str, memory_mib: int) -> None:
+        self._lacks(Capability.RESIZE)
+
+    def redefine(self, uuid: str, spec: DomainSpec) -> None:
         self._lacks(Capability.RESIZE)
 
     def resize_disk(self, uuid: str, disk: str, size_bytes: int) -> DeviceInfo:

@@ -142,6 +142,10 @@ class EmbeddedToolstack:
     def set_memory(self, uuid: str, memory_mib: int) -> None:
         self._client.call("domain.set_memory", {"uuid": uuid, "memory_mib": memory_mib}, BUILD)
 
+    def redefine(self, uuid: str, spec: DomainSpec) -> None:
+        spec.validate()
+        self._client.call("domain.redefine", {"uuid": uuid, "spec": spec.to_json()}, QUICK)
+
     def set_scheduling(self, uuid: str, weight: int, cap: int) -> None:
         self._client.call("domain.set_scheduling", {"uuid": uuid, "weight": weight, "cap": cap}, BUILD)
 
