@@ -286,7 +286,7 @@ def run_child(
     code = 1
     try:
         sandbox.close_other_fds([0, 1, 2, *fds])
-        _own_surroundings(request, fds[1], log_level)
+        own_surroundings(f"reeve-dom{request.domid}", fds[1], log_level)
         process = DomainProcess(
             request,
             Handles.unpack(fds[2:]),
@@ -303,8 +303,8 @@ def run_child(
         os._exit(code)
 
 
-def _own_surroundings(request: BuildRequest, log_fd: int, log_level: int) -> None:
-    """Own session, own log, default signals."""
+def own_surroundings(name: str, log_fd: int, log_level: int) -> None:
+    """Own session, own log, default signals. :param name: for people; the kernel keeps 15 bytes."""
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
@@ -319,8 +319,7 @@ def _own_surroundings(request: BuildRequest, log_fd: int, log_level: int) -> Non
         level=log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
     faulthandler.enable(2)
-    name = f"reeve-dom{request.domid}".encode()[:15]
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, name, 0, 0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
 
 
 def _ended_json(ended: Ended) -> dict[str, Any]:

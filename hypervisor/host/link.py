@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import select
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hypervisor.errors import HostFailure, HostUnavailable, from_json
@@ -37,16 +37,21 @@ class Link:
         channel.setblocking(False)
         self._loop.add_reader(channel.fileno(), self.read_one)
 
-    async def request(self, op: str, timeout: float) -> dict[str, Any]:
-        """:raises HostUnavailable: no answer in time, or the other end is gone. :raises ToolstackError: its answer."""
+    async def request(
+        self, op: str, timeout: float, fields: Mapping[str, Any] | None = None, fds: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        """:param fields: of the message, besides ``op`` and ``id``.
+
+        :raises HostUnavailable: no answer in time, or the other end is gone. :raises ToolstackError: its answer.
+        """
         number = next(self._numbers)
         future: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self._waiting[number] = future
         try:
-            self.send({"op": op, "id": number})
+            self.send({**(fields or {}), "op": op, "id": number}, fds)
             return await asyncio.wait_for(future, timeout)
         except TimeoutError:
-            raise HostUnavailable(f"the domain process did not answer {op!r} within {timeout:g} s: try again") from None
+            raise HostUnavailable(f"the process did not answer {op!r} within {timeout:g} s: try again") from None
         finally:
             self._waiting.pop(number, None)
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hypervisor.errors import HostFailure, from_json
@@ -87,8 +87,15 @@ class ProcessHold:
             return False
         return True
 
-    async def request(self, op: str, timeout: float = REQUEST_TIMEOUT) -> dict[str, Any]:
-        return await self.link.request(op, timeout)
+    async def request(
+        self,
+        op: str,
+        timeout: float = REQUEST_TIMEOUT,
+        fields: Mapping[str, Any] | None = None,
+        fds: Sequence[int] = (),
+    ) -> dict[str, Any]:
+        """As `Link.request`."""
+        return await self.link.request(op, timeout, fields, fds)
 
     def listen(self, port: int, notified: Callable[[], None]) -> None:
         """Call `notified` when the guest signals `port`, at once if it has while nobody listened."""

@@ -1,4 +1,4 @@
-"""What a domain process gives up before guest code runs.
+"""What a domain process gives up before guest code runs, and a driver process before it sees a guest's ring.
 
 Three lines, one behind the other:
 
@@ -45,6 +45,7 @@ _LANDLOCK_SCOPE_BITS = 2
 
 MAX_OPEN_FILES = 64
 MAX_FILE_SIZE = 4 << 20
+NO_LIMIT = resource.RLIM_INFINITY
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,13 +64,14 @@ class Report:
         return {"seccomp": self.seccomp, "landlock": self.landlock, "missing": list(self.missing)}
 
 
-def restrict() -> Report:
+def restrict(*, max_file_size: int = MAX_FILE_SIZE, max_open_files: int = MAX_OPEN_FILES) -> Report:
     """Lines 1 and 2, for the calling thread and those it starts: call it before the first one, after the last file.
 
+    :param max_file_size: bytes to which a file may be written, or `NO_LIMIT`.
     :raises HostFailure: the kernel is none of this century.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    _limits()
+    _limits(max_file_size, max_open_files)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise HostFailure(f"the kernel refuses no_new_privs: {os.strerror(ctypes.get_errno())}")
     missing = list(_drop_capabilities(libc))
@@ -79,13 +81,14 @@ def restrict() -> Report:
     return Report(False, landlock, tuple(missing))
 
 
-def lock_down(report: Report, *, required: bool) -> Report:
+def lock_down(report: Report, *, required: bool, driver: bool = False) -> Report:
     """Line 3, for all threads of this process; after `restrict`.
 
+    :param driver: this is a driver process.
     :param required: without seccomp refuse to go on.
     :raises HostFailure: seccomp is required and missing.
     """
-    reason = seccomp.install(ctypes.CDLL(None, use_errno=True))
+    reason = seccomp.install(ctypes.CDLL(None, use_errno=True), driver=driver)
     missing = report.missing
     if reason:
         if required:
@@ -119,10 +122,12 @@ def close_other_fds(keep: Iterable[int]) -> None:
     os.closerange(start, max(start, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
 
 
-def _limits() -> None:
+def _limits(max_file_size: int, max_open_files: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_SIZE, MAX_FILE_SIZE))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, MAX_OPEN_FILES))
+    if max_file_size != NO_LIMIT:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max_open_files, hard), min(max_open_files, hard)))
     # RLIMIT_NPROC counts the user's processes on the whole machine and would stop threads as well:
     # that no process is made is the filter's work (clone without CLONE_THREAD).
 

@@ -1,4 +1,4 @@
-"""The seccomp filter of a domain process: an allow-list in classic BPF.
+"""The seccomp filters of domain and driver processes: allow-lists in classic BPF.
 
 Numbers are those of x86-64 (asm/unistd_64.h); a call by another architecture's
 entry (32-bit, x32) ends the process, because its numbers mean something else.
@@ -33,6 +33,7 @@ _PR_SET_NAME = 15
 _PR_SET_VMA = 0x5356_4D41
 _SOL_SOCKET = 1
 _FCNTL_FLAGS = (1, 2, 3, 4)  # F_GETFD, F_SETFD, F_GETFL, F_SETFL; not F_SETOWN, which sends signals
+_F_DUPFD_CLOEXEC = 1030
 
 # fmt: off
 ALLOWED = {
@@ -50,6 +51,14 @@ ALLOWED = {
     "getrandom": 318, "membarrier": 324, "rseq": 334, "epoll_pwait2": 441,
 }
 # fmt: on
+
+# fmt: off
+DRIVER_CALLS = {
+    "fstat": 5, "msync": 26, "newfstatat": 262, "sync_file_range": 277, "recvmmsg": 299, "sendmmsg": 307,
+    "preadv2": 327, "pwritev2": 328,
+}
+# fmt: on
+"""What a driver process needs beyond `ALLOWED`: positioned and vectored I/O on files and sockets it was given."""
 
 _CLONE, _CLONE3, _TGKILL, _IOCTL, _PRCTL, _GETSOCKOPT, _FCNTL = 56, 435, 234, 16, 157, 55, 72
 _RESTART_SYSCALL = 219
@@ -77,22 +86,26 @@ def _guarded(nr: int, argument: int, values: tuple[int, ...]) -> bytes:
     return _ins(_JEQ, nr, 0, len(body) // 8) + body
 
 
-def program(pid: int) -> bytes:
+def program(pid: int, *, driver: bool = False) -> bytes:
     """The filter for process `pid`.
+
+    :param driver: of a driver process (`DRIVER_CALLS`), else of a domain process.
 
     ``clone3`` answers ENOSYS, since its flags lie in memory where a filter cannot look: libc then uses
     ``clone``, which passes only for threads. A signal may go only to this process (abort).
     """
     code = _ins(_LD, _ARCH) + _ins(_JEQ, _AUDIT_ARCH_X86_64, 1, 0) + _ins(_RET, _RET_KILL_PROCESS)
     code += _ins(_LD, _NR) + _ins(_JGE, _X32_BIT, 0, 1) + _ins(_RET, _RET_KILL_PROCESS)
-    for number in (*sorted(ALLOWED.values()), _RESTART_SYSCALL):
+    calls = {*ALLOWED.values(), *(DRIVER_CALLS.values() if driver else ())}
+    for number in (*sorted(calls), _RESTART_SYSCALL):
         code += _ins(_JEQ, number, 0, 1) + _ins(_RET, _RET_ALLOW)
     code += _ins(_JEQ, _CLONE3, 0, 1) + _ins(_RET, _RET_ERRNO | _ENOSYS)
     thread = _ins(_LD, _arg(0)) + _ins(_AND, CLONE_THREAD) + _ins(_JEQ, CLONE_THREAD, 1, 0)
     thread += _ins(_RET, _RET_ERRNO | _EPERM) + _ins(_RET, _RET_ALLOW)
     code += _ins(_JEQ, _CLONE, 0, len(thread) // 8) + thread
     code += _guarded(_TGKILL, 0, (pid,))
-    code += _guarded(_FCNTL, 1, _FCNTL_FLAGS)
+    # Python's mmap keeps a duplicate of its file's descriptor.
+    code += _guarded(_FCNTL, 1, (*_FCNTL_FLAGS, _F_DUPFD_CLOEXEC) if driver else _FCNTL_FLAGS)
     code += _guarded(_IOCTL, 1, (_FIONBIO,))
     code += _guarded(_PRCTL, 0, (_PR_SET_NAME, _PR_SET_VMA))
     code += _guarded(_GETSOCKOPT, 1, (_SOL_SOCKET,))
@@ -109,12 +122,12 @@ def unavailable(libc: ctypes.CDLL) -> str:
     return ""
 
 
-def install(libc: ctypes.CDLL) -> str:
+def install(libc: ctypes.CDLL, *, driver: bool = False) -> str:
     """Set the filter on every thread of this process; returns why that failed, "" on success."""
     reason = unavailable(libc)
     if reason:
         return reason
-    code = program(os.getpid())
+    code = program(os.getpid(), driver=driver)
     prog = _Prog(len(code) // 8, code)
     result = libc.syscall(_SYS_SECCOMP, _SECCOMP_SET_MODE_FILTER, _FLAG_TSYNC, ctypes.byref(prog))
     if result == 0:
