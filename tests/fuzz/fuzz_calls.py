@@ -20,7 +20,6 @@ from fuzz_machine import (
     HYPERCALL,
     OR8,
     TOUCH,
-    VIRT_BASE,
     WRITE1,
     WRITE4,
     WRITE8,
@@ -94,9 +93,8 @@ class Generator(MemoryCalls, CpuCalls):
                 inner = self.update_va(number)
             if inner.image:  # there is room for one: most read what another call left in place
                 inner.arguments = tuple(image + 320 if a == image else a for a in inner.arguments)
-                entries = entries.ljust(at * 64, b"\0")
-            six = (*inner.arguments, 0, 0, 0, 0, 0, 0)[:6]
-            entries += struct.pack("<8Q", inner.number, 0, *(a & ALL for a in six))
+                entries = entries.ljust(at * self.ENTRY_SIZE, b"\0")
+            entries += self._entry_of(inner)
         tail = self.mmu_update(number).image
         # What lies behind the last entry reads as set_trap_table(NULL).
         count = many if rng.randrange(60) else rng.choice((0, 1, many + 1))
@@ -105,6 +103,12 @@ class Generator(MemoryCalls, CpuCalls):
             (self.pointer(image) if not rng.randrange(20) else image, count),
             image=entries.ljust(320, b"\0") + tail,
         )
+
+    ENTRY_SIZE = 64
+
+    def _entry_of(self, inner: Call) -> bytes:
+        six = (*inner.arguments, 0, 0, 0, 0, 0, 0)[:6]
+        return struct.pack("<8Q", inner.number, 0, *(a & ALL for a in six))
 
     def descriptor_tables(self, number: int) -> Call:
         rng = self.rng
@@ -119,7 +123,7 @@ class Generator(MemoryCalls, CpuCalls):
     def access(self, _number: int) -> Call:
         rng = self.rng
         what = rng.choice((WRITE8, WRITE8, WRITE4, WRITE1, EXCHANGE, COMPARE_EXCHANGE, OR8, AND8, FILL, TOUCH))
-        l1 = VIRT_BASE + (self.l1 << 12) + rng.randrange(24) * 8
+        l1 = self.virt_base + (self.l1 << 12) + rng.randrange(24) * 8
         at = self.one_of(l1, l1, l1, self.arena_va() + rng.randrange(8) * 8, l1 + rng.randrange(8), l1 + 4096)
         if what == TOUCH:
             first = self.arena_va()

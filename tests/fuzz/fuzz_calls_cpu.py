@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 
-from fuzz_machine import IRET, USER, VIRT_BASE, Call
-from fuzz_values import ALL, BAD_POINTERS, Values
+from fuzz_machine import IRET, USER, Call
+from fuzz_values import ALL, Values
 
 from hypervisor import abi
 
@@ -21,7 +21,7 @@ class CpuCalls(Values):
             who = 1
         data = struct.pack("<2Q", self.number(), rng.randrange(4))
         if command == abi.VCPUOP_register_vcpu_info:
-            info = self.base + ((self.fuzz.where["info"] - VIRT_BASE) >> 12)
+            info = self.base + ((self.fuzz.where["info"] - self.virt_base) >> 12)
             frame, offset = (
                 (info, who * 64 & 64)
                 if rng.randrange(3)
@@ -32,7 +32,7 @@ class CpuCalls(Values):
             area = rng.choice(
                 (
                     self.arena_va() + rng.choice((0, 8, 4000, 4090)),
-                    rng.choice(BAD_POINTERS),
+                    rng.choice(self.BAD_POINTERS),
                     self.fuzz.where["edge"] - 8,
                 )
             )
@@ -63,7 +63,7 @@ class CpuCalls(Values):
             at = rng.randrange(0, len(data) - 8, 8)
             put(at, self.one_of(self.frame(), self.number(), self.frame() << 12))
         big = self.fuzz.big
-        self.fuzz.memory[big - VIRT_BASE : big - VIRT_BASE + len(data)] = bytes(data)
+        self.fuzz.memory[big - self.virt_base : big - self.virt_base + len(data)] = bytes(data)
         return big
 
     def information(self, number: int) -> Call:
@@ -111,10 +111,12 @@ class CpuCalls(Values):
         return self._own(number, abi.HYPERVISOR_sched_op, command, data)
 
     def processor(self, number: int) -> Call:
+        return self._processor(number, self.rng.randrange(8))
+
+    def _processor(self, number: int, what: int) -> Call:
         rng = self.rng
-        what = rng.randrange(8)
         image = self.fuzz.image(number)
-        address = self.one_of(self.fuzz.where["recover"], rng.choice(BAD_POINTERS), self.arena_va())
+        address = self.one_of(self.fuzz.where["recover"], rng.choice(self.BAD_POINTERS), self.arena_va())
         if what == 0:
             return Call(abi.HYPERVISOR_set_segment_base, (rng.randrange(5), self.one_of(address, self.number())))
         if what == 1:

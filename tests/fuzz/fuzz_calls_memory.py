@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from fuzz_machine import Call
-from fuzz_values import ALL, BAD_POINTERS, Values
+from fuzz_values import ALL, RO, Values
 
 from hypervisor import abi
 
@@ -20,7 +20,11 @@ class MemoryCalls(Values):
         for _ in range(many):
             command = rng.choice((0, 0, 0, 0, 2, 2, 1, 3, rng.randrange(8)))
             slot = rng.choice((0, 1, 2, 3, 4, 8, 255, 256, 260, 271, 272, 511))
-            requests += struct.pack("<2Q", (self.frame() << 12 | slot << 3 | command) & ALL, self.entry())
+            where, entry = self.frame(), self.entry()
+            if rng.randrange(8) == 0:  # a linear entry: a table shows itself or another of its level, read-only
+                where = self.base + rng.choice(self.tables)
+                entry = (where if rng.randrange(2) else self.frame()) << 12 | RO
+            requests += struct.pack("<2Q", (where << 12 | slot << 3 | command) & ALL, entry & ALL)
         image = self.fuzz.image(number)
         done = self.pointer(image + 256) if rng.randrange(3) == 0 else 0
         who = abi.DOMID_SELF if rng.randrange(8) else self.domid() | rng.choice((0, self.domid() << 16))
@@ -28,7 +32,7 @@ class MemoryCalls(Values):
 
     def update_va(self, _number: int) -> Call:
         rng = self.rng
-        va = self.arena_va() if rng.randrange(12) else rng.choice((*BAD_POINTERS, self.fuzz.where["edge"]))
+        va = self.arena_va() if rng.randrange(12) else rng.choice((*self.BAD_POINTERS, self.fuzz.where["edge"]))
         flags = rng.choice((0, 0, 1, 2, 2, 3, self.fuzz.image(0) | 2))
         if rng.randrange(8) == 0:
             number = abi.HYPERVISOR_update_va_mapping_otherdomain

@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 from pv_rig import PAGE, FakeEngine, Peers, Rig
+from pv_rig32 import FakeEngine32, Rig32
 
 from hypervisor import abi
 from hypervisor.domain import Domain, MachineConfig
 from hypervisor.engines import x86
 from hypervisor.hypercalls import dispatch  # noqa: F401  the families register themselves
 from hypervisor.memory import layout
-from hypervisor.memory.frames import L1, LEFT, NONE, SEGDESC, WRITABLE
+from hypervisor.memory.frames import L1, L2, L2_XEN, L3, L4, LEFT, NONE, SEGDESC, WRITABLE
 from hypervisor.memory.recount import recount
+from hypervisor.memory.xenarea32 import FIRST_XEN_L2_SLOT
 
 PAGES = 28
 ARGUMENTS = 6
@@ -28,6 +30,7 @@ FIRST = 8
 DOMID = 7
 PEER, PEER_BASE, PEER_PAGES = 8, 0x40000, 8
 """A second domain, which grants."""
+TYPED = frozenset((L1, L2, L3, L4, SEGDESC, L2_XEN))
 _ADDR, _P, _RW = np.uint64(x86.PTE_ADDR), np.uint64(x86.PTE_P), np.uint64(x86.PTE_RW)
 
 
@@ -60,24 +63,31 @@ class GreedyEngine(FakeEngine):
     def walk_all(self) -> None:
         """Cache everything that the tables in force map."""
         domain = self.domain
-        table, base = domain.memory.array.reshape(-1, 512), domain.config.base_mfn
-        at = np.array([(self.regs.cr3 >> 12) - base])
-        for level in (4, 3, 2, 1):
-            entries = table[at]
-            if level == 4:
-                entries = entries.copy()
-                entries[:, 256:272] = 0
-            entries = entries[(entries & _P) != 0]
+        table, base, kind = domain.memory.array.reshape(-1, 512), domain.config.base_mfn, domain.frames.kind_np
+        narrow = domain.config.bits == 32
+        root = domain.area.guest_root(domain.running.id) if narrow else self.regs.cr3 >> 12
+        at, allows = np.array([root - base]), np.array([True])
+        for level in (3, 2, 1) if narrow else (4, 3, 2, 1):
+            entries = table[at].copy()
+            # What is Xen's in a table, at whatever level a linear entry shows it, is no business of this check.
+            entries[kind[at] == L4, 256:272] = 0
+            entries[kind[at] == L2_XEN, FIRST_XEN_L2_SLOT:] = 0
+            if narrow and level == 3:
+                entries[:, 4:] = 0
+            rows, slots = np.nonzero(entries & _P)
+            entries = entries[rows, slots]
+            writes = allows[rows] & ((entries & _RW) != 0)
             targets = ((entries & _ADDR) >> np.uint64(12)).astype(np.int64) - base
             inside = (targets >= 0) & (targets < domain.frames.size)
-            for entry in entries[~inside].tolist():
-                self.foreign.add(((entry & x86.PTE_ADDR) >> 12, bool(entry & x86.PTE_RW)))
-            entries, targets = entries[inside], targets[inside]
+            for entry, write in zip(entries[~inside].tolist(), writes[~inside].tolist(), strict=True):
+                self.foreign.add(((entry & x86.PTE_ADDR) >> 12, write))
+            targets, writes = targets[inside], writes[inside]
             if level > 1:
-                at = np.unique(targets)
+                both = np.unique(targets * 2 + writes)
+                at, allows = both >> 1, (both & 1) != 0
             else:
                 self.readable.update(targets.tolist())
-                self.writable.update(targets[(entries & _RW) != 0].tolist())
+                self.writable.update(targets[writes].tolist())
 
     def faults(self) -> list[str]:
         """Frames that a stale translation reaches although it must not."""
@@ -90,7 +100,7 @@ class GreedyEngine(FakeEngine):
             elif index in self.waiting or not frames.refs[index]:
                 found.append(f"a stale translation reads frame {index:#x}, given back")
         for index in self.writable:
-            if frames.count[index] and L1 <= frames.kind[index] <= SEGDESC:
+            if frames.count[index] and frames.kind[index] in TYPED:
                 found.append(f"a stale translation writes frame {index:#x} of type {frames.kind[index]}")
         frames = self.peer.frames
         for mfn, writable in self.foreign:
@@ -102,39 +112,64 @@ class GreedyEngine(FakeEngine):
         return found
 
 
-class TableRig(Rig):
-    """A booted domain with few pages: random choices meet."""
+class GreedyEngine32(GreedyEngine, FakeEngine32):
+    """The same for a 32-bit domain."""
 
-    def __init__(self) -> None:
-        super().__init__(pages=PAGES, vcpus=2)
-        greedy = GreedyEngine()
-        greedy.domain = self.domain
+
+class _Greedy:
+    """What both rigs do once they are made."""
+
+    def become_greedy(self, kind: type[GreedyEngine]) -> None:
+        rig: Any = self
         # The domain holds its engine in many places: it becomes a greedy one where it is.
-        self.engine.__class__ = GreedyEngine
-        self.engine.__dict__.update({k: v for k, v in greedy.__dict__.items() if k not in self.engine.__dict__})
-        self.engine.domain = self.domain
-        self.boot()
-        self.peer = self._make_peer()
-        self.engine.peer = self.peer
-        self.domain.vm_assist |= 1 << abi.VMASST_TYPE_writable_pagetables
+        fresh = kind()
+        rig.engine.__class__ = kind
+        rig.engine.__dict__.update({k: v for k, v in fresh.__dict__.items() if k not in rig.engine.__dict__})
+        rig.engine.domain = rig.domain
+        rig.boot()
+        rig.peer = rig.engine.peer = self._make_peer()
+        rig.domain.vm_assist |= 1 << abi.VMASST_TYPE_writable_pagetables
 
     def _make_peer(self) -> Domain:
+        rig: Any = self
         config = MachineConfig(
             "00000000-0000-0000-0000-000000000002", "peer", PEER, PEER_BASE, PEER_PAGES, PEER_PAGES, tsc_khz=2_000_000
         )
         mapping = mmap.mmap(-1, layout.total_frames(PEER_PAGES) * PAGE)
         peer = Domain(config, mapping, FakeEngine(), Peers(), lambda _number, _port: None)
-        self.domain.grants.find_peer = lambda domid: peer.grants.own if domid == PEER else None
-        peer.grants.find_peer = lambda domid: self.domain.grants.own if domid == DOMID else None
+        rig.domain.grants.find_peer = lambda domid: peer.grants.own if domid == PEER else None
+        peer.grants.find_peer = lambda domid: rig.domain.grants.own if domid == DOMID else None
         return peer
 
     def peer_faults(self) -> list[str]:
         """The granter's counts, with what the grantee's mappings make of them."""
+        rig: Any = self
         holds: list[tuple[int, int]] = []
-        for (mfn, writable), (_, count) in self.domain.tables.foreign._uses.items():
+        for (mfn, writable), (_, count) in rig.domain.tables.foreign._uses.items():
             holds += [(mfn - PEER_BASE, WRITABLE if writable else NONE)] * count
-        for _, mapping in self.domain.grants.mapper.maptrack.items():
+        for _, mapping in rig.domain.grants.mapper.maptrack.items():
             if mapping.domid == PEER and mapping.flags & abi.GNTMAP_device_map:
                 readonly = mapping.flags & abi.GNTMAP_readonly
                 holds.append((mapping.mfn - PEER_BASE, NONE if readonly else WRITABLE))
-        return [f"granter: {fault}" for fault in recount(self.peer.tables, holds)]
+        return [f"granter: {fault}" for fault in recount(rig.peer.tables, holds)]
+
+
+class TableRig(_Greedy, Rig):
+    """A booted domain with few pages: random choices meet.
+
+    :param linear: linear page tables are allowed.
+    """
+
+    def __init__(self, *, linear: bool = False) -> None:
+        super().__init__(pages=PAGES, vcpus=2)
+        self.domain.tables.linear.allowed = linear
+        self.become_greedy(GreedyEngine)
+
+
+class TableRig32(_Greedy, Rig32):
+    """The same with a 32-bit domain; `linear` is allowed, and must change nothing."""
+
+    def __init__(self, *, linear: bool = False) -> None:
+        super().__init__(pages=PAGES, vcpus=2)
+        self.domain.tables.linear.allowed = linear
+        self.become_greedy(GreedyEngine32)

@@ -17,7 +17,9 @@ from typing import Any
 
 import harness
 
+from hypervisor.cpu.traps32 import HYPERCALL_VECTOR
 from hypervisor.domain import Domain, MachineConfig
+from hypervisor.domain32 import Domain32
 from hypervisor.engines.tsc import measure_khz
 from hypervisor.machine import Machine, Shutdown
 from hypervisor.toolstack import builder
@@ -36,7 +38,9 @@ STUCK_S = 2.0
 """A guest that reports nothing for so long has put itself to sleep, or runs in circles."""
 MOST_BROKEN = 5
 """A guest that lost memory it cannot do without is not worth going on with."""
-VIRT_BASE = 0xFFFF_FFFF_8000_0000
+VIRT_BASE = {64: 0xFFFF_FFFF_8000_0000, 32: 0xC000_0000}
+"""Where the guests' linear mappings begin, by word size."""
+GUESTS = {64: "fuzz", 32: "fuzz32"}
 BASE_MFN = 0x20000
 
 _CALL = struct.Struct("<9QqQ")
@@ -68,7 +72,7 @@ class Call:
     image: bytes = b""
 
 
-class Watched(Domain):
+class _Watched:
     """A domain that notes for how long nobody looked at `preempt`."""
 
     looked_ns = 0
@@ -76,7 +80,7 @@ class Watched(Domain):
     wanted = False
 
     @property
-    def preempt(self) -> bool:  # type: ignore[override]
+    def preempt(self) -> bool:
         now = time.thread_time_ns()
         if now - self.looked_ns > self.longest_ns:
             self.longest_ns = now - self.looked_ns
@@ -88,31 +92,51 @@ class Watched(Domain):
         self.wanted = value
 
 
+class Watched(_Watched, Domain):
+    """See `_Watched`."""
+
+
+class Watched32(_Watched, Domain32):
+    """See `_Watched`."""
+
+
 class FuzzMachine:
     """A fresh machine with the fuzz guest, paused until `run`.
 
     :param next_program: called with this after each program, at first before any; puts the next one in place with
         `load` or `load_raw`. False ends the run.
+    :param bits: word size of the guest. `linear`: linear page tables are allowed.
     :ivar faults: what was wrong, as text.
     :ivar calls: hypercalls that were made; `beats` programs that were carried out.
     """
 
-    def __init__(self, next_program: Callable[[FuzzMachine], bool], *, public: bool = False, vcpus: int = 2) -> None:
+    def __init__(
+        self,
+        next_program: Callable[[FuzzMachine], bool],
+        *,
+        public: bool = False,
+        vcpus: int = 2,
+        bits: int = 64,
+        linear: bool = False,
+    ) -> None:
         self.memory = harness.make_memory(PAGES)
+        self.bits, self.virt_base = bits, VIRT_BASE[bits]
         uuid = "3f2504e0-4f89-41d3-9a0c-0305e82c3302"
-        config = MachineConfig(uuid, "fuzz", 9, BASE_MFN, PAGES, PAGES, vcpus, vcpus, tsc_khz=_khz())
+        config = MachineConfig(
+            uuid, "fuzz", 9, BASE_MFN, PAGES, PAGES, vcpus, vcpus, tsc_khz=_khz(), bits=bits, linear_page_tables=linear
+        )
         self.machine = Machine(config, self.memory, notify_host=lambda _port: None, use_private=not public)
         self.domain: Any = self.machine.domain
         self.domain.__dict__.pop("preempt")
-        self.domain.__class__ = Watched
-        kernel = harness._kernel("fuzz")
+        self.domain.__class__ = Watched if bits == 64 else Watched32
+        kernel = harness._kernel(GUESTS[bits])
         target = builder.BuildMemory(memoryview(self.memory), Mfn(BASE_MFN), PAGES)
         self.boot = builder.build(target, kernel, None, "", shared_info_mfn=Mfn(self.machine.shared_info_mfn))
         self.machine.start(self.boot)
         self._box = self.memory.find(MARK)
         assert self._box >= 0, "the guest has no box"
-        symbols = _symbols()
-        self._calls, self._images = symbols["calls"] - VIRT_BASE, symbols["images"] - VIRT_BASE
+        symbols = _symbols(bits)
+        self._calls, self._images = symbols["calls"] - self.virt_base, symbols["images"] - self.virt_base
         self.big, self.trap_stack = symbols["big"], symbols["trap_stack_top"]
         self.iret_stack = symbols["iret_stack"] + 8192 - 64
         self._next = next_program
@@ -132,18 +156,26 @@ class FuzzMachine:
     def _watch_calls(self) -> None:
         machine, domain = self.machine, self.domain
         dispatcher: Any = machine._dispatcher
-        inner, emulate = dispatcher.hypercall, machine.exception
+        narrow = self.bits == 32
+        inner, emulate = dispatcher.call if narrow else dispatcher.hypercall, machine.exception
+        order = (3, 1, 2, 6, 7) if narrow else (7, 6, 2, 10, 8, 9)
 
         def hypercall() -> None:
             self.calls += 1
             gpr = domain.engine.regs.gpr
-            what = f"hypercall {gpr[0]} ({', '.join(hex(gpr[n]) for n in (7, 6, 2, 10, 8, 9))})"
+            what = f"hypercall {gpr[0]} ({', '.join(hex(gpr[n]) for n in order)})"
             self._timed(what, inner)
 
         def exception(vector: int, error_code: int, software: bool) -> None:
-            self._timed(f"vector {vector}", lambda: emulate(vector, error_code, software))
+            if narrow and software and vector == HYPERCALL_VECTOR:
+                emulate(vector, error_code, software)
+            else:
+                self._timed(f"vector {vector}", lambda: emulate(vector, error_code, software))
 
-        dispatcher.hypercall = hypercall
+        if narrow:
+            domain.traps.hypercall = hypercall
+        else:
+            dispatcher.hypercall = hypercall
         machine.exception = exception  # type: ignore[method-assign]
 
     def _timed(self, what: str, function: Callable[[], None]) -> None:
@@ -188,7 +220,7 @@ class FuzzMachine:
 
     def image(self, number: int) -> int:
         """Guest address of the image of call `number`."""
-        return VIRT_BASE + self._images + number * IMAGE_SIZE
+        return self.virt_base + self._images + number * IMAGE_SIZE
 
     def load(self, program: list[Call]) -> None:
         self.program = program
@@ -257,21 +289,32 @@ def _khz() -> int:
     return int(_cache["khz"])
 
 
-def _symbols() -> dict[str, int]:
-    """Addresses of the guest's own objects, from its ELF symbol table (System V ABI, Elf64_Sym)."""
-    if "symbols" not in _cache:
-        data = harness.build.build_guest("fuzz").read_bytes()
-        (sections,) = struct.unpack_from("<Q", data, 0x28)
-        size, count = struct.unpack_from("<HH", data, 0x3A)
-        headers = [struct.unpack_from("<IIQQQQIIQQ", data, sections + n * size) for n in range(count)]
+# By word size (System V ABI): e_shoff, e_shentsize and e_shnum, a section header, and where in it type, offset, size
+# and link are; a symbol, and where in it name and value are.
+_ELF = {
+    64: ("<Q", 0x28, 0x3A, "<IIQQQQIIQQ", "<IBBHQQ", 4),
+    32: ("<I", 0x20, 0x2E, "<10I", "<IIIBBH", 1),
+}
+
+
+def _symbols(bits: int) -> dict[str, int]:
+    """Addresses of the guest's own objects, from its ELF symbol table."""
+    name = f"symbols{bits}"
+    if name not in _cache:
+        data = harness.build.build_guest(GUESTS[bits]).read_bytes()
+        word, offset, counts, header, symbol, value_at = _ELF[bits]
+        (sections,) = struct.unpack_from(word, data, offset)
+        size, count = struct.unpack_from("<HH", data, counts)
+        headers = [struct.unpack_from(header, data, sections + n * size) for n in range(count)]
         table = next(h for h in headers if h[1] == 2)
         names = headers[table[6]][4]
         found: dict[str, int] = {}
-        for at in range(table[4], table[4] + table[5], 24):
-            name, _, _, _, value, _ = struct.unpack_from("<IBBHQQ", data, at)
-            found[data[names + name : data.index(b"\0", names + name)].decode()] = value
-        _cache["symbols"] = found
-    return dict(_cache["symbols"])
+        for at in range(table[4], table[4] + table[5], struct.calcsize(symbol)):
+            fields = struct.unpack_from(symbol, data, at)
+            start = names + fields[0]
+            found[data[start : data.index(b"\0", start)].decode()] = fields[value_at]
+        _cache[name] = found
+    return dict(_cache[name])
 
 
 def seeded(seed: int) -> random.Random:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import fuzz_checks
 from fuzz_calls import Generator
+from fuzz_calls32 import Generator32
 from fuzz_machine import FuzzMachine
 
 SECONDS = float(os.environ.get("REEVE_FUZZ_SECONDS", "4"))
@@ -21,6 +22,7 @@ SEED = int(os.environ.get("REEVE_FUZZ_SEED", "0")) or random.SystemRandom().getr
 MOST_GROWTH = 300 << 20
 """Bytes by which the process may be larger than after its first machines."""
 CALLS_PER_MACHINE = 60_000
+GENERATORS: dict[int, type[Generator]] = {64: Generator, 32: Generator32}
 Fill = Callable[[FuzzMachine, Generator], None]
 
 
@@ -57,11 +59,12 @@ def run_machines(
     *,
     calm: bool | None = None,
     public: bool = False,
+    bits: int = 64,
     more: Callable[[], list[str]] = list,
 ) -> Summary:
     """Fresh machines with programs by `fill`, until the time is over or something is wrong.
 
-    :param calm: see `Generator`; None for either. `public`: the engine's public path.
+    :param calm: see `Generator`; None for either. `public`: the engine's public path. `bits`: the guests' word size.
     :param more: further faults, asked for after each machine.
     """
     summary = Summary(seed)
@@ -70,7 +73,7 @@ def run_machines(
     while time.monotonic() < end and not summary.faults:
         # Each machine has a seed of its own: one that found something runs again alone.
         machine_seed = seed + summary.machines
-        _run_one(summary, machine_seed, fill, calm, public, end)
+        _run_one(summary, machine_seed, fill, calm, end, public=public, bits=bits)
         summary.machines += 1
         summary.faults += more()
         if summary.machines == 8:
@@ -82,20 +85,23 @@ def run_machines(
     return summary
 
 
-def _run_one(summary: Summary, seed: int, fill: Fill, calm: bool | None, public: bool, end: float) -> None:
+def _run_one(
+    summary: Summary, seed: int, fill: Fill, calm: bool | None, end: float, *, public: bool, bits: int
+) -> None:
     rng = random.Random(seed)
+    linear = bool(rng.randrange(2))
     is_calm = bool(rng.randrange(3)) if calm is None else calm
     generator: Generator | None = None
 
     def next_program(fuzz: FuzzMachine) -> bool:
         nonlocal generator
-        generator = generator or Generator(fuzz, rng, calm=is_calm)
+        generator = generator or GENERATORS[bits](fuzz, rng, calm=is_calm)
         # Someone waits, now and then.
         fuzz.domain.preempt = not rng.randrange(8)
         fill(fuzz, generator)
         return time.monotonic() < end and fuzz.calls < CALLS_PER_MACHINE
 
-    fuzz = FuzzMachine(next_program, public=public)
+    fuzz = FuzzMachine(next_program, public=public, bits=bits, linear=linear)
     fuzz.check = lambda machine: fuzz_checks.faults(machine.domain)
     ended = fuzz.run()
     summary.calls += fuzz.calls

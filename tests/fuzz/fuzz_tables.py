@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable
 
 import fuzz_checks
-from fuzz_greedy import ARGUMENTS, CODE, DOMID, FIRST, PAGES, PEER, PEER_BASE, PEER_PAGES, TableRig
+from fuzz_greedy import ARGUMENTS, CODE, DOMID, FIRST, PAGES, PEER, PEER_BASE, PEER_PAGES, TYPED, TableRig
 from pv_rig import BASE, NX, PAGE, RO, ROOT, ROOT_L1, RW
 
 from hypervisor import abi
@@ -16,7 +16,7 @@ from hypervisor.engines import x86
 from hypervisor.errors import XenError
 from hypervisor.hypercalls import dispatch  # noqa: F401  the families register themselves
 from hypervisor.hypercalls.registry import REGISTRY, Continuation
-from hypervisor.memory.frames import L1, SEGDESC
+from hypervisor.memory.frames import L1
 
 # Writes to memory at (%rdi) with %rax, and what they need besides: mov, xchg, lock cmpxchg %rcx, lock or, lock and,
 # mov of 1, 2 and 4 bytes, stosq, lock cmpxchg16b, lock btr $1, lock bts $1.
@@ -30,6 +30,9 @@ STORES = (
 class Steps:
     """Everything that changes types, counts or mappings, one step at a time, by hypercalls and by direct writes."""
 
+    FLAGS = (RW, RW, RO, RO, RO | NX, RW | NX, x86.PTE_P, x86.PTE_P | x86.PTE_RW, RW | 1 << 9, RW | 0x80)
+    SLOTS = (0, 0, 1, 1, 2, 3, 8, 12, 255, 256, 260, 272, 511)
+
     def __init__(self, rig: TableRig, rng: random.Random) -> None:
         self.rig = rig
         self.rng = rng
@@ -37,7 +40,7 @@ class Steps:
         self.mapped: dict[int, tuple[int, int]] = {}
         self.makers: tuple[Callable[[], None], ...] = (
             *[self.mmu_update, self.update_va, self.mmuext, self.direct] * 4,
-            *[self.fill, self.memory_op, self.grant, self.grant] * 2,
+            *[self.fill, self.memory_op, self.grant, self.grant, self.table] * 2,
             *[self.gdt, self.ldt, self.descriptor, self.vcpu_info, self.fifo, self.multicall, self.granter],
         )
 
@@ -70,13 +73,10 @@ class Steps:
         rng = self.rng
         if rng.randrange(5) == 0:
             return 0
-        flags = rng.choice(
-            (RW, RW, RO, RO, RO | NX, RW | NX, x86.PTE_P, x86.PTE_P | x86.PTE_RW, RW | 1 << 9, RW | 0x80)
-        )
-        return self.frame() << 12 | flags
+        return self.frame() << 12 | rng.choice(self.FLAGS)
 
     def slot(self) -> int:
-        return self.rng.choice((0, 0, 1, 1, 2, 3, 8, 12, 255, 256, 260, 272, 511))
+        return self.rng.choice(self.SLOTS)
 
     def va(self) -> int:
         return self.rng.randrange(FIRST, PAGES) << 12
@@ -165,12 +165,44 @@ class Steps:
         index = rng.randrange(FIRST, PAGES)
         if index not in self.rig.engine.writable or not frames.refs[index]:
             return
-        assert not (frames.count[index] and L1 <= frames.kind[index] <= SEGDESC), self.done[-12:]
+        assert not (frames.count[index] and frames.kind[index] in TYPED), self.done[-12:]
         if rng.randrange(2):
             self.rig.memory.clear_page(index)
         for _ in range(rng.randrange(3)):
             self.rig.memory.words[index * 512 + self.slot()] = self.entry()
         self.done.append(f"filled {index:#x}")
+
+    def table(self) -> None:
+        """A tree as a guest makes one: frames are written, their mappings go, then they are pinned and changed."""
+        rng = self.rng
+        level = rng.randrange(1, 5)
+        parent, child = (rng.randrange(FIRST, PAGES) for _ in range(2))
+        self.prepare(child, {})
+        pointer = (BASE + child) << 12 | rng.choice(self.FLAGS)
+        self.prepare(parent, {self.slot(): pointer} if rng.randrange(4) else {})
+        for frame, above in ((child, 1), (parent, 0)):
+            if rng.randrange(2):
+                image = struct.pack("<I4xQQ", max(0, level - 1 - above), BASE + frame, 0)
+                self.call(abi.HYPERVISOR_mmuext_op, ARGUMENTS * PAGE, 1, 0, abi.DOMID_SELF, image=image)
+        # To itself, to its child, to another of its level: linear entries among them.
+        typed = [n for n in range(FIRST, PAGES) if self.rig.frames.count[n] and self.rig.frames.kind[n] in TYPED]
+        for _ in range(rng.randrange(3)):
+            target = rng.choice((parent, child, *typed))
+            self.update((BASE + parent) << 12 | self.slot() << 3, (BASE + target) << 12 | rng.choice((RO, RO, RW)))
+
+    def prepare(self, index: int, entries: dict[int, int]) -> None:
+        """Write a frame, if the guest may, and unmap it."""
+        if index in self.rig.engine.writable and self.rig.frames.refs[index]:
+            self.rig.fill(index, entries)
+        self.set_va(index << 12, 0)
+        self.rig.engine.walk_all()
+
+    def set_va(self, va: int, entry: int) -> None:
+        self.call(abi.HYPERVISOR_update_va_mapping, va, entry, abi.UVMF_INVLPG)
+
+    def update(self, where: int, entry: int) -> None:
+        image = struct.pack("<2Q", where, entry)
+        self.call(abi.HYPERVISOR_mmu_update, ARGUMENTS * PAGE, 1, 0, abi.DOMID_SELF, image=image)
 
     def direct(self) -> None:
         """A write to a page table by the guest's own instruction, as the fault handler sees it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from fuzz_machine import VIRT_BASE, Call, FuzzMachine
+from fuzz_machine import Call, FuzzMachine
 
 from hypervisor import abi
 from hypervisor.engines import x86
@@ -35,17 +35,20 @@ class Values:
     :param calm: leave out what mostly ends the guest.
     """
 
+    BAD_POINTERS = BAD_POINTERS
+
     def __init__(self, fuzz: FuzzMachine, rng: random.Random, *, calm: bool = False) -> None:
         self.fuzz = fuzz
         self.rng = rng
         self.calm = calm
         domain = fuzz.domain
         where = fuzz.where
+        self.virt_base = fuzz.virt_base
         self.base = domain.config.base_mfn
         self.ram, self.size = domain.frames.ram, domain.frames.size
-        first = (where["arena"] - VIRT_BASE) >> 12
+        first = (where["arena"] - self.virt_base) >> 12
         self.arena = range(first, first + where["arena_pages"])
-        self.l1 = (where["window_l1"] - VIRT_BASE) >> 12
+        self.l1 = (where["window_l1"] - self.virt_base) >> 12
         self.tables = (self.l1, self.l1 + 1, self.l1 + 2, fuzz.boot.l4_mfn - self.base)
 
     def one_of(self, *choices: int) -> int:
@@ -91,14 +94,14 @@ class Values:
         """An address in the guest's linear mapping of the arena, or in its window."""
         rng = self.rng
         if rng.randrange(2):
-            return VIRT_BASE + (rng.choice(self.arena) << 12)
+            return self.virt_base + (rng.choice(self.arena) << 12)
         return self.fuzz.where["window"] + (rng.randrange(24) << 12)
 
     def pointer(self, good: int) -> int:
         """Mostly `good`."""
         what = self.rng.randrange(32)
         if what == 0:
-            return self.rng.choice(BAD_POINTERS)
+            return self.rng.choice(self.BAD_POINTERS)
         if what == 1:
             return self.fuzz.where["edge"] - self.rng.choice((1, 4, 8, 16, 24, 64))
         if what == 2:

@@ -20,8 +20,8 @@ typedef int s32;
 
 enum {
     HC_set_trap_table = 0, HC_mmu_update = 1, HC_set_gdt = 2, HC_stack_switch = 3, HC_set_callbacks = 4,
-    HC_update_descriptor = 10, HC_memory_op = 12, HC_multicall = 13, HC_update_va_mapping = 14, HC_set_timer_op = 15,
-    HC_xen_version = 17, HC_grant_table_op = 20, HC_vm_assist = 21, HC_vcpu_op = 24, HC_set_segment_base = 25,
+    HC_fpu_taskswitch = 5, HC_console_io = 18, HC_update_descriptor = 10, HC_memory_op = 12, HC_multicall = 13,
+    HC_update_va_mapping = 14, HC_set_timer_op = 15, HC_xen_version = 17, HC_grant_table_op = 20, HC_vm_assist = 21, HC_vcpu_op = 24, HC_set_segment_base = 25,
     HC_mmuext_op = 26, HC_sched_op = 29, HC_event_channel_op = 32,
 };
 enum { XEN_EPERM = 1, XEN_EINVAL = 22, XEN_ENOSYS = 38, XEN_EFAULT = 14, XEN_EBUSY = 16 };
