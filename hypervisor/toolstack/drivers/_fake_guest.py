@@ -2,7 +2,9 @@
 
 Words of the kernel command line steer it: ``fake.shutdown=ignore`` (no answer to a shutdown or
 reboot request), ``fake.boot=poweroff|reboot|crash`` (does so by itself right after its first boot),
-``fake.print=TEXT`` (prints TEXT as a line while booting).
+``fake.print=TEXT`` (prints TEXT as a line while booting), ``fake.memory=keep`` (gives no memory back) or ``slow``
+(`SLOW_MIB` each time somebody looks), ``fake.min=MIB`` (says that it needs so much), ``fake.vcpus=ignore`` (their
+number stays), ``fake.devices=keep`` (does not let go of a device) or ``ignore`` (does not take one up).
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 import re
 
 from hypervisor.toolstack.api import DomainState, OnEvent, ShutdownReason
+from hypervisor.toolstack.devices import DeviceState
 from hypervisor.toolstack.drivers._fake_store import FakeDomain, Store
 
+SLOW_MIB = 16
 PROMPT = b"/ # "
 BANNER = "fake guest {name}: Linux version 0.0-fake\r\nCommand line: {cmdline}\r\n"
 _SUM = re.compile(r"\$\(\(([0-9]{1,9})\+([0-9]{1,9})\)\)")
@@ -32,7 +36,29 @@ def run(store: Store, domain: FakeDomain) -> None:
     if domain.state is DomainState.RUNNING and domain.request and option(domain, "shutdown") != "ignore":
         end(store, domain, ShutdownReason(domain.request))
     if domain.state is DomainState.RUNNING:
+        follow(store, domain)
         _read_lines(store, domain)
+
+
+def follow(store: Store, domain: FakeDomain) -> None:
+    """Take up what the toolstack wrote into xenstore: vCPUs, the balloon's target, devices."""
+    if option(domain, "vcpus") != "ignore":
+        domain.online = domain.wanted_vcpus
+    how = option(domain, "memory")
+    if how == "" or (how == "keep" and domain.target_mib > domain.memory_mib):
+        domain.memory_mib = domain.target_mib
+    if option(domain, "devices") != "ignore":
+        for device in domain.devices.values():
+            device.update(state=DeviceState.CONNECTED)
+    store.put(domain)
+
+
+def looked_at(store: Store, domain: FakeDomain) -> None:
+    """A slow balloon gets a step further."""
+    left = domain.target_mib - domain.memory_mib
+    if left and domain.state is DomainState.RUNNING and option(domain, "memory") == "slow":
+        domain.memory_mib += max(-SLOW_MIB, min(SLOW_MIB, left))
+        store.put(domain)
 
 
 def _boot(store: Store, domain: FakeDomain) -> None:
@@ -96,6 +122,14 @@ def end(store: Store, domain: FakeDomain, reason: ShutdownReason, detail: str = 
         store.put(domain)
 
 
+def not_restarted(store: Store, domain: FakeDomain, detail: str) -> None:
+    """As with the embedded driver: what ran is gone, the domain holds nothing and can be reset."""
+    domain.state, domain.shutdown_reason, domain.detail = DomainState.CRASHED, ShutdownReason.CRASH, detail
+    domain.memory_mib = domain.target_mib = 0
+    store.put(domain)
+    store.emit("crashed", domain.uuid, detail)
+
+
 def restart(store: Store, domain: FakeDomain) -> None:
     """Build it anew from its spec and run it; the UUID and the console log stay, the domid changes."""
     domain.domid = store.next_domid()
@@ -103,10 +137,11 @@ def restart(store: Store, domain: FakeDomain) -> None:
     domain.shutdown_reason = None
     domain.detail = ""
     domain.request = ""
+    domain.begin_run()
     store.set_input(domain.uuid, b"")
     store.put(domain)
     store.emit("rebooted", domain.uuid)
     text = BANNER.format(name=domain.spec.name, cmdline=domain.spec.boot.cmdline)
     domain.boots += 1
     store.print(domain.uuid, text.encode() + PROMPT)
-    store.put(domain)
+    follow(store, domain)

@@ -19,6 +19,7 @@ from typing import Any
 
 from hypervisor.errors import DomainNotFound, HostFailure, HostUnavailable
 from hypervisor.toolstack.api import DomainEvent, DomainInfo, DomainSpec, DomainState, ShutdownReason
+from hypervisor.toolstack.devices import DeviceState
 
 LOG = logging.getLogger(__name__)
 
@@ -46,6 +47,10 @@ class FakeDomain:
     :ivar request: what control/shutdown holds: ``poweroff``, ``reboot`` or empty.
     :ivar boots: how often its kernel started.
     :ivar readable: False makes every look at it say ``UNKNOWN``.
+    :ivar online: vCPUs online now, `wanted_vcpus` asked for, of `max_vcpus`.
+    :ivar memory_mib: what it has, `target_mib` what it was asked to have, MiB.
+    :ivar max_vcpus, max_memory_mib: of the present run; the spec may say otherwise for the next one.
+    :ivar devices: of each device (``disk:xvda``, ``nic:0``) its ``state``, ``size_bytes`` and ``stats``.
     """
 
     spec: DomainSpec
@@ -58,6 +63,32 @@ class FakeDomain:
     boots: int = 0
     readable: bool = True
     cpu_time_ns: int = 0
+    online: int = 0
+    wanted_vcpus: int = 0
+    memory_mib: int = 0
+    target_mib: int = 0
+    max_vcpus: int = 0
+    max_memory_mib: int = 0
+    devices: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.max_vcpus:
+            self.begin_run()
+
+    def begin_run(self) -> None:
+        """What the spec says counts from now on."""
+        spec = self.spec
+        self.online = self.wanted_vcpus = spec.vcpus
+        self.max_vcpus = spec.effective_max_vcpus
+        self.memory_mib = self.target_mib = spec.memory_mib
+        self.max_memory_mib = spec.effective_max_memory_mib
+        for device in self.devices.values():
+            device.update(state=DeviceState.CONNECTING)
+
+    @property
+    def held_mib(self) -> int:
+        """Memory of the host that is its own: a guest may take what it was granted at any time."""
+        return max(self.memory_mib, self.target_mib)
 
     @property
     def uuid(self) -> str:
@@ -73,8 +104,8 @@ class FakeDomain:
             name=self.spec.name,
             domid=self.domid,
             state=self.state if self.readable else DomainState.UNKNOWN,
-            vcpus=self.spec.vcpus,
-            memory_mib=self.spec.memory_mib,
+            vcpus=self.online,
+            memory_mib=self.memory_mib,
             owner=self.spec.owner,
             type=self.spec.type,
             cpu_time_ns=self.cpu_time_ns,
@@ -82,6 +113,9 @@ class FakeDomain:
             created_at=self.created_at,
             detail=self.detail,
             metadata=self.spec.metadata,
+            max_vcpus=self.max_vcpus,
+            memory_target_mib=self.target_mib,
+            max_memory_mib=self.max_memory_mib,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A driver with a simulated host: no guest code runs, everything else keeps the toolstack API.
 
 Settings (all optional): ``state_dir`` (a folder shared by every process that gives the same one, and
-kept when they die; without it everything ends with the process), ``cpus``, ``memory_mib``, ``hostname``.
+kept when they die; without it everything ends with the process), ``cpus``, ``memory_mib``, ``hostname``, ``networks``
+(names with spaces between them; ``default`` alone unless given).
 
 What the simulated guest does is in `hypervisor.toolstack.drivers._fake_guest`. Tests steer the host
 through the methods below ``test hooks``; injected faults are kept in the state folder, so that one
@@ -16,7 +17,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from hypervisor.errors import (
     DomainExists,
@@ -47,14 +48,26 @@ from hypervisor.toolstack.api import (
 )
 from hypervisor.toolstack.drivers import _fake_guest as guest
 from hypervisor.toolstack.drivers._fake_console import FakeConsole, follow_events
+from hypervisor.toolstack.drivers._fake_devices import DeviceVerbs, new_device
 from hypervisor.toolstack.drivers._fake_store import FakeDomain, Store
-from hypervisor.toolstack.drivers._optional import OptionalVerbs
 
 DRIVER_VERSION = "1"
 CAPABILITIES = frozenset(
-    {Capability.PV, Capability.SMP, Capability.CONSOLE, Capability.REBOOT, Capability.ADOPTION},
+    {
+        Capability.PV,
+        Capability.SMP,
+        Capability.CONSOLE,
+        Capability.REBOOT,
+        Capability.ADOPTION,
+        Capability.DISK,
+        Capability.NIC,
+        Capability.HOTPLUG,
+        Capability.RESIZE,
+        Capability.SYSRQ,
+        Capability.DUMP_CORE,
+    },
 )
-_SETTINGS = {"state_dir", "cpus", "memory_mib", "hostname"}
+_SETTINGS = {"state_dir", "cpus", "memory_mib", "hostname", "networks"}
 
 
 def create(settings: Mapping[str, str]) -> FakeToolstack:
@@ -68,11 +81,15 @@ def create(settings: Mapping[str, str]) -> FakeToolstack:
     except ValueError as exc:
         raise SpecInvalid(f"fake driver: cpus and memory_mib are numbers: {exc}") from exc
     return FakeToolstack(
-        settings.get("state_dir") or None, cpus=cpus, memory_mib=memory_mib, hostname=settings.get("hostname", "")
+        settings.get("state_dir") or None,
+        cpus=cpus,
+        memory_mib=memory_mib,
+        hostname=settings.get("hostname", ""),
+        networks=settings.get("networks", "default").split(),
     )
 
 
-class FakeToolstack(OptionalVerbs):
+class FakeToolstack(DeviceVerbs):
     """A `hypervisor.toolstack.api.Toolstack` over a simulated host.
 
     :param state_dir: where the host's state lives; None keeps it in this object only.
@@ -83,9 +100,16 @@ class FakeToolstack(OptionalVerbs):
     name = "fake"
 
     def __init__(
-        self, state_dir: str | None = None, *, cpus: int = 8, memory_mib: int = 16384, hostname: str = ""
+        self,
+        state_dir: str | None = None,
+        *,
+        cpus: int = 8,
+        memory_mib: int = 16384,
+        hostname: str = "",
+        networks: Iterable[str] = ("default",),
     ) -> None:
         self.cpus = cpus
+        self.networks = frozenset(networks)
         self.memory_mib = memory_mib
         self.hostname = hostname or socket.gethostname()
         self.store = Store(state_dir)
@@ -104,7 +128,7 @@ class FakeToolstack(OptionalVerbs):
                 driver_version=DRIVER_VERSION,
                 cpus=self.cpus,
                 memory_total_mib=self.memory_mib,
-                memory_free_mib=self.memory_mib - sum(d.spec.memory_mib for d in domains),
+                memory_free_mib=self.free_mib(),
                 domains=len(domains),
                 capabilities=tuple(sorted(item.value for item in self.capabilities())),
             )
@@ -115,7 +139,9 @@ class FakeToolstack(OptionalVerbs):
 
     def get_domain(self, uuid: str) -> DomainInfo:
         with self._verb("get_domain"):
-            return self.store.get(uuid).info()
+            domain = self.store.get(uuid)
+            guest.looked_at(self.store, domain)
+            return domain.info()
 
     def get_spec(self, uuid: str) -> DomainSpec:
         with self._verb("get_spec"):
@@ -130,7 +156,13 @@ class FakeToolstack(OptionalVerbs):
                 raise Unsupported(f"type {spec.type.value} is not something the fake driver has: give type pv")
             self._check_room(spec)
             _check_files(spec)
+            for disk in spec.disks:
+                self.check_disk(spec.uuid, disk)
+            for nic in spec.nics:
+                self.check_nic(spec.uuid, nic)
             domain = FakeDomain(spec=spec, domid=self.store.next_domid(), created_at=time.time())
+            for kind, ident in (*(("disk", disk.id) for disk in spec.disks), *(("nic", str(n.id)) for n in spec.nics)):
+                domain.devices[f"{kind}:{ident}"] = new_device(spec, kind, ident)
             self.store.put(domain)
             self.store.emit("created", spec.uuid)
             return domain.info()
@@ -164,7 +196,13 @@ class FakeToolstack(OptionalVerbs):
     def reset(self, uuid: str) -> None:
         with self._verb("reset"):
             domain = self._readable(uuid)
-            guest.restart(self.store, domain)
+            needed, free = domain.spec.memory_mib, self.free_mib(without=domain)
+            if needed > free:
+                guest.not_restarted(self.store, domain, f"restart failed: {free} MiB are free")
+            else:
+                guest.restart(self.store, domain)
+        if needed > free:
+            raise InsufficientMemory(f"{needed} MiB asked for, {free} MiB are free: ask for less")
 
     def destroy(self, uuid: str) -> None:
         with self._verb("destroy"):
@@ -326,7 +364,7 @@ class FakeToolstack(OptionalVerbs):
             raise InsufficientVcpus(
                 f"{spec.effective_max_vcpus} vCPUs asked for, the host has {self.cpus}: give at most {self.cpus}"
             )
-        free = self.memory_mib - sum(domain.spec.memory_mib for domain in domains)
+        free = self.free_mib()
         if spec.memory_mib > free:
             raise InsufficientMemory(
                 f"{spec.memory_mib} MiB asked for, {free} MiB of {self.memory_mib} MiB are free: ask for less or"
