@@ -130,7 +130,8 @@ class Domain:
         self.console: Callable[[bytes], None] | None = None
         self.leave: Callable[[], None] = lambda: None
         self.vcpus_changed: Callable[[Vcpu], None] = lambda _vcpu: None
-        self.timer_changed: Callable[[], None] = lambda: None
+        self.give_way: Callable[[], None] = lambda: None
+        self.timer_changed: Callable[[int], None] = lambda _deadline: None
 
     # -- start of day
 
@@ -211,6 +212,18 @@ class Domain:
             with contextlib.suppress(XenError):
                 self.kernel_view(vcpu).write(vcpu.time_area, record)
 
+    def refresh_time(self, vcpu: Vcpu, now: int) -> None:
+        """Bring the time records that code on a vCPU reads up to date, if they are not.
+
+        Linux programs read the copy of vCPU 0, on whichever they run.
+        """
+        if not self.clock.due(vcpu, now):
+            return
+        self.publish_time(vcpu)
+        first = self.vcpus[0]
+        if first.time_area and first.up and self.clock.due(first, now):
+            self.publish_time(first)
+
     def publish_runstate(self, vcpu: Vcpu) -> None:
         """Write a vCPU's runstate where the guest asked for it, marked while it changes if it asked for that too."""
         if not vcpu.runstate_area:
@@ -225,7 +238,8 @@ class Domain:
     def set_timer(self, vcpu: Vcpu, deadline: int) -> None:
         """One-shot timer at system time `deadline` (ns), 0 to stop it."""
         vcpu.state.deadline = deadline
-        self.timer_changed()
+        if deadline:
+            self.timer_changed(deadline)
 
     # -- page-table roots and descriptor tables
 

@@ -86,10 +86,12 @@ class Machine:
         kind = Domain32 if config.bits == 32 else Domain
         self.domain = kind(config, memory, self.engine, HostRouter(notify_host), self._wake)
         self.domain.leave = self._leave
-        self.domain.timer_changed = self._set_alarm
+        self.domain.timer_changed = self._timer_changed
+        self.domain.give_way = self._give_way
         self.domain.vcpus_changed = self._woken
         self._timers = Timers(self.domain.vcpus, self.domain.events, self.domain.watchdogs, self._watchdog_over)
         self._queue = VcpuQueue(config.max_vcpus)
+        self._shared = config.max_vcpus > 1
         self._slice_end = 0
         self._quiet = QuietDomain(self.engine.drop_translations)
         self.engine.map_memory(
@@ -167,10 +169,14 @@ class Machine:
             self._idle(now)
             return None
         if vcpu is not domain.running:
-            self._switch(vcpu)
-        guest_time.account(vcpu, now, guest_time.RUNSTATE_RUNNING)
-        domain.publish_time(vcpu)
-        domain.publish_runstate(vcpu)
+            self._switch(vcpu, now)
+        if vcpu.runstate != guest_time.RUNSTATE_RUNNING:
+            guest_time.account(vcpu, now, guest_time.RUNSTATE_RUNNING)
+            domain.publish_runstate(vcpu)
+        domain.refresh_time(vcpu, now)
+        if self._shared:
+            # While others wait for the engine nothing that a vCPU spins for can happen.
+            self.engine.watch_pauses(self._slice_end != 0)
         self._traps.deliver_event()
         domain.preempt = False
         self._leaving = False
@@ -184,20 +190,16 @@ class Machine:
         self._exits += 1
         self._entered_ns = 0
         self._cpu_time_ns += time.monotonic_ns() - started
-        self._stop_accounting(vcpu)
+        if vcpu.blocked and vcpu.up:
+            guest_time.account(vcpu, domain.clock.now(), guest_time.RUNSTATE_BLOCKED)
         return None
-
-    def _stop_accounting(self, vcpu: Vcpu) -> None:
-        if vcpu.up:
-            state = guest_time.RUNSTATE_BLOCKED if vcpu.blocked else guest_time.RUNSTATE_RUNNABLE
-            guest_time.account(vcpu, self.domain.clock.now(), state)
 
     # -- which vCPU
 
     def _choose(self, now: int) -> Vcpu | None:
         """The vCPU to run next; None when all wait. Sets the end of its time slice."""
         vcpus = self.domain.vcpus
-        if len(vcpus) == 1:
+        if not self._shared:
             return vcpus[0] if self._can_run(0, now) else None
         number = self._queue.pick(lambda n: self._can_run(n, now))
         if number is None:
@@ -214,14 +216,23 @@ class Machine:
         """Whether a blocked vCPU may run on."""
         over = vcpu.poll is not None and vcpu.poll_deadline and vcpu.poll_deadline <= now
         if over or self._traps.event_pending(vcpu):
-            vcpu.blocked = False
-            vcpu.poll = None
+            self._unblocked(vcpu, now)
         return not vcpu.blocked
 
-    def _switch(self, vcpu: Vcpu) -> None:
+    def _unblocked(self, vcpu: Vcpu, now: int) -> None:
+        vcpu.blocked = False
+        vcpu.poll = None
+        guest_time.account(vcpu, now, guest_time.RUNSTATE_RUNNABLE)
+
+    def _switch(self, vcpu: Vcpu, now: int) -> None:
         """Put another vCPU on the engine."""
         domain = self.domain
-        domain.running.cpu = self.engine.save_cpu()
+        before = domain.running
+        if before.runstate == guest_time.RUNSTATE_RUNNING:
+            guest_time.account(before, now, guest_time.RUNSTATE_RUNNABLE)
+        # Guests look at it: who waits for a lock sleeps when its holder does not run (vcpu_is_preempted).
+        domain.publish_runstate(before)
+        before.cpu = self.engine.save_cpu()
         if vcpu.cpu is None:
             raise HypervisorBug(f"vCPU {vcpu.id} has no register state")
         self.engine.restore_cpu(vcpu.cpu)
@@ -231,7 +242,7 @@ class Machine:
 
     def _woken(self, vcpu: Vcpu) -> None:
         """A vCPU can run again: let it soon, if another one has the engine."""
-        if len(self.domain.vcpus) > 1:
+        if self._shared:
             self._queue.woken(vcpu.id)
             if vcpu is not self.domain.running:
                 self._leave()
@@ -261,6 +272,14 @@ class Machine:
         if self._posts:
             self._alarm.now()
 
+    def _timer_changed(self, deadline: int) -> None:
+        """Something new is due at system time `deadline` (ns). What was taken away may still ring, once."""
+        at, alarm = deadline + self.domain.clock.base, self._alarm
+        if not alarm.at or at < alarm.at:
+            alarm.set(at)
+            if self._posts:
+                alarm.now()
+
     def _watchdog_over(self) -> None:
         LOG.warning("a watchdog of the guest is over")
         self.domain.shut_down(abi.SHUTDOWN_watchdog)
@@ -275,9 +294,13 @@ class Machine:
             self._end_wait(vcpu)
 
     def _end_wait(self, vcpu: Vcpu) -> None:
-        vcpu.blocked = False
-        vcpu.poll = None
+        self._unblocked(vcpu, self.domain.clock.now())
         self._woken(vcpu)
+
+    def _give_way(self) -> None:
+        """The running vCPU lets all others run before it."""
+        self._queue.yielded(self.domain.running.id)
+        self._leave()
 
     def _leave(self) -> None:
         self._leaving = True
@@ -329,6 +352,9 @@ class Machine:
         if not self._leaving:
             self._traps.deliver_event()
 
+    def spinning(self) -> None:
+        self._give_way()
+
     # -- from other threads
 
     def post(self, function: Callable[[], None]) -> None:
@@ -349,6 +375,12 @@ class Machine:
 
     def _set_paused(self, paused: bool) -> None:
         self._paused = paused
+        now = self.domain.clock.now()
+        for vcpu in self.domain.vcpus:
+            if paused and vcpu.runstate in (guest_time.RUNSTATE_RUNNING, guest_time.RUNSTATE_RUNNABLE):
+                guest_time.account(vcpu, now, guest_time.RUNSTATE_OFFLINE)
+            elif not paused and vcpu.up and vcpu.runstate == guest_time.RUNSTATE_OFFLINE:
+                guest_time.account(vcpu, now, guest_time.RUNSTATE_RUNNABLE)
 
     def stop(self) -> None:
         """End the run loop; what the guest was doing is lost."""

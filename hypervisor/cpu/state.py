@@ -100,7 +100,7 @@ class Vcpu:
         self.periodic_ns = 0
         self.periodic_next = 0
         self.timer_pending = False
-        self.runstate = 0
+        self.runstate = 3  # offline (public/vcpu.h, RUNSTATE_offline)
         self.runstate_since = 0
         self.runstate_times = [0, 0, 0, 0]
         self.runstate_area = 0

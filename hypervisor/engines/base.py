@@ -36,6 +36,9 @@ class TrapHandler(Protocol):
     def invalid_opcode(self) -> None:
         """#UD; RIP is at the instruction."""
 
+    def spinning(self) -> None:
+        """A `pause` instruction while `Engine.watch_pauses` is on; RIP is behind it."""
+
 
 class Registers(Protocol):
     """The running vCPU's registers, as of now.
@@ -101,6 +104,9 @@ class Engine(Protocol):
     def flush_all(self) -> None: ...
 
     def flush_page(self, va: int) -> None: ...
+
+    def watch_pauses(self, on: bool) -> None:
+        """Whether `pause` calls the handler. Lost by `restore_cpu`; an engine that cannot tell never calls it."""
 
     @property
     def flush_epoch(self) -> int:

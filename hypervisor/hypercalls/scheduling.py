@@ -25,7 +25,7 @@ FAR_FUTURE_NS, HUGE_TIMEOUT_NS = 1 << 50, 100_000_000
 def sched_op(domain: Domain, command: int, argument: int, _3: int, _4: int, _5: int, _6: int) -> int:
     command &= 0xFFFF_FFFF
     if command == abi.SCHEDOP_yield:
-        domain.leave()
+        domain.give_way()
     elif command == abi.SCHEDOP_block:
         domain.block()
     elif command == abi.SCHEDOP_shutdown:
@@ -45,7 +45,8 @@ def sched_op(domain: Domain, command: int, argument: int, _3: int, _4: int, _5: 
     elif command == abi.SCHEDOP_watchdog:
         number, timeout = struct.unpack("<II", domain.guest.read(argument, 8))
         result = domain.watchdogs.set(number, timeout, domain.clock.now())
-        domain.timer_changed()
+        if domain.watchdogs.next:
+            domain.timer_changed(domain.watchdogs.next)
         return result
     else:
         raise XenError(errno.ENOSYS, f"sched_op {command}")
@@ -127,10 +128,9 @@ def _timers(domain: Domain, vcpu: Vcpu, command: int, argument: int) -> None:
         last = vcpu.periodic_next - vcpu.periodic_ns if vcpu.periodic_next else 0
         vcpu.periodic_ns = period
         vcpu.periodic_next = max(1, domain.clock.now(), last + period)
-        domain.timer_changed()
+        domain.timer_changed(vcpu.periodic_next)
     elif command == abi.VCPUOP_stop_periodic_timer:
         vcpu.periodic_ns = vcpu.periodic_next = 0
-        domain.timer_changed()
     elif command == abi.VCPUOP_set_singleshot_timer:
         if not mine:
             raise XenError(errno.EINVAL, "a one-shot timer is set by its own vCPU")

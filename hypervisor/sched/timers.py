@@ -14,6 +14,8 @@ from hypervisor.cpu.state import Vcpu
 from hypervisor.evtchn.core import EventChannels
 from hypervisor.sched.watchdog import Watchdogs
 
+_NEVER = 1 << 64
+
 
 class Timers:
     """Of one domain. Times are system time in nanoseconds, 0: never.
@@ -31,23 +33,23 @@ class Timers:
         self._watchdogs = watchdogs
         self._bark = bark
 
-    def _periodic(self, vcpu: Vcpu) -> int:
-        """When its periodic timer is due."""
-        if vcpu.blocked or (vcpu.id, abi.VIRQ_TIMER) not in self._events.virqs:
-            return 0
-        return vcpu.periodic_next
-
     def next(self) -> int:
         """When the earliest of them is due."""
-        best = self._watchdogs.next
+        best = self._watchdogs.next or _NEVER
         for vcpu in self._vcpus:
             if not vcpu.up:
                 continue
-            poll = vcpu.poll_deadline if vcpu.blocked and vcpu.poll is not None else 0
-            for deadline in (vcpu.state.deadline, self._periodic(vcpu), poll):
-                if deadline and (not best or deadline < best):
-                    best = deadline
-        return best
+            if 0 < (deadline := vcpu.state.deadline) < best:
+                best = deadline
+            if vcpu.blocked:
+                if vcpu.poll is not None and 0 < vcpu.poll_deadline < best:
+                    best = vcpu.poll_deadline
+            elif 0 < vcpu.periodic_next < best and self._listens(vcpu):
+                best = vcpu.periodic_next
+        return best if best != _NEVER else 0
+
+    def _listens(self, vcpu: Vcpu) -> bool:
+        return (vcpu.id, abi.VIRQ_TIMER) in self._events.virqs
 
     def fire(self, now: int) -> None:
         """Raise the events of what is due, let a watchdog bark; polls end where vCPUs are chosen."""
@@ -56,7 +58,7 @@ class Timers:
             if 0 < vcpu.state.deadline <= now:
                 vcpu.state.deadline = 0
                 events.raise_virq(abi.VIRQ_TIMER, vcpu.id)
-            if vcpu.up and 0 < self._periodic(vcpu) <= now:
+            if 0 < vcpu.periodic_next <= now and vcpu.up and not vcpu.blocked and self._listens(vcpu):
                 vcpu.periodic_next = now + vcpu.periodic_ns
                 events.raise_virq(abi.VIRQ_TIMER, vcpu.id)
         if self._watchdogs.over(now):

@@ -31,6 +31,11 @@ class VcpuQueue:
         if number not in self._boosted:
             self._boosted.append(number)
 
+    def yielded(self, number: int) -> None:
+        """The vCPU gives way: all others have their turn before it."""
+        self._order.remove(number)
+        self._order.append(number)
+
     def pick(self, runnable: Callable[[int], bool]) -> int | None:
         """The next vCPU to run, or None when all wait."""
         while self._boosted and self._in_a_row < BOOST_LIMIT:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 from hypervisor.engines import x86
-from hypervisor.engines.unicorn.private import Layout
+from hypervisor.engines.unicorn.private import HF_GUEST, INTERCEPT_PAUSE, Layout
 
 # Bits of CPUX86State.hflags (QEMU's cached translation state; target/i386/cpu.h of the library).
 HF_CPL = 3
@@ -36,6 +36,7 @@ class DirectRegisters:
         "_error",
         "_hflags",
         "_i",
+        "_intercept",
         "_is_int",
         "_layout",
         "_old_exception",
@@ -64,6 +65,7 @@ class DirectRegisters:
         self._error = layout.env_error_code // 4
         self._is_int = layout.env_is_int // 4
         self._old_exception = layout.env_old_exception // 4
+        self._intercept = layout.env_intercept // 8
         self._seg_q = [(layout.env_segs + 24 * i + 8) // 8 for i in range(10)]
         self._seg_i = [(layout.env_segs + 24 * i) // 4 for i in range(10)]
         self._read_eflags = library.helper_read_eflags_x86_64
@@ -143,6 +145,11 @@ class DirectRegisters:
         software = i[self._is_int] != 0
         i[self._is_int] = 0
         return i[self._error], software
+
+    def intercept_pause(self, on: bool) -> None:
+        # Looking at intercepts is part of how code is translated: it stays on, lest all code be translated twice.
+        self._i[self._hflags] |= HF_GUEST
+        self._q[self._intercept] = INTERCEPT_PAUSE if on else 0
 
     # -- segments
 

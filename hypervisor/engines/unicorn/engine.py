@@ -21,7 +21,7 @@ from hypervisor.engines.tsc import read_tsc
 from hypervisor.engines.unicorn.codebuffer import CodeBuffer, executable_areas
 from hypervisor.engines.unicorn.direct import DirectRegisters
 from hypervisor.engines.unicorn.library import uc_const, uc_x86, unicorn
-from hypervisor.engines.unicorn.private import LIBRARY_PATH, Layout, handle_of
+from hypervisor.engines.unicorn.private import EXIT_PAUSE, LIBRARY_PATH, Layout, handle_of
 from hypervisor.engines.unicorn.public import PublicRegisters
 from hypervisor.engines.unicorn.tablewalk import TableWalk
 
@@ -236,9 +236,23 @@ class UnicornEngine:
             rechecked, self._rechecked = self._rechecked, -1
             if number == x86.DB and rechecked == self._direct.rip:  # type: ignore[union-attr]
                 return
+            if number == EXIT_PAUSE:
+                self._direct_pause()
+                return
             self._handler.exception(number, error_code, software)  # type: ignore[union-attr]
         except BaseException as exc:
             self._fail(exc)
+
+    def _direct_pause(self) -> None:
+        regs = self.regs
+        at = regs.segment_base(x86.CS) + regs.rip
+        # Prefixes, then 0x90: no prefix is 0x90 itself.
+        length = next((n for n in range(1, 15) if self._tables.peek((at + n) & x86.MASK64) == 0x90), 1) + 1
+        regs.rip = (regs.rip + length) & x86.MASK64
+        if regs.single_step:
+            self._handler.exception(x86.DB, 0, False)  # type: ignore[union-attr]
+        else:
+            self._handler.spinning()  # type: ignore[union-attr]
 
     def _direct_invalid(self, _uc: int, _data: int) -> bool:
         try:
@@ -304,6 +318,10 @@ class UnicornEngine:
     def _public_block(self, _uc: int, _address: int, _size: int, _data: int) -> None:
         if self._kicked:
             self._stop(self._handle)
+
+    def watch_pauses(self, on: bool) -> None:
+        if self._direct:
+            self._direct.intercept_pause(on)
 
     # -- address translation and code
 

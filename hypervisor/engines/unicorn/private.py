@@ -20,6 +20,11 @@ from hypervisor.engines.unicorn.library import GPR_NAMES, uc_x86, unicorn
 
 LIBRARY_PATH = os.path.join(os.path.dirname(unicorn.__file__), "lib", "libunicorn.so.2")
 
+# The library knows AMD's SVM intercepts; they work without SVM, too, as long as nothing looks at a VMCB.
+HF_GUEST = 1 << 21  # of hflags: intercepts are looked at
+INTERCEPT_PAUSE = 1 << 23  # SVM_EXIT_PAUSE (0x77), counted from SVM_EXIT_INTR (0x60)
+EXIT_PAUSE = 0x177  # EXCP_VMEXIT + SVM_EXIT_PAUSE: what the hook of exceptions is called with
+
 REQUIRED_SYMBOLS = (
     "tlb_flush_x86_64",
     "tlb_flush_page_x86_64",
@@ -49,6 +54,7 @@ class Layout:
     env_error_code: int = 5384
     env_is_int: int = 5388
     env_old_exception: int = 5496
+    env_intercept: int = 5520
     env_size: int = 5568  # what a context switch must copy
 
 
@@ -208,6 +214,32 @@ def _check_exceptions(scratch: _Scratch, layout: Layout, env: int) -> None:
     ctypes.c_uint32.from_address(env + layout.env_old_exception).value = 0xFFFF_FFFF
 
 
+def _check_pause(scratch: _Scratch, layout: Layout, env: int) -> None:
+    """nop; pause; nop — with the intercept on it is an exit at the instruction, without it none."""
+    seen: list[tuple[int, int]] = []
+
+    def hook(uc: Any, number: int, _data: object) -> None:
+        seen.append((number, _u64(env + layout.env_eip)))
+        uc.emu_stop()
+
+    handle = scratch.uc.hook_add(unicorn.UC_HOOK_INTR, hook)
+    hflags = ctypes.c_uint32.from_address(env + layout.env_hflags)
+    intercept = ctypes.c_uint64.from_address(env + layout.env_intercept)
+    _expect("intercept at rest", intercept.value, 0)
+    hflags.value |= HF_GUEST
+    intercept.value = INTERCEPT_PAUSE
+    start = scratch.code(b"\x90\xf3\x90\x90")
+    scratch.uc.emu_start(start, start + 4)
+    intercept.value = 0
+    scratch.uc.emu_start(start, start + 4)
+    hflags.value &= ~HF_GUEST
+    scratch.uc.hook_del(handle)
+    _expect("number of intercepts", len(seen), 1)
+    _expect("exit of the intercept", seen[0][0], EXIT_PAUSE)
+    _expect("RIP at the intercept", seen[0][1], start + 1)
+    ctypes.c_uint32.from_address(env + layout.env_old_exception).value = 0xFFFF_FFFF
+
+
 def _check_stop(layout: Layout) -> None:
     """A stop request during a store ends the run behind the block, not behind the store.
 
@@ -260,6 +292,7 @@ def verify(layout: Layout | None = None) -> SelfCheck:
             _, _, env = _check_registers(scratch, layout)
             _check_flags(scratch, layout, env, lib)
             _check_exceptions(scratch, layout, env)
+            _check_pause(scratch, layout, env)
         finally:
             scratch.close()
         _check_stop(layout)

@@ -227,7 +227,14 @@ struct sched_poll {
     u64 timeout; /* absolute system time, ns; 0 for none */
 };
 
-enum { VCPUOP_is_up = 3, VCPUOP_stop_periodic_timer = 7, VCPUOP_register_vcpu_info = 10 };
+enum {
+    VCPUOP_initialise = 0,
+    VCPUOP_up = 1,
+    VCPUOP_is_up = 3,
+    VCPUOP_register_runstate_memory_area = 5,
+    VCPUOP_stop_periodic_timer = 7,
+    VCPUOP_register_vcpu_info = 10,
+};
 
 struct vcpu_register_vcpu_info {
     u64 mfn;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import harness
@@ -9,6 +10,7 @@ import pytest
 from harness import GuestRun, running
 
 from hypervisor.memory import layout
+from hypervisor.sched.vcpus import SLICE_NS
 from hypervisor.toolstack.api import ShutdownReason
 
 pytestmark = pytest.mark.skipif(harness.build.available() is not None, reason=str(harness.build.available()))
@@ -202,3 +204,14 @@ def test_pausing_a_guest_silences_its_alarm(runs: list[GuestRun]) -> None:
         spin.machine.unpause()
         assert not spin.call(spin.machine.stats)["paused"]
     assert spin.ended is None
+
+
+@ENGINES
+def test_vcpus_that_wait_for_each_other_do_not_wait_out_time_slices(runs: list[GuestRun], public: bool) -> None:
+    guest = running(runs, "smp", cmdline="count=20" if public else "", vcpus=2, public=public)
+    assert guest.wait_end() == harness.EXPECTED_POWEROFF
+    assert guest.failures() == [] and "smp: OK" in guest.text, guest.text[-2000:]
+    assert guest.machine.domain.recount() == []
+    if not public:  # which cannot see `pause`
+        handovers, took = re.search(r"(\d+) handovers in (\d+) us", guest.text).groups()
+        assert guest.machine.stats()["exits"] >= int(handovers) and int(took) < int(handovers) * SLICE_NS / 2000

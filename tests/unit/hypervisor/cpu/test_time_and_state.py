@@ -11,7 +11,7 @@ from pv_rig import Rig
 
 from hypervisor import abi
 from hypervisor.cpu.state import Vcpu
-from hypervisor.cpu.time import RUNSTATE_BLOCKED, RUNSTATE_RUNNING, Clock, account
+from hypervisor.cpu.time import REFRESH_NS, RUNSTATE_BLOCKED, RUNSTATE_RUNNING, Clock, account
 from hypervisor.engines.tsc import TscScale
 
 TIME = struct.Struct("<I4xQQIbBxx")  # version, tsc_timestamp, system_time, mul, shift, flags
@@ -55,6 +55,46 @@ def test_the_guests_formula_gives_system_time(rig: Rig, khz: int, monkeypatch: p
         assert abs(guest - clock.now()) <= 2 + elapsed // 1_000_000_000 * 5
 
 
+def test_vcpus_have_one_pair_and_a_new_one_now_and_then(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    tsc = Tsc(2_000_000)
+    monkeypatch.setattr(time, "monotonic_ns", lambda: tsc.nanoseconds)
+    clock, vcpu, other = Clock(TscScale.from_khz(tsc.khz), tsc, base=0), rig.domain.running, Vcpu(1)
+    assert clock.due(vcpu, clock.now())
+    clock.update_vcpu(rig.memory, vcpu)
+    first = record(rig)[1:3]
+    tsc.nanoseconds += REFRESH_NS - 1
+    assert not clock.due(vcpu, clock.now()) and clock.due(other, clock.now())
+    clock.update_vcpu(rig.memory, vcpu)
+    assert record(rig)[1:3] == first
+    tsc.nanoseconds += 1
+    assert clock.due(vcpu, clock.now())
+    clock.update_vcpu(rig.memory, vcpu)
+    assert record(rig)[1:3] == (first[0] + 20_000_000, first[1] + REFRESH_NS)
+
+
+@pytest.mark.parametrize("bad", [1, 7, 8, 100])
+def test_a_pair_torn_by_another_process_is_taken_again(rig: Rig, monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
+    """The first `bad` looks at the clock take 5 ms longer than the look at the counter before."""
+    tsc, torn = Tsc(2_000_000), [0]
+
+    def monotonic() -> int:
+        if torn[0]:
+            torn[0] -= 1
+            tsc.nanoseconds += 5_000_000
+        return tsc.nanoseconds
+
+    monkeypatch.setattr(time, "monotonic_ns", monotonic)
+    clock, vcpu = Clock(TscScale.from_khz(tsc.khz), tsc, base=0), rig.domain.running
+    clock.update_vcpu(rig.memory, vcpu)
+    tsc.nanoseconds += REFRESH_NS
+    torn[0] = bad
+    assert clock.due(vcpu, tsc.nanoseconds) is (bad < 8), "an old pair is better than a torn one"
+    torn[0] = 0
+    clock.update_vcpu(rig.memory, vcpu)
+    _, stamp, system, *_ = record(rig)
+    assert stamp == system * 2
+
+
 def test_each_update_has_a_new_even_version_and_never_goes_back(rig: Rig) -> None:
     before = (0, 0, 0)
     for _ in range(50):
@@ -86,11 +126,11 @@ def test_the_wall_clock_is_the_time_of_day_at_system_time_zero(rig: Rig) -> None
 
 def test_runstates_add_up() -> None:
     vcpu = Vcpu(0)
-    vcpu.runstate_since = 100
+    account(vcpu, 100, RUNSTATE_RUNNING)
     account(vcpu, 130, RUNSTATE_BLOCKED)
     account(vcpu, 150, RUNSTATE_RUNNING)
     account(vcpu, 140, RUNSTATE_BLOCKED)
-    assert vcpu.runstate_times == [30, 0, 20, 0] and vcpu.runstate == RUNSTATE_BLOCKED
+    assert vcpu.runstate_times == [30, 0, 20, 100] and vcpu.runstate == RUNSTATE_BLOCKED
 
 
 def full_vcpu() -> Vcpu:

@@ -47,6 +47,9 @@ class Recorder:
     def invalid_opcode(self) -> None:
         self._note("invalid", self.engine.regs.rip)
 
+    def spinning(self) -> None:
+        self._note("spinning", self.engine.regs.rip)
+
 
 class Bench:
     """An engine in ring 3 with identity-free paging: CODE rx, RO_DATA ro nx, two pages rw below STACK_TOP."""
@@ -260,3 +263,36 @@ def test_a_step_set_by_the_handler_is_taken_behind_one_instruction(use_private: 
     seen = bench.run(bytes.fromhex("0f05 48ffc3 48ffc3 48ffc3"))
     assert seen[0][:2] == ("exception", x86.DB)
     assert (bench.engine.regs.gpr[x86.RBX], bench.engine.regs.rip) == (1, CODE + 5)
+
+
+@pytest.mark.parametrize("code", ["f390", "f3f390", "f348 90", "66f3 90"])
+def test_a_pause_is_told_while_it_is_watched(code: str) -> None:
+    """pause, with more prefixes than it needs; syscall"""
+    bench, pause = Bench(True), bytes.fromhex(code)
+    bench.engine.watch_pauses(True)
+    assert bench.run(pause + b"\x0f\x05") == [("spinning", CODE + len(pause))]
+    bench.engine.watch_pauses(False)
+    assert bench.run(pause + b"\x0f\x05")[1][0] == "syscall"
+
+
+def test_a_nop_and_an_exchange_are_no_pause() -> None:
+    """nop; rep xchg r8d, eax; syscall"""
+    bench = Bench(True)
+    bench.engine.watch_pauses(True)
+    bench.engine.regs.gpr[x86.R8], bench.engine.regs.gpr[x86.RAX] = 5, 6
+    assert bench.run(bytes.fromhex("90 f34190 0f05"))[0][0] == "syscall"
+    assert (bench.engine.regs.gpr[x86.R8], bench.engine.regs.gpr[x86.RAX]) == (6, 5)
+
+
+def test_a_watched_pause_is_one_step() -> None:
+    """syscall; pause; inc rbx"""
+    bench = Bench(True, Stepper)
+    bench.engine.watch_pauses(True)
+    assert bench.run(bytes.fromhex("0f05 f390 48ffc3"))[0][:2] == ("exception", x86.DB)
+    assert bench.engine.regs.rip == CODE + 4
+
+
+def test_the_public_path_runs_on_at_a_pause() -> None:
+    bench = Bench(False)
+    bench.engine.watch_pauses(True)
+    assert bench.run(bytes.fromhex("f390 0f05"))[0][0] == "syscall"

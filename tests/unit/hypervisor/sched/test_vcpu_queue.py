@@ -24,6 +24,14 @@ def test_a_woken_vcpu_runs_next_and_keeps_its_turn() -> None:
     assert picks(queue, 4, {0, 1, 2, 3}) == [3, 1, 2, 3]
 
 
+def test_one_that_gives_way_runs_after_all_others() -> None:
+    queue = VcpuQueue(3)
+    queue.woken(0)
+    assert queue.pick(lambda _number: True) == 0, "out of turn"
+    queue.yielded(0)
+    assert picks(queue, 4, {0, 1, 2}) == [1, 2, 0, 1]
+
+
 def test_two_that_wake_each_other_do_not_starve_a_third() -> None:
     queue = VcpuQueue(3)
     seen = []

@@ -56,10 +56,11 @@ def test_watchdogs_are_saved() -> None:
 def test_the_hypercall(number: int, timeout: int, result: int) -> None:
     rig = Rig().boot()
     changes: list[int] = []
-    rig.domain.timer_changed = lambda: changes.append(rig.domain.watchdogs.next)
+    rig.domain.timer_changed = changes.append
     put(rig, "<2I", number, timeout)
     assert call(rig, abi.HYPERVISOR_sched_op, abi.SCHEDOP_watchdog, ARG) == result
     assert bool(changes) == (result > 0) == bool(rig.domain.watchdogs.next)
+    assert changes == [rig.domain.watchdogs.next] * len(changes)
     assert call(rig, abi.HYPERVISOR_sched_op, abi.SCHEDOP_watchdog, 1 << 40) == -E.EFAULT
 
 
