@@ -2,7 +2,7 @@
 
 How a link is made::
 
-    host process      ends = hypervisor.host.guest_link.LinkEnds.create(handles.memory)
+    host process      ends = hypervisor.host.guest_link_ends.LinkEnds.create(handles.memory)
     host → domain     {"op": "link"} with the descriptors `ends.for_domain` (socket, buffer)
                       → {"result": {"link": n}}, n > 0; or an error: `WrongState` the guest has ended or has
                       too many links

@@ -6,21 +6,20 @@ whoever connects to its own socket (``<state>/domains/<uuid>/sock``) next is its
 After the guest has ended the process stays, holding memory and the reason, until it
 is killed: so the end of a domain is provable even if nobody looked.
 
-Messages from the host: ``{"id", "op"}`` with op ``commit``, ``pause``, ``unpause``,
-``stats``; the answer is ``{"id", "result"}`` or ``{"id", "error"}``. Events to the host:
-``built``, ``failed``, ``ended`` and, first thing on a new connection, ``identity`` with
-the descriptors of `Handles`.
+Messages from the host: ``{"id", "op"}`` with op ``commit``, ``pause``, ``unpause``, ``stats``, ``link``, ``unlink``
+(`hypervisor.devices.link`); the answer is ``{"id", "result"}`` or ``{"id", "error"}``. Events to the host: ``built``,
+``failed``, ``ended`` and, first thing on a new connection, ``identity`` with the descriptors of `Handles`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import faulthandler
+import functools
 import gc
 import logging
 import mmap
 import os
-import select
 import signal
 import socket
 import sys
@@ -33,7 +32,9 @@ from hypervisor.errors import HostFailure, ToolstackError, WrongState
 from hypervisor.host import channel as channels
 from hypervisor.host import sandbox
 from hypervisor.host.channel import BadMessage, Channel, ChannelClosed, Message
+from hypervisor.host.guest_link import GuestLinks
 from hypervisor.host.handles import Handles, answer, ring
+from hypervisor.host.poller import Poller
 from hypervisor.host.runtime import BuildRequest, Ended, Guest, Runtime
 from hypervisor.toolstack.api import DomainState, ShutdownReason
 
@@ -68,6 +69,8 @@ class DomainProcess:
         self._guest: Guest | None = None
         self._report = sandbox.Report(False, 0)
         self._listener: socket.socket | None = None
+        self._poller = Poller()
+        self._links: GuestLinks | None = None
 
     def main(self) -> None:
         """Returns only if the domain never came to life; otherwise the process ends by a signal from the host."""
@@ -104,6 +107,8 @@ class DomainProcess:
         sealed: list[sandbox.Report] = []
         guest = self.runtime.build(self.request, memory, self._notify_host, lambda: sealed.append(sandbox.restrict()))
         self._guest = guest
+        target = guest.link_target()
+        self._links = GuestLinks(target, self._poller) if target else None
         self._report = sandbox.lock_down(sealed[0] if sealed else sandbox.restrict(), required=self.sandbox_required)
         return guest
 
@@ -128,39 +133,38 @@ class DomainProcess:
         return True
 
     def _notify_host(self, port: int) -> None:
-        ring(self.handles.to_host[port])
+        bell = self.handles.to_host.get(port)
+        if bell is not None:  # any other port of domain 0 is a driver's, and none is bound to it now
+            ring(bell)
 
     def _finish(self, ended: Ended) -> None:
         LOG.info("guest ended: %s %s", ended.reason, ended.detail)
         with self._lock:
             self.ended = ended
             self.state = DomainState.CRASHED if ended.reason is ShutdownReason.CRASH else DomainState.SHUTDOWN
+        if self._links is not None:
+            self._poller.call(self._links.guest_ended)
         self._send({"event": "ended", **_ended_json(ended)})
 
     # -- the channel thread ---------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        """Sleeps in poll until something arrives; an idle domain wakes for nothing."""
-        assert self._listener is not None and self._guest is not None
-        doorbells = {fd: port for port, fd in self.handles.to_guest.items()}
-        while True:
-            poll = select.poll()
-            poll.register(self._listener.fileno(), select.POLLIN)
-            for fd in doorbells:
-                poll.register(fd, select.POLLIN)
-            host = self._host
-            if host is not None:
-                poll.register(host.fileno(), select.POLLIN)
-            known = host
-            while self._host is known:
-                for fd, _ in poll.poll():
-                    if fd in doorbells:
-                        if answer(fd):
-                            self._guest.notify(doorbells[fd])
-                    elif fd == self._listener.fileno():
-                        self._accept()
-                    elif host is not None and self._host is host:
-                        self._one_message(host)
+        """An idle domain wakes for nothing."""
+        assert self._listener is not None
+        self._poller.add(self._listener.fileno(), self._accept)
+        for port, bell in self.handles.to_guest.items():
+            self._poller.add(bell, functools.partial(self._rung, bell, port))
+        with self._lock:
+            if self._host is not None:
+                self._attend(self._host)
+        self._poller.run()
+
+    def _rung(self, bell: int, port: int) -> None:
+        if answer(bell):
+            self._running_guest().notify(port)
+
+    def _attend(self, host: Channel) -> None:
+        self._poller.add(host.fileno(), lambda: self._one_message(host))
 
     def _one_message(self, host: Channel) -> None:
         try:
@@ -173,17 +177,21 @@ class DomainProcess:
         except ChannelClosed:
             self._detach(host)
             return
-        channels.close_all(fds)
-        self._send({"id": message.get("id"), **self._answer(message)})
+        self._send({"id": message.get("id"), **self._answer(message, fds)})
 
-    def _answer(self, message: Message) -> Message:
+    def _answer(self, message: Message, fds: list[int]) -> Message:
+        """Descriptors belong to the verb as soon as there is one."""
         verbs: dict[str, Callable[[], dict[str, Any]]] = {
             "pause": self._pause,
             "unpause": self._unpause,
             "stats": self._stats,
+            "link": lambda: self._link(fds),
+            "unlink": lambda: self._unlink(message.get("link")),
         }
         try:
             verb = verbs.get(str(message.get("op")))
+            if message.get("op") != "link":
+                channels.close_all(fds)
             if verb is None:
                 raise HostFailure(f"unknown op {message.get('op')!r}")
             return {"result": verb()}
@@ -209,6 +217,19 @@ class DomainProcess:
 
     def _stats(self) -> dict[str, Any]:
         return {**self._running_guest().stats(), "state": self.state}
+
+    def _link(self, fds: list[int]) -> dict[str, Any]:
+        if self._links is None:
+            channels.close_all(fds)
+            raise WrongState("this runtime serves no devices")
+        return {"link": self._links.open(fds)}
+
+    def _unlink(self, number: object) -> dict[str, Any]:
+        if not isinstance(number, int) or number < 0:
+            raise HostFailure(f"op unlink of link {number!r}")
+        if self._links is not None:
+            self._links.close(number)
+        return {}
 
     def _running_guest(self) -> Guest:
         assert self._guest is not None
@@ -243,6 +264,7 @@ class DomainProcess:
                 new.close()
                 return
             self._host = new
+        self._attend(new)
 
     def _host_is_there(self) -> bool:
         host = self._host
@@ -255,6 +277,11 @@ class DomainProcess:
         with self._lock:
             if self._host is host:
                 self._host = None
+        self._drop(host)
+
+    def _drop(self, host: Channel) -> None:
+        """In the channel thread."""
+        self._poller.remove(host.fileno())
         host.close()
 
     def _send(self, message: Message) -> None:
@@ -270,7 +297,7 @@ class DomainProcess:
             except ChannelClosed:
                 pass
             self._host = None
-        host.close()
+        self._poller.call(lambda: self._drop(host))
 
 
 def run_child(

@@ -16,6 +16,8 @@ from hypervisor.domain import MachineConfig
 from hypervisor.engines import unicorn
 from hypervisor.engines.tsc import measure_khz
 from hypervisor.errors import HostFailure, HypervisorBug, XenError
+from hypervisor.evtchn.hostside import HostRouter
+from hypervisor.host.guest_link_state import LinkTarget
 from hypervisor.host.runtime import CONSOLE_PORT, STORE_PORT, BuildRequest, Ended, RuntimeFacts
 from hypervisor.machine import Machine
 from hypervisor.toolstack import builder
@@ -51,6 +53,20 @@ class PvGuest:
     def run(self) -> Ended:
         shutdown = self._machine.run()
         return Ended(shutdown.reason, shutdown.detail)
+
+    def link_target(self) -> LinkTarget:
+        return link_target(self._machine)
+
+
+def link_target(machine: Machine) -> LinkTarget:
+    """What drivers reach of a machine."""
+    domain = machine.domain
+    router = domain.events.router
+    assert isinstance(router, HostRouter)
+    memory = domain.memory
+    return LinkTarget(
+        domain.config.domid, memory.frames, memory.index, domain.grants.own, domain.events, router, machine.post
+    )
 
 
 class PvRuntime:

@@ -12,9 +12,12 @@ import dataclasses
 import importlib
 import mmap
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hypervisor.toolstack.api import DomainSpec, ShutdownReason
+
+if TYPE_CHECKING:  # the host process needs nothing of a machine
+    from hypervisor.host.guest_link_state import LinkTarget
 
 STORE_PORT = 1
 CONSOLE_PORT = 2
@@ -62,12 +65,16 @@ class Ended:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RuntimeFacts:
-    """:ivar max_vcpus: most vCPUs of one domain; `capabilities` are those of `toolstack.api.Capability`."""
+    """:ivar max_vcpus: most vCPUs of one domain; `capabilities` are those of `toolstack.api.Capability`.
+
+    :ivar link: ``module:attribute`` of the guest link in driver processes; "" for `hypervisor.devices.link`.
+    """
 
     name: str
     max_vcpus: int
     capabilities: tuple[str, ...]
     detail: tuple[tuple[str, str], ...] = ()
+    link: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -75,12 +82,13 @@ class RuntimeFacts:
             "max_vcpus": self.max_vcpus,
             "capabilities": list(self.capabilities),
             "detail": dict(self.detail),
+            "link": self.link,
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RuntimeFacts:
         detail = tuple(sorted((str(k), str(v)) for k, v in data["detail"].items()))
-        return cls(str(data["name"]), int(data["max_vcpus"]), tuple(data["capabilities"]), detail)
+        return cls(str(data["name"]), int(data["max_vcpus"]), tuple(data["capabilities"]), detail, str(data["link"]))
 
 
 class Guest(Protocol):
@@ -102,6 +110,9 @@ class Guest(Protocol):
 
     def stats(self) -> dict[str, Any]:
         """At least ``cpu_time_ns``."""
+
+    def link_target(self) -> LinkTarget | None:
+        """What driver processes are served from; None: the guest has no devices."""
 
 
 class Runtime(Protocol):

@@ -43,7 +43,8 @@ _LANDLOCK_FS_BITS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
 _LANDLOCK_NET_BITS = 2
 _LANDLOCK_SCOPE_BITS = 2
 
-MAX_OPEN_FILES = 64
+MAX_OPEN_FILES = 2560
+"""A domain process has two for each port that a driver binds, up to 16 links of 64."""
 MAX_FILE_SIZE = 4 << 20
 NO_LIMIT = resource.RLIM_INFINITY
 

@@ -34,6 +34,7 @@ _PR_SET_VMA = 0x5356_4D41
 _SOL_SOCKET = 1
 _FCNTL_FLAGS = (1, 2, 3, 4)  # F_GETFD, F_SETFD, F_GETFL, F_SETFL; not F_SETOWN, which sends signals
 _F_DUPFD_CLOEXEC = 1030
+_F_GET_SEALS = 1034
 
 # fmt: off
 ALLOWED = {
@@ -47,7 +48,7 @@ ALLOWED = {
     "timer_settime": 223, "timer_gettime": 224, "timer_getoverrun": 225, "timer_delete": 226, "clock_gettime": 228,
     "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233,
     "pselect6": 270, "ppoll": 271, "set_robust_list": 273, "epoll_pwait": 281, "fallocate": 285,
-    "timerfd_settime": 286, "timerfd_gettime": 287, "accept4": 288, "preadv": 295, "pwritev": 296,
+    "timerfd_settime": 286, "timerfd_gettime": 287, "accept4": 288, "eventfd2": 290, "preadv": 295, "pwritev": 296,
     "getrandom": 318, "membarrier": 324, "rseq": 334, "epoll_pwait2": 441,
 }
 # fmt: on
@@ -105,7 +106,7 @@ def program(pid: int, *, driver: bool = False) -> bytes:
     code += _ins(_JEQ, _CLONE, 0, len(thread) // 8) + thread
     code += _guarded(_TGKILL, 0, (pid,))
     # Python's mmap keeps a duplicate of its file's descriptor.
-    code += _guarded(_FCNTL, 1, (*_FCNTL_FLAGS, _F_DUPFD_CLOEXEC) if driver else _FCNTL_FLAGS)
+    code += _guarded(_FCNTL, 1, (*_FCNTL_FLAGS, _F_DUPFD_CLOEXEC) if driver else (*_FCNTL_FLAGS, _F_GET_SEALS))
     code += _guarded(_IOCTL, 1, (_FIONBIO,))
     code += _guarded(_PRCTL, 0, (_PR_SET_NAME, _PR_SET_VMA))
     code += _guarded(_GETSOCKOPT, 1, (_SOL_SOCKET,))

@@ -244,6 +244,7 @@ class FakeLink:
         event = FakePort(self.guest, port)
         self.guest.ports[port] = event
         self.events.append(event)
+        event.ring()  # what was sent before is lost: a driver looks at the ring as soon as it is bound
         return event
 
     def unbind(self, event: EventPort) -> None:

@@ -102,8 +102,9 @@ class FakeEngine:
     def set_ldt(self, selector: int, base: int, limit: int) -> None:
         self.ldt = (selector, base, limit)
 
-    def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
-        return leaf, 0xFFFF_FFFF, 0xFFFF_FFFF, 0xFFFF_FFFF
+    def cpuid(self, leaf: int, _subleaf: int) -> tuple[int, int, int, int]:
+        last = {0: 0xD, 0x8000_0000: 0x8000_0008}
+        return last.get(leaf, leaf), 0xFFFF_FFFF, 0xFFFF_FFFF, 0xFFFF_FFFF
 
     def read_tsc(self) -> int:
         return 1234
@@ -135,7 +136,7 @@ class Rig:
 
     def __init__(self, pages: int = PAGES, max_pages: int | None = None, vcpus: int = 1) -> None:
         most = max_pages or pages
-        self.mapping = mmap.mmap(-1, layout.total_frames(most) * PAGE)
+        self.mapping = self.new_mapping(layout.total_frames(most) * PAGE)
         self.engine = FakeEngine()
         self.peers = Peers()
         self.woken: list[tuple[int, int]] = []
@@ -150,6 +151,9 @@ class Rig:
         self.tables, self.frames, self.memory = self.domain.tables, self.domain.frames, self.domain.memory
         self.guest, self.regs = self.domain.guest, self.engine.regs
         self.state = self.domain.vcpus[0].state
+
+    def new_mapping(self, size: int) -> mmap.mmap:
+        return mmap.mmap(-1, size)
 
     def _leave(self) -> None:
         self.leaves += 1

@@ -86,6 +86,9 @@ class ScriptedGuest:
     def notify(self, port: int) -> None:
         os.eventfd_write(self._bell, 1)
 
+    def link_target(self) -> None:
+        """It grants nothing."""
+
     def stats(self) -> dict[str, Any]:
         main = threading.main_thread().ident
         assert main is not None

@@ -1,0 +1,224 @@
+"""What one driver process holds of the guest: mapped grants and bound ports. Belongs to the run loop's thread."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from hypervisor import abi
+from hypervisor.abi import errno
+from hypervisor.devices import link_wire as wire
+from hypervisor.devices.link_window import BYTES, SLOTS
+from hypervisor.errors import XenError
+from hypervisor.evtchn.core import ChannelState, EventChannels
+from hypervisor.evtchn.hostside import HostRouter
+from hypervisor.grants.active import ActiveGrants
+from hypervisor.grants.peer import HOST_DOMID, HOST_READ, HOST_WRITE, GrantError
+from hypervisor.host.handles import ring
+from hypervisor.types import PAGE_SIZE
+
+LOG = logging.getLogger(__name__)
+
+MAX_PORTS = 64
+"""Of one link."""
+_FIRST_PEER_PORT = 1 << 16
+"""The driver's ends have numbers of their own, beyond those of the host process's."""
+_peer_ports = itertools.count(_FIRST_PEER_PORT)
+
+
+class Refused(Exception):
+    """:ivar status: GNTST_* below 0, or an errno."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LinkTarget:
+    """What links need of the machine.
+
+    :ivar frames: pages of its memfd; `index` the page of a machine frame, -1 when there is none.
+    :ivar post: has a function called in the run loop's thread (`Machine.post`).
+    """
+
+    domid: int
+    frames: int
+    index: Callable[[int], int]
+    grants: ActiveGrants
+    events: EventChannels
+    router: HostRouter
+    post: Callable[[Callable[[], None]], None]
+
+
+@dataclasses.dataclass(slots=True)
+class Held:
+    """A mapping: one pin of the grant, one hold of the frame."""
+
+    ref: int
+    mfn: int
+    page: int
+    readonly: bool
+
+    @property
+    def increment(self) -> int:
+        return HOST_READ if self.readonly else HOST_WRITE
+
+
+class LinkState:
+    """:param buffer: shared with the driver, for copies. :ivar ports: its bells, by port of the guest.
+
+    :param port_closed: called with a port that the guest closed.
+    """
+
+    def __init__(self, target: LinkTarget, buffer: memoryview, port_closed: Callable[[int], None]) -> None:
+        self._target = target
+        self._buffer = buffer
+        self._port_closed = port_closed
+        self._held: dict[int, Held] = {}
+        self.ports: dict[int, tuple[int, int]] = {}
+        self.welcome = False
+        self._released = False
+
+    def __len__(self) -> int:
+        """Mappings there are."""
+        return len(self._held)
+
+    def execute(self, op: int, flags: int, items: list[tuple[Any, ...]]) -> list[tuple[int, ...]]:
+        """A request that is of the right form; the answer's items. :raises Refused. :raises wire.BadForm."""
+        if op == wire.MAP:
+            return self._map(items, readonly=bool(flags & wire.READONLY))
+        if op == wire.UNMAP:
+            return self._unmap(items)
+        if op == wire.COPY:
+            return [(self._copy(*item),) for item in items]
+        return self._hello(*items[0])
+
+    def _hello(self, version: int, _memory: int, _memory_ro: int, slots: int, window: int) -> list[tuple[int, ...]]:
+        if version != wire.VERSION or slots > SLOTS or window % BYTES:
+            raise wire.BadForm(f"hello of version {version} with {slots} slots at {window:#x}")
+        self.welcome = True
+        return [(self._target.domid, self._target.frames, len(self._buffer))]
+
+    # -- mappings
+
+    def _map(self, items: list[tuple[Any, ...]], *, readonly: bool) -> list[tuple[int, ...]]:
+        """All or none."""
+        done: list[int] = []
+        try:
+            for ref, slot in items:
+                if slot >= SLOTS or slot in self._held:
+                    raise wire.BadForm(f"slot {slot} is in use, or there is none")
+                self._held[slot] = self._pin(ref, readonly=readonly)
+                done.append(slot)
+        except BaseException:
+            for slot in done:
+                self._unpin(self._held.pop(slot))
+            raise
+        return [(self._held[slot].page,) for slot in done]
+
+    def _pin(self, ref: int, *, readonly: bool) -> Held:
+        grants = self._target.grants
+        increment = HOST_READ if readonly else HOST_WRITE
+        try:
+            mfn = grants.pin(ref, HOST_DOMID, increment, readonly=readonly)
+            try:
+                grants.hold(mfn, writable=not readonly)
+            except GrantError:
+                grants.unpin(ref, increment, readonly=readonly)
+                raise
+        except GrantError as exc:
+            raise Refused(exc.status, exc.why) from exc
+        return Held(ref, mfn, self._target.index(mfn), readonly)
+
+    def _unpin(self, held: Held) -> None:
+        grants = self._target.grants
+        grants.drop(held.mfn, writable=not held.readonly)
+        grants.unpin(held.ref, held.increment, readonly=held.readonly)
+
+    def _unmap(self, items: list[tuple[Any, ...]]) -> list[tuple[int, ...]]:
+        for (slot,) in items:
+            held = self._held.pop(slot, None)
+            if held is None:
+                raise wire.BadForm(f"slot {slot} is not in use")
+            self._unpin(held)
+        return []
+
+    # -- copies
+
+    def _copy(self, ref: int, offset: int, length: int, at: int, direction: int) -> int:
+        """GNTST_* of one piece."""
+        if offset + length > PAGE_SIZE or at + length > len(self._buffer) or direction > 1:
+            return abi.GNTST_bad_copy_arg
+        grants, readonly = self._target.grants, not direction
+        try:
+            window = grants.pin_copy(ref, HOST_DOMID, readonly=readonly, transitive=True)
+        except GrantError as exc:
+            return exc.status
+        owner = window.owner
+        try:
+            if offset < window.start or offset + length > window.start + window.length:
+                return abi.GNTST_general_error
+            buffer = self._buffer[at : at + length]
+            if readonly:
+                buffer[:] = owner.page(window.mfn)[offset : offset + length]
+            else:
+                owner.hold(window.mfn, writable=True)
+                owner.page(window.mfn)[offset : offset + length] = buffer
+                owner.drop(window.mfn, writable=True)
+            return abi.GNTST_okay
+        except GrantError as exc:
+            return exc.status
+        finally:
+            grants.unpin_copy(ref, readonly=readonly)
+            owner.drop(window.mfn, writable=False)
+
+    # -- event channels
+
+    def bind(self, port: int, bell: int) -> None:
+        """:param bell: eventfd to the driver, owned from here on. :raises Refused: it stays the caller's."""
+        if len(self.ports) >= MAX_PORTS:
+            raise Refused(errno.ENOSPC, f"{MAX_PORTS} ports of one link are bound")
+        peer_port = next(_peer_ports)
+        try:
+            self._target.events.accept(port, HOST_DOMID, peer_port)
+        except XenError as exc:
+            raise Refused(exc.errno, exc.why) from exc
+        self.ports[port] = (bell, peer_port)
+        self._target.router.join(port, lambda: ring(bell), lambda: self._closed(port))
+        # The guest may have sent before there was a channel: the driver is told to look, as in Xen.
+        ring(bell)
+
+    def unbind(self, port: int) -> None:
+        """:raises Refused: it is not bound by this link."""
+        if port not in self.ports:
+            raise Refused(errno.EINVAL, f"port {port} is not bound")
+        bell, peer_port = self.ports.pop(port)
+        self._target.router.leave(port)
+        channel = self._target.events.status(port)
+        if channel.state is ChannelState.INTERDOMAIN and (channel.peer, channel.peer_port) == (HOST_DOMID, peer_port):
+            self._target.events.peer_closed(port)
+        os.close(bell)
+
+    def _closed(self, port: int) -> None:
+        bell, _ = self.ports.pop(port)
+        os.close(bell)
+        self._port_closed(port)
+
+    def rung(self, port: int) -> None:
+        """The driver sends an event."""
+        if port in self.ports:
+            self._target.events.pend(port)
+
+    # -- the end
+
+    def release(self) -> None:
+        """Give everything back. Harmless when repeated."""
+        for port in list(self.ports):
+            self.unbind(port)
+        while self._held:
+            self._unpin(self._held.popitem()[1])
