@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from hypervisor.devices.console import ConsoleRing
@@ -14,7 +15,7 @@ from hypervisor.host.runtime import CONSOLE_PORT, STORE_PORT
 from hypervisor.host.settings import HostSettings
 from hypervisor.host.table import Domain
 from hypervisor.xenstore import domain_nodes
-from hypervisor.xenstore.errors import NotFound, XenstoreError
+from hypervisor.xenstore.errors import Invalid, NotFound, XenstoreError
 from hypervisor.xenstore.handle import Handle
 from hypervisor.xenstore.journal import StateDamaged, open_server
 from hypervisor.xenstore.path import domain_path
@@ -46,6 +47,8 @@ class HostBackends:
         self.handle = Handle(self.server, loop.call_soon)
         domain_nodes.prepare_host(self.handle)
         self._unix: UnixServer | None = None
+        self._attached: dict[int, DomainBackends] = {}
+        self.server.ring_mapper = self._introduce
 
     async def start(self, known: frozenset[int]) -> None:
         """Open the socket for tools. :param known: domids that are served; what is of others is forgotten."""
@@ -67,7 +70,16 @@ class HostBackends:
 
     def attach(self, domain: Domain, boot: dict[str, object], *, adopted: bool) -> DomainBackends:
         """:raises HostFailure: the rings are not where the domain process says, or xenstore refuses the nodes."""
-        return DomainBackends(self.server, self.handle, domain, boot, adopted=adopted)
+        backends = DomainBackends(self.server, self.handle, domain, boot, adopted=adopted)
+        self._attached[domain.record.domid] = backends
+        backends.on_close = lambda: self._attached.pop(backends.domid, None)
+        return backends
+
+    def _introduce(self, domid: int, _gfn: int, port: int) -> None:
+        """A tool's INTRODUCE. As in Xen, the page is the one that the domain was built with."""
+        if domid not in self._attached:
+            raise NotFound(f"there is no domain {domid}")
+        self._attached[domid].introduce(port)
 
     def _forget(self, domid: int) -> None:
         uuid = (self.handle.read(f"{domain_path(domid)}/vm") or "").rpartition("/")[2]
@@ -86,7 +98,8 @@ class DomainBackends:
         self._handle = handle
         self._domain = domain
         self._process: ProcessHold = domain.process
-        self._domid = domain.record.domid
+        self.domid = self._domid = domain.record.domid
+        self.on_close: Callable[[], object] = lambda: None
         self._undo = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:
             store = _page(undo, domain, boot, "store_mfn")
@@ -94,7 +107,9 @@ class DomainBackends:
             try:
                 if not (adopted and handle.exists(domain_path(self._domid))):
                     domain_nodes.lay_out(handle, _nodes(domain, boot))
-                self._store = self._serve_store(undo, store)
+                self._store = self._new_ring(store)
+                self._page = store
+                self._serve_store(undo)
             except XenstoreError as exc:
                 raise HostFailure(f"xenstore refuses domain {self._domid}: {exc}") from exc
             self._console = self._serve_console(undo, console)
@@ -106,6 +121,15 @@ class DomainBackends:
             domain_nodes.request_shutdown(self._handle, self._domid, reason)
         except NotFound:
             raise WrongState(f"domain {self._domain.uuid} has no control/shutdown node: destroy or reset it") from None
+
+    def introduce(self, port: int) -> None:
+        """Serve its xenstore ring from the beginning, also after a RELEASE. :raises Invalid: another port."""
+        if port != STORE_PORT:
+            raise Invalid(f"domain {self._domid} has its xenstore port {STORE_PORT}, not {port}")
+        if not self._server.is_introduced(self._domid):
+            self._store.close()
+            self._store = self._new_ring(self._page)
+        self._store.reset()
 
     def ended(self) -> None:
         """The guest runs no more: take what it printed last, tell the watchers of @releaseDomain."""
@@ -128,16 +152,18 @@ class DomainBackends:
         self._close()
 
     def _close(self) -> None:
+        self.on_close()
         self._undo.close()  # the console ring hands out what was printed last
         self._domain.console.disconnect()
 
-    def _serve_store(self, undo: contextlib.ExitStack, page: memoryview) -> XenstoreRing:
+    def _new_ring(self, page: memoryview) -> XenstoreRing:
         loop = asyncio.get_running_loop()
-        ring = XenstoreRing(self._server, self._domid, page, lambda: self._process.ring(STORE_PORT), loop.call_later)
-        undo.callback(ring.close)
+        return XenstoreRing(self._server, self._domid, page, lambda: self._process.ring(STORE_PORT), loop.call_later)
+
+    def _serve_store(self, undo: contextlib.ExitStack) -> None:
+        undo.callback(lambda: self._store.close())
         undo.callback(self._process.unlisten, STORE_PORT)
-        self._process.listen(STORE_PORT, ring.on_notify)
-        return ring
+        self._process.listen(STORE_PORT, lambda: self._store.on_notify())
 
     def _serve_console(self, undo: contextlib.ExitStack, page: memoryview) -> ConsoleRing:
         hub = self._domain.console

@@ -82,6 +82,11 @@ class Connection:
         return self._replies < self.limits.outstanding and self._blamed < self.limits.event_bytes
 
     @property
+    def outstanding(self) -> int:
+        """Replies it has not read."""
+        return self._replies
+
+    @property
     def stuck(self) -> bool:
         """A tool that lets its output pile up beyond every measure."""
         return self.who.privileged and self._bytes > 16 * self.limits.tool_output_bytes
@@ -92,6 +97,11 @@ class Connection:
             self._next_transaction = ident % 0xFFFF_FFFF + 1
             if ident not in self.transactions:
                 return ident
+
+    def set_limits(self, limits: Limits) -> None:
+        self.limits = limits
+        for transaction in self.transactions.values():
+            transaction.limits = limits
 
     # -- output -------------------------------------------------------------------------------------------
 

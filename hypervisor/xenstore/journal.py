@@ -92,7 +92,6 @@ def open_server(
     limits: Limits | None = None,
     *,
     clock: Callable[[], float] = time.monotonic,
-    ring_mapper: Callable[[int, int, int], None] | None = None,
 ) -> Server:
     """A server whose state is kept in the file `path`: restored from it, or new when there is none.
 
@@ -102,10 +101,10 @@ def open_server(
     state = load(path)
     journal = FileJournal(path)
     if state is None:
-        server = Server(limits, clock=clock, journal=journal, ring_mapper=ring_mapper)
+        server = Server(limits, clock=clock, journal=journal)
     else:
         try:
-            server = Server.restore(state, limits, clock=clock, journal=journal, ring_mapper=ring_mapper)
+            server = Server.restore(state, limits, clock=clock, journal=journal)
         except (ValueError, KeyError, TypeError, AttributeError, XenstoreError) as exc:
             raise _damaged(path, f"its content makes no sense ({exc!r})") from exc
     journal.server = server
@@ -140,6 +139,8 @@ def replay(state: dict[str, Any], records: list[Record]) -> None:
     for kind, key, *rest in records:
         if kind == "n":
             _replay_node(state["store"], key, rest[0])
+        elif kind == "q":
+            state.setdefault("quota", {})[key] = rest[0]
         elif kind == "d":
             state["domains"][str(key)] = _new_domain()
         elif kind == "r":

@@ -11,15 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hypervisor.xenstore import control, perms, tree
 from hypervisor.xenstore import path as paths
-from hypervisor.xenstore import perms, tree
 from hypervisor.xenstore.connection import Connection
-from hypervisor.xenstore.errors import Busy, Invalid, NotFound
-from hypervisor.xenstore.quota import Limits, check
+from hypervisor.xenstore.errors import Busy, Invalid, NotFound, TooBig, UnknownOperation
+from hypervisor.xenstore.quota import check
 from hypervisor.xenstore.store import Store
 from hypervisor.xenstore.transaction import Transaction
 from hypervisor.xenstore.watch import Watch
-from hypervisor.xenstore.wire import Op, one_string, strings
+from hypervisor.xenstore.wire import Op, domid_of, domid_of_guest, one_string, strings
 from hypervisor.xenstore.wire import number as decimal
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ LOG = logging.getLogger(__name__)
 
 OK = b"OK\0"
 
-MAX_DOMID = 0x7FEF
-"""Largest domid of a real domain (DOMID_FIRST_RESERVED - 1)."""
+DOMID_SELF = 0x7FF0
 
 
 @dataclass(slots=True)
@@ -61,17 +60,6 @@ class Call:
         else:
             self.server.fire(changes, self.conn)
         return OK
-
-
-def _domid(raw: bytes) -> int:
-    return decimal(raw, 0xFFFF)
-
-
-def _real_domid(raw: bytes) -> int:
-    domid = _domid(raw)
-    if not 1 <= domid <= MAX_DOMID:
-        raise Invalid(f"{domid} is not the number of a guest")
-    return domid
 
 
 # -- nodes ------------------------------------------------------------------------------------------------
@@ -126,7 +114,8 @@ def _watch(call: Call) -> bytes:
     prefix = len(home) + 1 if paths.is_relative(raw) else 0
     watch = Watch(path, token, prefix, decimal(rest[0]) if rest else -1)
     limits = call.conn.limits
-    check(call.conn.who, call.server.watches.count(call.conn) + 1, limits.watches, "watches")
+    if call.server.watches.count(call.conn) >= limits.watches and not call.conn.who.privileged:
+        raise TooBig(f"domain {call.conn.who.domid} has {limits.watches} watches: that is its limit")
     check(call.conn.who, watch.size, limits.watch_size, "bytes in one watch")
     call.server.add_watch(call.conn, watch)
     return OK
@@ -169,63 +158,49 @@ def _transaction_end(call: Call) -> bytes:
 
 
 def _get_domain_path(call: Call) -> bytes:
-    return paths.domain_path(_domid(one_string(call.payload))).encode() + b"\0"
+    return paths.domain_path(domid_of(one_string(call.payload))).encode() + b"\0"
 
 
 def _introduce(call: Call) -> bytes:
     domid, gfn, port, *_ = strings(call.payload, 3, 4)
-    call.server.introduce_by_request(_real_domid(domid), int(decimal(gfn.lstrip(b"-"))), decimal(port))
+    number, page, channel = domid_of_guest(domid), int(decimal(gfn.removeprefix(b"-"))), decimal(port)
+    if not channel:
+        raise Invalid("0 is no event channel port")
+    if call.server.ring_mapper is None:
+        raise UnknownOperation("this xenstored is told of domains by its host process")
+    call.server.ring_mapper(number, -page if gfn.startswith(b"-") else page, channel)
     return OK
 
 
 def _release(call: Call) -> bytes:
-    call.server.release(_real_domid(one_string(call.payload)))
+    call.server.release(domid_of_guest(one_string(call.payload)))
     return OK
 
 
 def _is_domain_introduced(call: Call) -> bytes:
-    domid = _domid(one_string(call.payload))
-    return b"T\0" if domid == 0 or call.server.is_introduced(domid) else b"F\0"
+    domid = domid_of(one_string(call.payload))
+    return b"T\0" if domid in (0, DOMID_SELF) or call.server.is_introduced(domid) else b"F\0"
 
 
 def _resume(call: Call) -> bytes:
-    call.server.domain_resumed(_real_domid(one_string(call.payload)))
+    call.server.domain_resumed(domid_of_guest(one_string(call.payload)))
     return OK
 
 
 def _set_target(call: Call) -> bytes:
     domid, target, *_ = strings(call.payload, 2, 3)
-    call.server.set_target(_real_domid(domid), _real_domid(target))
+    call.server.set_target(domid_of_guest(domid), domid_of_guest(target))
     return OK
 
 
 def _control(call: Call) -> bytes:
     words = [word.decode("ascii", "replace") for word in strings(call.payload, 1, 16)]
-    return _control_text(call.server, words).encode() + b"\0"
-
-
-def _control_text(server: Server, words: list[str]) -> str:
-    if words == ["help"]:
-        return "check\nhelp\nprint <text>\nquota [<domid>]"
-    if words == ["check"]:
-        Store.restore(server.store.save())
-        return "OK"
-    if words[0] == "print":
-        LOG.info("control print: %s", " ".join(words[1:])[:256])
-        return "OK"
-    if words == ["quota"]:
-        return "\n".join(f"{name}: {getattr(server.limits, name)}" for name in Limits.__slots__)
-    if words[0] == "quota" and len(words) == 2:
-        conn = server.domain(_real_domid(words[1].encode()))
-        domid = conn.who.domid
-        used = f"nodes: {server.store.nodes_of(domid)}\nmemory: {server.store.bytes_of(domid)}"
-        return f"{used}\nwatches: {server.watches.count(conn)}\ntransactions: {len(conn.transactions)}"
-    raise Invalid("unknown control command: ask for help")
+    return control.run(call.server, words).encode() + b"\0"
 
 
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """:ivar privileged: dom0 only. :ivar in_transaction: whether a transaction id means something.
+    """:ivar privileged: dom0 only. :ivar in_transaction: whether the transaction id is looked at.
 
     :ivar writes: counts against the rate of writes.
     """
@@ -237,7 +212,7 @@ class Handler:
 
 
 def _dom0(function: Callable[[Call], bytes]) -> Handler:
-    return Handler(function, privileged=True, in_transaction=False)
+    return Handler(function, privileged=True)
 
 
 HANDLERS: dict[int, Handler] = {
@@ -254,7 +229,7 @@ HANDLERS: dict[int, Handler] = {
     Op.RESET_WATCHES: Handler(_reset_watches, in_transaction=False),
     Op.TRANSACTION_START: Handler(_transaction_start),
     Op.TRANSACTION_END: Handler(_transaction_end, writes=True),
-    Op.GET_DOMAIN_PATH: Handler(_get_domain_path, in_transaction=False),
+    Op.GET_DOMAIN_PATH: Handler(_get_domain_path),
     Op.INTRODUCE: _dom0(_introduce),
     Op.RELEASE: _dom0(_release),
     Op.IS_DOMAIN_INTRODUCED: _dom0(_is_domain_introduced),

@@ -28,12 +28,16 @@ def canonical(raw: bytes, home: str, *, special: bool = False) -> str:
     """The absolute form of a path as a client sent it.
 
     :param home: what a relative path is relative to.
-    :param special: whether ``@name`` (special watches) may stand here.
+    :param special: whether ``@name`` (special watches) may stand here; it may have any bytes.
     :raises Invalid: a forbidden character, a doubled or trailing slash, empty or too long.
     """
+    if special and raw[:1] == b"@":
+        if len(raw) > REL_PATH_MAX:
+            raise Invalid(f"a special watch path is longer than {REL_PATH_MAX} bytes")
+        return raw.decode("latin-1")
     if not _ALLOWED.match(raw):
         raise Invalid("a path is empty or has a character outside A-Z a-z 0-9 - / _ @")
-    if raw[:1] == b"@" and not special:
+    if raw[:1] == b"@":
         raise Invalid("a special watch path is not allowed here")
     text = raw.decode("ascii")
     relative = is_relative(raw)

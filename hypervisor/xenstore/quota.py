@@ -51,6 +51,23 @@ class Limits:
     write_burst: float = 100.0
 
 
+SETTABLE = {
+    "nodes": "Nodes per domain",
+    "levels": "Levels of a node path",
+    "watches": "Watches per domain",
+    "watch-size": "Max. size of a watch",
+    "transactions": "Transactions per domain",
+    "transaction-nodes": "Max. number of accessed nodes per transaction",
+    "transaction-bytes": "Max. size of a transaction",
+    "outstanding": "Outstanding requests per domain",
+    "event-bytes": "Max. size of unread watch events per domain",
+    "memory": "Total size of nodes per domain",
+    "node-size": "Max. size of a node",
+    "permissions": "Max. number of permissions per node",
+}
+"""Limits that an administrator may change while it runs, by the names of ``xenstore-control quota``."""
+
+
 def check(who: Who, used: int, most: int, what: str) -> None:
     """:raises QuotaExceeded: an unprivileged `who` would use more than it may."""
     if used > most and not who.privileged:

@@ -95,6 +95,11 @@ class XenstoreRing:
         except ProtocolViolation as exc:
             self._stop(ERROR_PROTOCOL, str(exc))
 
+    def reset(self) -> None:
+        """Begin anew with empty queues, no watches and no transactions (INTRODUCE of a domain that is served)."""
+        if self._conn is not None and not self._conn.closed:
+            self._reconnect()
+
     def close(self) -> None:
         """Let go of the page. A domain that was not released from the server goes on with its next ring."""
         if self._conn is not None:

@@ -16,12 +16,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from hypervisor.devices.rate import Bucket
 from hypervisor.xenstore import path as paths
 from hypervisor.xenstore import tree
 from hypervisor.xenstore.connection import Connection, Endpoint
+from hypervisor.xenstore.control import AccessLog
 from hypervisor.xenstore.errors import (
     AccessDenied,
     AlreadyExists,
@@ -52,10 +54,10 @@ class Journal(Protocol):
 
 
 class Server:
-    """:param ring_mapper: called with domid, gfn and port when a tool sends INTRODUCE; it maps the ring and
-        calls `introduce`. Without it INTRODUCE is refused: the host process introduces its domains itself.
+    """:param clock: seconds, monotonic.
 
-    :param clock: seconds, monotonic.
+    :ivar ring_mapper: called with domid, gfn and port when a tool sends INTRODUCE; it maps the ring and calls
+        `introduce`, or raises XenstoreError. Without it INTRODUCE is refused.
     """
 
     def __init__(
@@ -64,19 +66,20 @@ class Server:
         *,
         clock: Callable[[], float] = time.monotonic,
         journal: Journal | None = None,
-        ring_mapper: Callable[[int, int, int], None] | None = None,
         store: Store | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.store = store or Store()
         self.watches: WatchTable[Connection] = WatchTable()
         self.journal = journal
-        self.ring_mapper = ring_mapper
+        self.ring_mapper: Callable[[int, int, int], None] | None = None
         self.clock = clock
+        self.access_log = AccessLog(clock)
         self._domains: dict[int, Connection] = {}
         self._shutdown: set[int] = set()
         self._restored: dict[int, tuple[int, int]] = {}
         self._tools: dict[Connection, None] = {}
+        self._quota: dict[str, int] = {}
         self._records: list[Record] = []
         self._ready: dict[Connection, None] = {}
         self._after_reply: list[Callable[[], None]] = []
@@ -125,11 +128,6 @@ class Server:
         """Ring positions (next byte to read, first byte of the queued output) of a domain that was served before."""
         return self._restored.pop(domid, None)
 
-    def introduce_by_request(self, domid: int, gfn: int, port: int) -> None:
-        if self.ring_mapper is None:
-            raise UnknownOperation("this xenstored is told of domains by its host process")
-        self.ring_mapper(domid, gfn, port)
-
     def release(self, domid: int) -> None:
         """Stop to serve a domain that is gone: its watches, its nodes and others' permissions for it go.
 
@@ -176,6 +174,14 @@ class Server:
         conn.who.target = target
         self._note(["g", domid, target])
 
+    def set_quota(self, name: str, value: int) -> None:
+        """:param name: a field of `Limits`."""
+        self.limits = replace(self.limits, **{name: value})
+        self._quota[name] = value
+        for conn in (*self._tools, *self._domains.values()):
+            conn.set_limits(self.limits)
+        self._note(["q", name, value])
+
     def reset(self, conn: Connection) -> None:
         """Bring a domain's connection back to its beginning (ring reconnection), or end it after an error."""
         conn.reset()
@@ -210,6 +216,7 @@ class Server:
         except Exception:
             LOG.exception("%s: a bug of ours in request %d", conn.label, packet.type)
             reply = packet.error(b"EIO")
+        self.access_log.note(conn, packet, reply)
         self._sent(conn, conn.push_reply(reply), False)
         after, self._after_reply = self._after_reply, []
         for action in after:
@@ -305,7 +312,8 @@ class Server:
     def save(self) -> dict[str, Any]:
         """JSON form of everything but the tools' connections, which end with the process."""
         domains = {str(domid): self._save_domain(domid, conn) for domid, conn in sorted(self._domains.items())}
-        return {"version": STATE_VERSION, "store": self.store.save(), "domains": domains}
+        quota = dict(self._quota)
+        return {"version": STATE_VERSION, "store": self.store.save(), "domains": domains, "quota": quota}
 
     @classmethod
     def restore(
@@ -315,7 +323,6 @@ class Server:
         *,
         clock: Callable[[], float] = time.monotonic,
         journal: Journal | None = None,
-        ring_mapper: Callable[[int, int, int], None] | None = None,
     ) -> Server:
         """From `save`. Each domain waits for its `introduce`; its open transactions will end in EAGAIN.
 
@@ -323,7 +330,9 @@ class Server:
         """
         if data.get("version") != STATE_VERSION:
             raise ValueError(f"xenstore state of version {data.get('version')}: {STATE_VERSION} is known here")
-        server = cls(limits, clock=clock, journal=journal, ring_mapper=ring_mapper, store=Store.restore(data["store"]))
+        server = cls(limits, clock=clock, journal=journal, store=Store.restore(data["store"]))
+        for name, value in data.get("quota", {}).items():
+            server.set_quota(str(name), int(value))
         for text, saved in data["domains"].items():
             domid = int(text)
             conn = server._domains[domid] = server._connection(Who(domid, saved["target"]))

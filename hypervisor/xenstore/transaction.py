@@ -34,7 +34,7 @@ class Transaction:
         self.doomed = doomed
         self._store = store
         self._who = who
-        self._limits = limits
+        self.limits = limits
         self._seen: dict[str, int] = {}
         self._written: dict[str, Node | None] = {}
         self._usage: dict[int, Usage] = {}
@@ -44,10 +44,10 @@ class Transaction:
     def get(self, path: str) -> Node | None:
         """:raises QuotaExceeded: it holds or touches as much as it may; it can still be ended, or committed."""
         if path not in self._seen:
-            check(self._who, len(self._seen) + 1, self._limits.transaction_nodes, "nodes in a transaction")
+            check(self._who, len(self._seen) + 1, self.limits.transaction_nodes, "nodes in a transaction")
             self._held += len(path)
             self._seen[path] = self._live_generation(path)
-        check(self._who, self._held, self._limits.transaction_bytes, "bytes in a transaction")
+        check(self._who, self._held, self.limits.transaction_bytes, "bytes in a transaction")
         return self._current(path)
 
     def put(self, path: str, node: Node) -> None:
@@ -87,9 +87,9 @@ class Transaction:
                 raise Conflict(f"{path} was changed by another")
         own = self._usage.get(self._who.domid)
         if own is not None and own.nodes > 0:
-            check(self._who, self.nodes_of(self._who.domid), self._limits.nodes, "nodes")
+            check(self._who, self.nodes_of(self._who.domid), self.limits.nodes, "nodes")
         if own is not None and own.size > 0:
-            check(self._who, self.bytes_of(self._who.domid), self._limits.memory, "bytes of nodes")
+            check(self._who, self.bytes_of(self._who.domid), self.limits.memory, "bytes of nodes")
         for path, node in self._written.items():
             if node is not None:
                 self._store.put(path, node)

@@ -43,7 +43,7 @@ class Watch:
 
     def event(self, path: str) -> bytes:
         """The payload of a WATCH_EVENT for a changed path."""
-        return path[self.prefix :].encode() + b"\0" + self.token + b"\0"
+        return path[self.prefix :].encode("latin-1") + b"\0" + self.token + b"\0"
 
 
 class WatchTable(Generic[O]):

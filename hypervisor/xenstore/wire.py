@@ -16,6 +16,9 @@ from hypervisor.xenstore.errors import Invalid, ProtocolViolation
 PAYLOAD_MAX = 4096
 """XENSTORE_PAYLOAD_MAX, bytes, in both directions."""
 
+MAX_DOMID = 0x7FEF
+"""Largest domid of a real domain (DOMID_FIRST_RESERVED - 1)."""
+
 HEADER = struct.Struct("<IIII")
 """struct xsd_sockmsg: type, req_id, tx_id, len."""
 
@@ -142,6 +145,19 @@ def one_string(payload: bytes) -> bytes:
     if payload.find(b"\0") != len(payload) - 1 or not payload:
         raise Invalid("the payload is not one NUL-terminated string")
     return payload[:-1]
+
+
+def domid_of(field: bytes) -> int:
+    """A domain's number as a client wrote it, reserved ones included. :raises Invalid: it is none."""
+    return number(field, 0xFFFF)
+
+
+def domid_of_guest(field: bytes) -> int:
+    """The number of a domain other than dom0. :raises Invalid: it is none."""
+    domid = domid_of(field)
+    if not 1 <= domid <= MAX_DOMID:
+        raise Invalid(f"{domid} is not the number of a guest")
+    return domid
 
 
 def number(field: bytes, most: int = 0xFFFF_FFFF) -> int:

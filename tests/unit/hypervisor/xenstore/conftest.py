@@ -92,6 +92,15 @@ class World:
             self.clients[domid] = Client(self.server, domid)
         return self.clients[domid]
 
+    def restart(self, server: Server) -> None:
+        """Another server takes over; the domains' clients stay."""
+        self.server = server
+        self.dom0 = self.clients[0] = Client(server, 0)
+        for domid, client in self.clients.items():
+            if domid:
+                client.server = server
+                client.conn = server.introduce(domid, client)
+
 
 @pytest.fixture
 def world() -> World:

@@ -9,8 +9,9 @@ from hypervisor.xenstore.wire import Op
 OK = b"OK|"
 
 # As in docs/misc/xenstore.txt, "|" stands for a NUL.
-# client, transaction (a name: started at first use; "" for none), request, payload, expected reply or errno name
-Row = tuple[int, str, int, bytes, bytes]
+# client, transaction (a name: started at first use; "" for none; a number: as it is), request, payload,
+# expected reply or errno name
+Row = tuple[int, str | int, int, bytes, bytes]
 
 TABLES: dict[str, list[Row]] = {
     "read and write": [
@@ -110,6 +111,11 @@ TABLES: dict[str, list[Row]] = {
         (0, "", Op.GET_PERMS, b"@introduceDomain|", b"n0|"),
         (0, "", Op.SET_PERMS, b"@introduceDomain|n0|r5|", OK),
         (0, "", Op.GET_PERMS, b"@introduceDomain|", b"n0|r5|"),
+        (5, "", Op.SET_PERMS, b"@introduceDomain|n5|", b"EACCES"),
+        (0, "", Op.SET_PERMS, b"@nothing|n0|", b"ENOENT"),
+        (0, "", Op.SET_PERMS, b"@releaseDomain|b5|", OK),
+        (5, "", Op.SET_PERMS, b"@releaseDomain|b5|r6|", OK),
+        (5, "", Op.SET_PERMS, b"@releaseDomain|b6|", b"EPERM"),
     ],
     "directory in parts": [
         (0, "", Op.DIRECTORY_PART, b"/a|0|", b"ENOENT"),
@@ -127,15 +133,48 @@ TABLES: dict[str, list[Row]] = {
         (5, "", Op.RESUME, b"5|", b"EACCES"),
         (5, "", Op.SET_TARGET, b"5|6|", b"EACCES"),
         (5, "", Op.CONTROL, b"check|", b"EACCES"),
-        (0, "", Op.CONTROL, b"check|", OK),
-        (0, "", Op.CONTROL, b"live-update|", b"EINVAL"),
-        (0, "", Op.CONTROL, b"print|hello|", OK),
-        (0, "", Op.CONTROL, b"quota|5|", b"nodes: 1\nmemory: 39\nwatches: 0\ntransactions: 0|"),
-        (0, "", Op.CONTROL, b"quota|77|", b"ENOENT"),
-        (0, "", Op.CONTROL, b"quota|x|", b"EINVAL"),
-        (0, "", Op.CONTROL, b"|", b"EINVAL"),
         (0, "", Op.INTRODUCE, b"9|1|2|", b"ENOSYS"),
         (0, "", Op.INTRODUCE, b"0|1|2|", b"EINVAL"),
+        (0, "", Op.INTRODUCE, b"32752|1|2|", b"EINVAL"),
+        (0, "", Op.INTRODUCE, b"9|1|0|", b"EINVAL"),
+        (0, "", Op.INTRODUCE, b"9|1|", b"EINVAL"),
+        (0, "", Op.INTRODUCE, b"9|--1|2|", b"EINVAL"),
+        (0, "", Op.RELEASE, b"0|", b"EINVAL"),
+        (0, "", Op.SET_TARGET, b"5|", b"EINVAL"),
+    ],
+    "control": [
+        (0, "", Op.CONTROL, b"check|", OK),
+        (0, "", Op.CONTROL, b"check|now|", b"EINVAL"),
+        (0, "", Op.CONTROL, b"print|hello|", OK),
+        (0, "", Op.CONTROL, b"print|", b"EINVAL"),
+        (0, "", Op.CONTROL, b"log|on|", OK),
+        (0, "", Op.CONTROL, b"log|off|", OK),
+        (0, "", Op.CONTROL, b"log|maybe|", b"EINVAL"),
+        (0, "", Op.CONTROL, b"memreport|", OK),
+        (0, "", Op.CONTROL, b"memreport|/etc/passwd|", b"EINVAL"),
+        (0, "", Op.CONTROL, b"logfile|/etc/passwd|", b"EINVAL"),
+        (0, "", Op.CONTROL, b"live-update|-a|", b"EINVAL"),
+        (0, "", Op.CONTROL, b"|", b"EINVAL"),
+        (0, "", Op.CONTROL, b"", b"EINVAL"),
+        (0, "", Op.CONTROL, b"check", b"EINVAL"),
+        (5, "", Op.WRITE, b"a|v", OK),
+        (
+            *(0, "", Op.CONTROL, b"quota|5|"),
+            b"Domain 5:\nnodes           :        2\nwatches         :        0\ntransactions    :        0\n"
+            b"outstanding     :        0\nmemory          :       83\n|",
+        ),
+        (0, "", Op.CONTROL, b"quota|77|", b"ENOENT"),
+        (0, "", Op.CONTROL, b"quota|x|", b"EINVAL"),
+        (0, "", Op.CONTROL, b"quota|set|nodes|0|", b"EINVAL"),
+        (0, "", Op.CONTROL, b"quota|set|nodes|-1|", b"EINVAL"),
+        (0, "", Op.CONTROL, b"quota|set|nonsense|1|", b"EINVAL"),
+        (0, "", Op.CONTROL, b"quota|set|write-rate|1|", b"EINVAL"),
+        (0, "", Op.CONTROL, b"quota|set|nodes|", b"EINVAL"),
+        (0, "", Op.CONTROL, b"quota|set|nodes|3|", OK),
+        (5, "", Op.WRITE, b"b|v", OK),
+        (5, "", Op.WRITE, b"c|v", b"ENOSPC"),
+        (0, "", Op.CONTROL, b"quota|set|nodes|4|", OK),
+        (5, "", Op.WRITE, b"c|v", OK),
     ],
     "domains": [
         (0, "", Op.IS_DOMAIN_INTRODUCED, b"5|", b"F|"),
@@ -143,6 +182,9 @@ TABLES: dict[str, list[Row]] = {
         (0, "", Op.IS_DOMAIN_INTRODUCED, b"5|", b"T|"),
         (0, "", Op.IS_DOMAIN_INTRODUCED, b"0|", b"T|"),
         (0, "", Op.IS_DOMAIN_INTRODUCED, b"x|", b"EINVAL"),
+        (0, "", Op.IS_DOMAIN_INTRODUCED, b"32752|", b"T|"),
+        (0, "", Op.IS_DOMAIN_INTRODUCED, b"65536|", b"EINVAL"),
+        (0, "", Op.GET_DOMAIN_PATH, b"5|6|", b"EINVAL"),
         (0, "", Op.RESUME, b"5|", OK),
         (0, "", Op.RESUME, b"99|", b"ENOENT"),
         (0, "", Op.RELEASE, b"5|", OK),
@@ -233,6 +275,16 @@ TABLES: dict[str, list[Row]] = {
         (0, "U", Op.TRANSACTION_END, b"T|", b"EAGAIN"),
         (0, "", Op.READ, b"/d/x|", b"1"),
     ],
+    "a transaction that never was": [
+        (5, 77, Op.READ, b"a|", b"ENOENT"),
+        (5, 77, Op.WRITE, b"a|v", b"ENOENT"),
+        (5, 77, Op.TRANSACTION_START, b"|", b"ENOENT"),
+        (5, 77, Op.TRANSACTION_END, b"T|", b"ENOENT"),
+        (5, 77, Op.GET_DOMAIN_PATH, b"5|", b"ENOENT"),
+        (5, 77, Op.WATCH, b"a|t|", OK),
+        (5, 77, Op.UNWATCH, b"a|t|", OK),
+        (5, 77, Op.RESET_WATCHES, b"|", OK),
+    ],
     "another's transaction is not mine": [
         (5, "T", Op.WRITE, b"a|1", OK),
         (6, "T", Op.READ, b"/local/domain/5/a|", b"ENOENT"),
@@ -265,6 +317,14 @@ TABLES: dict[str, list[Row]] = {
         (5, "", Op.UNWATCH, b"a|t|", OK),
         (5, "", Op.UNWATCH, b"a|t|", b"ENOENT"),
         (6, "", Op.UNWATCH, b"/local/domain/5/a|u|", b"ENOENT"),
+        (5, "", Op.WATCH, b"@any thing/\xff|u|", OK),
+        (5, "", Op.WATCH, b"@any thing/\xff|u|", b"EEXIST"),
+        (5, "", Op.UNWATCH, b"@any thing/\xff|u|", OK),
+        (5, "", Op.WATCH, b"@" + 2047 * b"a" + b"|u|", OK),
+        (5, "", Op.WATCH, b"@" + 2048 * b"a" + b"|u|", b"EINVAL"),
+        (5, "", Op.WATCH, b"|u|", b"EINVAL"),
+        (5, "", Op.WATCH, b"a|u|-1|", b"EINVAL"),
+        (5, "", Op.WATCH, b"a||", OK),
     ],
 }
 
@@ -274,9 +334,10 @@ def test_table(world, name: str) -> None:
     transactions: dict[str, int] = {}
     for number, (domid, tx, op, payload, expected) in enumerate(TABLES[name]):
         client = world.domain(domid)
-        if tx and tx not in transactions:
+        if isinstance(tx, str) and tx and tx not in transactions:
             transactions[tx] = client.start()
-        answer = client.ask(op, payload.replace(b"|", b"\0"), transactions.get(tx, 0))
+        ident = tx if isinstance(tx, int) else transactions.get(tx, 0)
+        answer = client.ask(op, payload.replace(b"|", b"\0"), ident)
         assert answer == expected.replace(b"|", b"\0"), f"row {number}: {payload!r}"
 
 
