@@ -11,7 +11,8 @@ from typing import Any
 
 from hypervisor import abi
 from hypervisor.abi import errno
-from hypervisor.cpu.cpuid import CpuidPolicy
+from hypervisor.cpu import policy
+from hypervisor.cpu.cpuid import GuestCpuid
 from hypervisor.cpu.emulate import PrivilegedOps
 from hypervisor.cpu.ptwr import PageTableWrites
 from hypervisor.cpu.state import Vcpu
@@ -50,6 +51,7 @@ class MachineConfig:
     :ivar tsc_khz: frequency of the time stamp counter, kHz.
     :ivar bits: word size of the guest: 64 or 32.
     :ivar max_event_port: highest event channel port, up to 131071; the 2-level ABI ends at 4095.
+    :ivar cpu_policy: a level and features in words, or a policy that was saved (`hypervisor.cpu.policy`).
     """
 
     uuid: str
@@ -64,6 +66,7 @@ class MachineConfig:
     linear_page_tables: bool = False
     bits: int = 64
     max_event_port: int = DEFAULT_MAX_PORT
+    cpu_policy: str | dict[str, Any] = policy.DEFAULT
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -85,7 +88,7 @@ class Domain:
 
     # What `hypervisor.domain32` has others for.
     AREA, TABLES, GUEST, CLOCK, EVENTS = XenArea, PageTables, GuestAccess, Clock, TwoLevel
-    TRAPS, TABLE_WRITES, PRIVILEGED, CPUID = Traps, PageTableWrites, PrivilegedOps, CpuidPolicy
+    TRAPS, TABLE_WRITES, PRIVILEGED = Traps, PageTableWrites, PrivilegedOps
 
     def __init__(
         self,
@@ -119,7 +122,7 @@ class Domain:
         self.grants = Grants(config.domid, self.tables, self.area, self.guest)
         self.traps = self.TRAPS(engine, self.memory, self.guest, self.area)
         self.traps.set_vcpu(self.running)
-        self.cpuid = self.CPUID(engine.cpuid, self.scale)
+        self.cpuid = GuestCpuid(self._cpu_policy(), self.scale)
         self.table_writes = self.TABLE_WRITES(engine.regs, self.guest, self.tables)
         self.privileged = self.PRIVILEGED(self.traps, self.cpuid, self.new_baseptr)
         self.watchdogs = Watchdogs()
@@ -132,6 +135,15 @@ class Domain:
         self.vcpus_changed: Callable[[Vcpu], None] = lambda _vcpu: None
         self.give_way: Callable[[], None] = lambda: None
         self.timer_changed: Callable[[int], None] = lambda _deadline: None
+
+    def _cpu_policy(self) -> policy.CpuPolicy:
+        """:raises ToolstackError: the configuration asks for what there is not."""
+        config, engine = self.config, self.engine
+        chosen = policy.for_domain(config.cpu_policy, engine.cpuid, config.bits)
+        hidden = chosen.hidden(policy.offered(engine.cpuid, config.bits))
+        if hidden:
+            engine.hide_features(hidden)
+        return chosen
 
     # -- start of day
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from hypervisor import abi
 from hypervisor.abi import errno
-from hypervisor.cpu.compat import Clock32, CpuidPolicy32, PageTableWrites32, PrivilegedOps32
+from hypervisor.cpu.compat import Clock32, PageTableWrites32, PrivilegedOps32
 from hypervisor.cpu.state import Vcpu
 from hypervisor.cpu.traps32 import KERNEL_CS, KERNEL_SS, Traps32
 from hypervisor.domain import RUNSTATE_UPDATE, Domain, MachineConfig
@@ -35,7 +35,7 @@ class Domain32(Domain):
     """
 
     AREA, TABLES, GUEST, CLOCK, EVENTS = XenArea32, PaeTables, GuestAccess32, Clock32, TwoLevel32
-    TRAPS, TABLE_WRITES, PRIVILEGED, CPUID = Traps32, PageTableWrites32, PrivilegedOps32, CpuidPolicy32
+    TRAPS, TABLE_WRITES, PRIVILEGED = Traps32, PageTableWrites32, PrivilegedOps32
 
     def __init__(
         self,

@@ -355,6 +355,9 @@ class Machine:
     def spinning(self) -> None:
         self._give_way()
 
+    def cpuid(self) -> None:
+        self.domain.privileged.answer_cpuid()
+
     # -- from other threads
 
     def post(self, function: Callable[[], None]) -> None:

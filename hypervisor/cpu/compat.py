@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from hypervisor import abi
-from hypervisor.cpu.cpuid import CpuidPolicy
+from hypervisor.cpu.cpuid import GuestCpuid
 from hypervisor.cpu.decode import RIP, Instruction
 from hypervisor.cpu.emulate import PrivilegedOps
 from hypervisor.cpu.msr import EFER, FS_BASE, GS_BASE, KERNEL_GS_BASE, MsrPolicy
@@ -18,8 +18,6 @@ from hypervisor.errors import XenError
 
 _CR2 = abi.COMPAT_VCPU_INFO_ARCH
 _READ_CR = 0x0F20
-_CX16, _LAHF_LM = 1 << 13, 1 << 0  # of ECX
-_LM, _SYSCALL = 1 << 29, 1 << 11  # of EDX
 _BASES = frozenset((FS_BASE, GS_BASE, KERNEL_GS_BASE))
 
 
@@ -30,20 +28,6 @@ def cr3_of(mfn: int) -> int:
 
 def mfn_of(cr3: int) -> int:
     return (cr3 >> 12 | cr3 << 20) & x86.MASK32
-
-
-class CpuidPolicy32(CpuidPolicy):
-    """See `CpuidPolicy`; without long mode, what depends on it, and `syscall`, which Intel processors then lack."""
-
-    __slots__ = ()
-
-    def _compute(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
-        a, b, c, d = super()._compute(leaf, subleaf)
-        if leaf == 1:
-            c &= ~_CX16
-        elif leaf == 0x8000_0001:
-            c, d = c & ~_LAHF_LM, d & ~(_LM | _SYSCALL)
-        return a, b, c, d
 
 
 class MsrPolicy32(MsrPolicy):
@@ -63,9 +47,9 @@ class MsrPolicy32(MsrPolicy):
 class PrivilegedOps32(PrivilegedOps):
     """See `PrivilegedOps`."""
 
-    def __init__(self, traps: Traps, cpuid: CpuidPolicy, new_baseptr: Callable[[int], None]) -> None:
+    def __init__(self, traps: Traps, cpuid: GuestCpuid, new_baseptr: Callable[[int], None]) -> None:
         super().__init__(traps, cpuid, new_baseptr)
-        self._msr = MsrPolicy32(traps)
+        self._msr = MsrPolicy32(traps, cpuid.policy.msrs)
 
     guest_root: Callable[[], int]
     """Frame of the running vCPU's L3; set by the domain."""

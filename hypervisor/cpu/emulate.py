@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hypervisor import abi
-from hypervisor.cpu.cpuid import CpuidPolicy
+from hypervisor.cpu.cpuid import GuestCpuid
 from hypervisor.cpu.decode import DecodeError, Instruction, decode
 from hypervisor.cpu.msr import MsrPolicy
 from hypervisor.cpu.traps import Traps
@@ -30,12 +30,12 @@ class PrivilegedOps:
     def __init__(
         self,
         traps: Traps,
-        cpuid: CpuidPolicy,
+        cpuid: GuestCpuid,
         new_baseptr: Callable[[int], None],
     ) -> None:
         self._traps = traps
         self._cpuid = cpuid
-        self._msr = MsrPolicy(traps)
+        self._msr = MsrPolicy(traps, cpuid.policy.msrs)
         self._new_baseptr = new_baseptr
         self._regs: Any = traps.regs
 
@@ -48,11 +48,12 @@ class PrivilegedOps:
         for at, value in enumerate(FORCED_CPUID):
             if self._fetch(at) != value:
                 return False
-        self._do_cpuid()
+        self.answer_cpuid()
         self._regs.rip = (self._regs.rip + len(FORCED_CPUID)) & x86.MASK64
         return True
 
-    def _do_cpuid(self) -> None:
+    def answer_cpuid(self) -> None:
+        """Fill the registers as `cpuid` does; RIP stays."""
         gpr = self._regs.gpr
         result = self._cpuid.query(gpr[x86.RAX] & x86.MASK32, gpr[x86.RCX] & x86.MASK32)
         gpr[x86.RAX], gpr[x86.RBX], gpr[x86.RCX], gpr[x86.RDX] = result
@@ -88,7 +89,7 @@ class PrivilegedOps:
             self._regs.task_switched = False
             return True
         if op == 0x0FA2:
-            self._do_cpuid()
+            self.answer_cpuid()
             return True
         if op == 0x0F32:
             return self._read_msr()

@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from hypervisor.cpu.traps import Traps
 from hypervisor.engines import x86
 
 EFER = 0xC000_0080
 FS_BASE, GS_BASE, KERNEL_GS_BASE, TSC_AUX = 0xC000_0100, 0xC000_0101, 0xC000_0102, 0xC000_0103
 TSC = 0x10
-APIC_BASE, PAT = 0x1B, 0x277
-
-# Read as constants: platform id, microcode revision, MTRR and MCE as absent, misc enables.
-_CONSTANT = {
-    0x17: 0,
-    0x2A: 0,
-    0x3A: 1,  # feature control: locked
-    0x8B: 0,
-    0xCE: 0,
-    0xFE: 0,
-    0x140: 0,
-    0x179: 0,
-    0x17A: 0,
-    0x1A0: 0,
-    0x2FF: 0,
-    0xC001_0114: 0,
-    0xC001_0015: 0,
-    0xC001_001F: 0,
-    APIC_BASE: 0xFEE0_0100,
-    PAT: 0x0005_0100_0007_0406,
-}
+PAT = 0x277
 
 # Written without effect, as Xen does for what it owns.
 _IGNORED = frozenset((0x8B, 0x79, 0x174, 0x175, 0x176, 0x1A0, PAT, *range(0xC000_0081, 0xC000_0085)))
 
 
 class MsrPolicy:
-    """Reads and writes for the current vCPU. An unknown MSR faults."""
+    """Reads and writes for the current vCPU. An unknown MSR faults.
 
-    __slots__ = ("_traps",)
+    :param constants: what reads the same at all times (`hypervisor.cpu.policy`).
+    """
 
-    def __init__(self, traps: Traps) -> None:
+    __slots__ = ("_constants", "_traps")
+
+    def __init__(self, traps: Traps, constants: Mapping[int, int]) -> None:
         self._traps = traps
+        self._constants = constants
 
     def read(self, msr: int) -> int | None:
         """The value, or None for #GP."""
@@ -57,7 +43,7 @@ class MsrPolicy:
             return int(traps.engine.read_tsc())
         if msr == TSC_AUX:
             return 0
-        return _CONSTANT.get(msr)
+        return self._constants.get(msr)
 
     def write(self, msr: int, value: int) -> bool:
         """False for #GP."""

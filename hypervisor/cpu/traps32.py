@@ -56,6 +56,9 @@ class ModeHandler:
         self._traps.sync()
         self._handler.invalid_opcode()
 
+    def cpuid(self) -> None:
+        self._handler.cpuid()
+
     def spinning(self) -> None:
         self._handler.spinning()
 

@@ -11,7 +11,7 @@ thread that calls `Engine.run` (or from a handler, which runs there).
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence
+from collections.abc import Mapping, MutableSequence
 from typing import Protocol
 
 
@@ -35,6 +35,12 @@ class TrapHandler(Protocol):
 
     def invalid_opcode(self) -> None:
         """#UD; RIP is at the instruction."""
+
+    def cpuid(self) -> None:
+        """A `cpuid` instruction: put the answer into RAX, RBX, RCX and RDX, and change nothing else.
+
+        An engine may give its own answer instead while a stop is under way; see `Engine.hide_features`.
+        """
 
     def spinning(self) -> None:
         """A `pause` instruction while `Engine.watch_pauses` is on; RIP is behind it."""
@@ -133,6 +139,12 @@ class Engine(Protocol):
 
     def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         """EAX, EBX, ECX, EDX of the engine's own CPU model."""
+
+    def hide_features(self, masks: Mapping[tuple[int, int], int]) -> bool:
+        """Take processor features away, before the first `run`: (leaf, register 0..3) → bits of CPUID.
+
+        False when the engine cannot; then only the handler's answers hide them.
+        """
 
     def read_tsc(self) -> int:
         """What the guest's RDTSC would return now."""

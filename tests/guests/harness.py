@@ -111,12 +111,14 @@ class GuestRun:
         base_mfn: int = BASE_MFN,
         domid: int = 7,
         vcpus: int = 1,
+        cpu_policy: str | dict[str, Any] = "engine",
     ) -> None:
         kernel = _kernel(name)
         self.memory = make_memory(pages)
         config = MachineConfig(
-            UUID, name, domid, base_mfn, pages, pages, vcpus, vcpus, tsc_khz=_tsc_khz(), bits=kernel.bits
-        )
+            UUID, name, domid, base_mfn, pages, pages, vcpus, vcpus,
+            tsc_khz=_tsc_khz(), bits=kernel.bits, cpu_policy=cpu_policy,
+        )  # fmt: skip
         self.machine = Machine(config, self.memory, notify_host=self._from_guest, use_private=not public)
         view = memoryview(self.memory)
         target = builder.BuildMemory(view, Mfn(base_mfn), pages)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hypervisor.engines import x86
@@ -20,6 +20,7 @@ from hypervisor.engines.base import EngineError, TrapHandler
 from hypervisor.engines.tsc import read_tsc
 from hypervisor.engines.unicorn.codebuffer import CodeBuffer, executable_areas
 from hypervisor.engines.unicorn.direct import DirectRegisters
+from hypervisor.engines.unicorn.features import hide
 from hypervisor.engines.unicorn.library import uc_const, uc_x86, unicorn
 from hypervisor.engines.unicorn.private import EXIT_PAUSE, LIBRARY_PATH, Layout, handle_of
 from hypervisor.engines.unicorn.public import PublicRegisters
@@ -32,6 +33,7 @@ _INTR_CB = ctypes.CFUNCTYPE(None, _PTR, ctypes.c_uint32, _PTR)
 _INVALID_CB = ctypes.CFUNCTYPE(ctypes.c_bool, _PTR, _PTR)
 _INSN_CB = ctypes.CFUNCTYPE(None, _PTR, _PTR)
 _BLOCK_CB = ctypes.CFUNCTYPE(None, _PTR, ctypes.c_uint64, ctypes.c_uint32, _PTR)
+_CPUID_CB = ctypes.CFUNCTYPE(ctypes.c_int, _PTR, _PTR)
 _PORT_IN_CB = ctypes.CFUNCTYPE(ctypes.c_uint32, _PTR, ctypes.c_uint32, ctypes.c_int, _PTR)
 _KICK_CB = ctypes.CFUNCTYPE(None, _PTR)
 
@@ -131,6 +133,7 @@ class UnicornEngine:
             self._add_hook(unicorn.UC_HOOK_BLOCK, _BLOCK_CB, self._public_block)
         # Behind the hook of `syscall`: the library walks one list for all instructions and leaves it when a stop was
         # requested meanwhile, so a hook before it would lose system calls.
+        self._add_hook(unicorn.UC_HOOK_INSN, _CPUID_CB, self._cpuid_instruction, uc_x86.UC_X86_INS_CPUID)
         self._add_hook(unicorn.UC_HOOK_INSN, _PORT_IN_CB, _port_in, uc_x86.UC_X86_INS_IN)
 
     def _add_hook(self, kind: int, prototype: Any, function: Callable[..., Any], *extra: int) -> None:
@@ -275,6 +278,14 @@ class UnicornEngine:
         # The library adds the length of `syscall` to whatever RIP is now.
         regs.rip = (regs.rip - 2) & x86.MASK64  # type: ignore[union-attr]
 
+    def _cpuid_instruction(self, _uc: int, _data: int) -> int:
+        """On both paths: it changes nothing but registers, which both can do inside the run."""
+        try:
+            self._handler.cpuid()  # type: ignore[union-attr]
+        except BaseException as exc:
+            self._fail(exc)
+        return 1
+
     def _invalid(self, software: bool) -> None:
         """#UD; the library reports `int 6` in the same way, with RIP still at the instruction."""
         assert self._handler is not None
@@ -387,6 +398,12 @@ class UnicornEngine:
         out = [ctypes.c_uint32() for _ in range(4)]
         self._f_cpuid(self._env, leaf, subleaf, *[ctypes.byref(v) for v in out])
         return out[0].value, out[1].value, out[2].value, out[3].value
+
+    def hide_features(self, masks: Mapping[tuple[int, int], int]) -> bool:
+        if not self._direct:
+            return False
+        assert self.layout is not None
+        return hide(self._env.value or 0, self.layout.env_size, self.cpuid, masks)
 
     def read_tsc(self) -> int:
         return read_tsc()

@@ -46,6 +46,23 @@ def test_hello_talks_to_console_and_xenstore_and_powers_off(runs: list[GuestRun]
     assert guest.machine.domain.recount() == []
 
 
+@ENGINES
+def test_native_cpuid_shows_the_policy(runs: list[GuestRun], public: bool) -> None:
+    guest = running(runs, "cpuid", public=public, cmdline="count=300" if public else "")
+    assert guest.wait_end() == harness.EXPECTED_POWEROFF
+    assert guest.failures() == [] and "cpuid:" in guest.text, guest.text
+
+
+def test_a_level_takes_features_and_their_instructions_away(runs: list[GuestRun]) -> None:
+    guest = running(runs, "cpuid", cmdline="popcnt=0 count=20000", cpu_policy="x86-64")
+    assert guest.wait_end() == harness.EXPECTED_POWEROFF
+    assert guest.failures() == [], guest.text
+    saved = guest.machine.domain.cpuid.policy.save()
+    again = running(runs, "cpuid", cmdline="popcnt=0", cpu_policy=saved)
+    assert again.wait_end() == harness.EXPECTED_POWEROFF
+    assert again.failures() == [], again.text
+
+
 @pytest.mark.parametrize(
     ("word", "reason"),
     [("reboot", ShutdownReason.REBOOT), ("crash", ShutdownReason.CRASH), ("halt", ShutdownReason.POWEROFF)],

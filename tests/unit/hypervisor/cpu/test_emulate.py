@@ -11,6 +11,7 @@ from hypervisor import abi
 from hypervisor.cpu.cpuid import XEN_BASE
 from hypervisor.cpu.emulate import FORCED_CPUID
 from hypervisor.cpu.msr import EFER, FS_BASE, GS_BASE, KERNEL_GS_BASE, TSC, MsrPolicy
+from hypervisor.cpu.policy import CONSTANT_MSRS
 from hypervisor.engines import x86
 from hypervisor.engines.x86 import RAX, RBX, RCX, RDX
 from hypervisor.memory.frames import L4
@@ -196,7 +197,7 @@ def test_cpuid_takes_any_number_without_growing(rig: Rig) -> None:
 
 
 def test_segment_base_msrs(rig: Rig) -> None:
-    msr = MsrPolicy(rig.domain.traps)
+    msr = MsrPolicy(rig.domain.traps, CONSTANT_MSRS)
     for number, value in ((FS_BASE, 0x1000), (GS_BASE, 0xFFFF_8880_0000_0000), (KERNEL_GS_BASE, 0x3000)):
         assert msr.write(number, value) and msr.read(number) == value
         assert not msr.write(number, 1 << 63), "not canonical"
@@ -205,7 +206,7 @@ def test_segment_base_msrs(rig: Rig) -> None:
 
 
 def test_other_msrs(rig: Rig) -> None:
-    msr = MsrPolicy(rig.domain.traps)
+    msr = MsrPolicy(rig.domain.traps, CONSTANT_MSRS)
     assert msr.read(EFER) == 0xD01 and msr.write(EFER, 0xD01) and not msr.write(EFER, 0x1D01)
     assert msr.read(TSC) == 1234
     assert msr.read(0x1234_5678) is None and not msr.write(0x1234_5678, 0)

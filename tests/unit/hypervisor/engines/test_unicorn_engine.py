@@ -47,6 +47,11 @@ class Recorder:
     def invalid_opcode(self) -> None:
         self._note("invalid", self.engine.regs.rip)
 
+    def cpuid(self) -> None:
+        gpr = self.engine.regs.gpr
+        self.asked = gpr[x86.RAX], gpr[x86.RCX]
+        gpr[x86.RAX], gpr[x86.RBX], gpr[x86.RCX], gpr[x86.RDX] = 1, 2, 3, 4
+
     def spinning(self) -> None:
         self._note("spinning", self.engine.regs.rip)
 
@@ -228,6 +233,49 @@ def test_saved_state_restores(bench: Bench) -> None:
 def test_ports_read_as_an_empty_bus(bench: Bench) -> None:
     """in al, 0x64; syscall"""
     assert bench.run(bytes.fromhex("31c0 e464 0f05"))[0][2] == 0xFF
+
+
+def test_cpuid_is_the_handlers_to_answer(bench: Bench) -> None:
+    """mov eax, 0x40000000; mov ecx, 7; cpuid; syscall"""
+    seen = bench.run(bytes.fromhex("b800000040 b907000000 0fa2 0f05"))
+    assert bench.handler.asked == (0x4000_0000, 7)
+    assert seen == [("syscall", CODE + 14, 1)]
+    assert [bench.engine.regs.gpr[r] for r in (x86.RBX, x86.RCX, x86.RDX)] == [2, 3, 4]
+
+
+def test_system_calls_come_through_beside_cpuid(bench: Bench) -> None:
+    """cpuid; syscall; jmp back, while another thread stops the engine again and again."""
+    bench.handler.stop_at = 3000 if bench.engine.regs.__class__.__name__ == "DirectRegisters" else 300
+    bench.handler.skip = 0
+    over = threading.Event()
+
+    def kick() -> None:
+        while not over.is_set():
+            bench.engine.kick()
+
+    thread = threading.Thread(target=kick)
+    code = bytes.fromhex("48ffc6 0fa2 0f05 ebf7")  # inc rsi; cpuid; syscall; jmp to the start
+    bench.memory[0x8000 : 0x8000 + len(code)] = code
+    bench.engine.memory_written(BASE + 0x8000, 0x1000)
+    bench.engine.regs.rip = CODE
+    bench.engine.regs.gpr[x86.RSI] = 0
+    thread.start()
+    while len(bench.handler.seen) < bench.handler.stop_at:
+        bench.engine.run()
+    over.set()
+    thread.join()
+    assert {what for what, *_ in bench.handler.seen} == {"syscall"}
+    assert bench.engine.regs.gpr[x86.RSI] == len(bench.handler.seen), "each round made its call"
+
+
+def test_hidden_features_are_gone_from_the_processor() -> None:
+    """popcnt rax, rax"""
+    bench = Bench(True)
+    assert bench.engine.hide_features({(1, 2): 1 << 23, (7, 1): 1 << 3}) is (selfcheck().layout is not None)
+    if selfcheck().layout is None:
+        pytest.skip(selfcheck().reason)
+    assert not bench.engine.cpuid(1, 0)[2] >> 23 & 1 and bench.engine.cpuid(1, 0)[2] >> 20 & 1
+    assert bench.run(bytes.fromhex("f3480fb8c0")) == [("invalid", CODE)]
 
 
 def test_cpuid_is_the_chosen_model(bench: Bench) -> None:
