@@ -72,6 +72,9 @@ class XenstoreRing:
         elif not self._broken:
             self._skip_sent(restored[1])
         server.settle()
+        if restored is not None:
+            # The process before may have ended between a change of the ring and the event that tells of it.
+            notify()
         # What the guest said while nobody listened was notified to nobody.
         self.resume()
 

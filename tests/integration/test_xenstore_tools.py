@@ -6,6 +6,7 @@ import asyncio
 import os
 import queue
 import shutil
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +19,9 @@ from hypervisor.xenstore import domain_nodes
 from hypervisor.xenstore.domain_nodes import DomainNodes
 from hypervisor.xenstore.handle import Handle
 from hypervisor.xenstore.journal import open_server
+from hypervisor.xenstore.server import Server
 from hypervisor.xenstore.transport_unix import UnixServer
+from hypervisor.xenstore.wire import Op, Packet, Parser
 
 DEADLINE = 20.0
 
@@ -36,6 +39,7 @@ class Daemon:
     """xenstored in a thread of its own, as the host process runs it."""
 
     loop: asyncio.AbstractEventLoop
+    server: Server
     handle: Handle
     socket: Path
 
@@ -61,6 +65,17 @@ class Daemon:
         return done.stdout
 
 
+class Silent:
+    """The ring of a domain that says nothing."""
+
+    def output_ready(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def positions(self) -> tuple[int, int]:
+        return 0, 0
+
+
 def serve(folder: Path) -> Iterator[Daemon]:
     ready: queue.Queue[Daemon | BaseException] = queue.Queue()
     stop = asyncio.Event()
@@ -71,7 +86,7 @@ def serve(folder: Path) -> Iterator[Daemon]:
         domain_nodes.prepare_host(handle)
         unix = UnixServer(server, folder / "socket")
         await unix.start()
-        ready.put(Daemon(asyncio.get_running_loop(), handle, unix.path))
+        ready.put(Daemon(asyncio.get_running_loop(), server, handle, unix.path))
         await stop.wait()
         await unix.stop()
 
@@ -173,6 +188,65 @@ def test_watch(daemon: Daemon) -> None:
             assert watcher.wait(DEADLINE) == 0
         finally:
             watcher.kill()
+
+
+def test_special_watches(daemon: Daemon) -> None:
+    command = ["xenstore-watch", "-n", "5", "@introduceDomain", "@releaseDomain"]
+    with subprocess.Popen(command, env=daemon.env, stdout=subprocess.PIPE, text=True) as watcher:
+        try:
+            assert watcher.stdout is not None
+            lines = [watcher.stdout.readline() for _ in range(2)]
+            assert sorted(lines) == ["@introduceDomain\n", "@releaseDomain\n"]
+            daemon.call(lambda handle: daemon.server.introduce(7, Silent()))
+            assert watcher.stdout.readline() == "@introduceDomain\n"
+            daemon.call(lambda handle: daemon.server.domain_shutdown(7))
+            assert watcher.stdout.readline() == "@releaseDomain\n"
+            daemon.call(lambda handle: daemon.server.release(7))
+            assert watcher.stdout.readline() == "@releaseDomain\n"
+            assert watcher.wait(DEADLINE) == 0
+        finally:
+            watcher.kill()
+
+
+def control(daemon: Daemon, *words: str) -> str:
+    """What ``xenstore-control`` sends; Debian's needs the running Xen to find its own program."""
+    request = Packet(Op.CONTROL, 1, 0, b"".join(word.encode() + b"\0" for word in words)).encode()
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(DEADLINE)
+        sock.connect(str(daemon.socket))
+        sock.sendall(request)
+        parser = Parser()
+        while (packet := parser.next()) is None:
+            parser.feed(sock.recv(parser.wanted))
+        assert packet.payload.endswith(b"\0")
+        return packet.payload[:-1].decode()
+
+
+def test_control(daemon: Daemon) -> None:
+    assert [line.split("\t")[0] for line in control(daemon, "help").splitlines()] == [
+        *("check", "log", "memreport", "print", "quota", "help")
+    ]
+    for words in (["check"], ["log", "on"], ["log", "off"], ["memreport"], ["print", "some text"]):
+        assert control(daemon, *words) == "OK"
+    shown = control(daemon, "quota")
+    assert shown.startswith("Quota settings:\nnodes            :     1000 Nodes per domain\n")
+    assert control(daemon, "quota", "set", "watches", "64") == "OK"
+    assert "watches          :       64 Watches per domain" in control(daemon, "quota").splitlines()
+    daemon.call(lambda handle: daemon.server.introduce(7, Silent()))
+    assert "watches         :        0" in control(daemon, "quota", "7").splitlines()
+    assert control(daemon, "quota", "8") == "ENOENT"
+    assert control(daemon, "logfile", "/tmp/x") == "EINVAL"
+
+
+def test_errors_are_told_in_the_tools_words(daemon: Daemon) -> None:
+    done = daemon.run("write", "/a//b", "x")
+    assert done.returncode == 1 and "could not write path /a//b" in done.stderr
+    done = daemon.run("chmod", "/none", "n0")
+    assert done.returncode == 1 and "No such file or directory" in done.stderr
+    done = daemon.run("rm", "/none/below")
+    assert done.returncode == 1 and "could not remove path /none/below" in done.stderr
+    done = daemon.run("list", "/none")
+    assert done.returncode == 1
 
 
 def test_the_host_process_hears_of_a_tools_write(daemon: Daemon) -> None:

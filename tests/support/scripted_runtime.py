@@ -4,7 +4,7 @@ The file begins with ``#scripted`` and holds one word a line: ``print TEXT``, ``
 typed lines and obeying control/shutdown), ``deaf`` (wait, obeying nothing), ``poweroff``, ``reboot``,
 ``crash``, ``segv``, ``raise``, ``spin``, ``await`` (until the process gets SIGUSR1), ``drop-host`` (the
 channel breaks), ``try CALL`` (a system call that must be refused), ``once WORD`` (only in the domain's first
-incarnation), ``die-in-build``, ``hang-in-build``.
+incarnation), ``die-in-build``, ``hang-in-build``, ``store-check`` and ``store-hostile KIND`` (see `store_guests`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import store_guests
+
 from hypervisor.errors import KernelInvalid, MemoryTooSmall, RamdiskInvalid
 from hypervisor.host.runtime import CONSOLE_PORT, STORE_PORT, BuildRequest, Ended, RuntimeFacts
 from hypervisor.toolstack.api import ShutdownReason
 
 MAGIC = "#scripted"
 PAGE = 4096
+CAPABILITIES = ("pv", "console", "reboot", "adoption", "smp", "disk", "nic", "hotplug", "resize")
 
 
 class Ring:
@@ -67,6 +70,7 @@ class ScriptedGuest:
         self._in = Ring(memory, console, 0, 1024, 3072, 3076)
         self._requests = Ring(memory, store, 0, 1024, 2048, 2052)
         self._replies = Ring(memory, store, 1024, 1024, 2056, 2060)
+        self._store_page = memoryview(memory)[store * PAGE : (store + 1) * PAGE]
         self._bell = os.eventfd(0, os.EFD_CLOEXEC)
         self._go = threading.Event()
         self._packets = b""
@@ -126,6 +130,10 @@ class ScriptedGuest:
         elif name == "deaf":
             self._deaf = True
             return self._wait()
+        elif name == "store-check":
+            store_guests.check_all(self._store_ring(), lambda line: self._print(line.encode() + b"\r\n"))
+        elif name == "store-hostile":
+            store_guests.hostile(rest, self._store_ring())
         elif name == "try":
             self._print(f"{rest}: {attempt(rest)}\r\n".encode())
         return None
@@ -154,6 +162,12 @@ class ScriptedGuest:
                 self._print(line.strip() + b"\r\n")
             self._sleep()
 
+    def _store_ring(self) -> store_guests.StoreRing:
+        def ring_bell() -> None:
+            self._notify_host(STORE_PORT)
+
+        return store_guests.StoreRing(self._requests, self._replies, ring_bell, self._sleep, self._store_page)
+
     def _xenstore(self, kind: int, payload: bytes) -> None:
         self._requests.write(struct.pack("<4I", kind, 0, 0, len(payload)) + payload)
         self._notify_host(STORE_PORT)
@@ -176,7 +190,7 @@ class ScriptedGuest:
 
 class ScriptedRuntime:
     def facts(self) -> RuntimeFacts:
-        return RuntimeFacts("scripted", 4, ("pv", "console", "reboot", "adoption", "smp"))
+        return RuntimeFacts("scripted", 4, CAPABILITIES, link="toy_device:NoLink")
 
     def build(
         self, request: BuildRequest, memory: mmap.mmap, notify_host: Callable[[int], None], seal: Callable[[], None]

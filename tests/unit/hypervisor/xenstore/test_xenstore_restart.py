@@ -97,6 +97,24 @@ def test_everything_is_there_after_a_restart(tmp_path: Path) -> None:
     assert [p.payload for p in host.take()] == [b"control/shutdown\0tok\0"]
 
 
+def test_a_guest_is_woken_after_a_restart(tmp_path: Path) -> None:
+    """The event that told of the last change of the ring may have been lost with the process before."""
+    host = Host(tmp_path / "state")
+    rung: list[int] = []
+    host.notify = lambda: rung.append(1)
+    host.boot()
+    assert rung
+
+
+def test_quotas_that_were_set_are_kept(tmp_path: Path) -> None:
+    server = open_server(tmp_path / "state")
+    server.set_quota("watches", 7)
+    server.settle()
+    for _ in range(2):
+        server = open_server(tmp_path / "state")
+        assert server.limits.watches == 7
+
+
 def test_a_transaction_across_a_restart_ends_in_eagain(tmp_path: Path) -> None:
     host = Host(tmp_path / "state")
     host.put(Packet(Op.TRANSACTION_START, 1, 0, b"\0").encode())

@@ -284,6 +284,18 @@ def test_reconnection_mends_a_broken_ring(guest) -> None:
     assert guest.ask(Op.GET_DOMAIN_PATH, b"5\0") == b"/local/domain/5\0"
 
 
+def test_it_can_be_begun_anew(world, guest) -> None:
+    guest.ask(Op.WATCH, b"a\0t\0")
+    guest.put(b"half a head")
+    guest.ring.on_notify()
+    guest.ring.reset()
+    assert [guest.index[i] for i in (REQ_CONS, REQ_PROD, RSP_CONS, RSP_PROD)] == [0] * 4
+    guest.parser.clear()
+    world.dom0.ask(Op.WRITE, b"/local/domain/5/a\0v")
+    assert guest.ask(Op.READ, b"a\0") == b"v"
+    assert world.server.watches.count(world.server.domain(5)) == 0
+
+
 def test_after_release_the_page_is_not_touched(world, guest) -> None:
     world.server.release(5)
     guest.ring.close()
