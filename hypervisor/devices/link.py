@@ -15,7 +15,8 @@ How a link is made::
 Made in the same order `unlink` or death, `link`, `bind`, the next driver gets the port of the one before. Links live
 on without a host process; the next one may end them all.
 
-A driver process is confined by `hypervisor.host.driver_sandbox.confine`, which makes the `ProcessLink`, too.
+In a real driver process `hypervisor.host.guarded_link.connect` makes the `ProcessLink`, with the filter that guards the
+mappings.
 Eventfds are made by the domain process when a port is bound; nothing needs to be known before.
 """
 
@@ -250,22 +251,18 @@ class ProcessLink:
                 socket.send_fds(self._socket, [data], list(fds))
             else:
                 self._socket.send(data)
-            answer, got, more, _ = socket.recv_fds(self._socket, wire.MAX_MESSAGE, 2, socket.MSG_CMSG_CLOEXEC)
-        except OSError as exc:
+            answer, got = wire.receive(self._socket)
+        except (OSError, wire.BadForm) as exc:
             raise self._ended(str(exc)) from exc
+        if not answer:
+            raise self._ended("end of file")
         try:
-            if not answer:
-                raise self._ended("end of file")
-            if more & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                raise wire.BadForm("answer too long")
             status, results = wire.parse_answer(answer, op, self._number, len(items))
             if len(got) != (0 if status else expect):
                 raise wire.BadForm(f"answer to {op} with {len(got)} descriptors")
-        except (LinkClosed, wire.BadForm) as exc:
+        except wire.BadForm as exc:
             for fd in got:
                 os.close(fd)
-            if isinstance(exc, LinkClosed):
-                raise
             raise self._ended(str(exc)) from exc
         if status < 0:
             raise LinkError(f"the domain process refuses request {op}: GNTST {status}", status)

@@ -22,6 +22,8 @@ UNBIND  `PORT`, one                  none
 
 from __future__ import annotations
 
+import os
+import socket
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -54,6 +56,21 @@ _SINGLE = frozenset((HELLO, BIND, UNBIND))
 
 class BadForm(Exception):
     """The other end does not keep to the protocol."""
+
+
+def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
+    """A message and its descriptors; b"" at the end. :raises BadForm: too long. :raises OSError."""
+    # Not socket.recv_fds: it drops the flags, and a descriptor's own flags cannot be set in a sandbox.
+    data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, socket.CMSG_LEN(2 * 4), socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
+    for level, kind, body in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds += [fd for (fd,) in struct.iter_unpack("i", body[: len(body) // 4 * 4])]
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        for fd in fds:
+            os.close(fd)
+        raise BadForm("message too long, or with too many descriptors")
+    return data, fds
 
 
 def request(op: int, number: int, items: Sequence[tuple[int, ...]], flags: int = 0) -> bytes:

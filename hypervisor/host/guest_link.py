@@ -20,9 +20,10 @@ from typing import Any
 
 from hypervisor.abi import errno
 from hypervisor.devices import link_wire as wire
-from hypervisor.devices.link_window import map_memory, view_of
+from hypervisor.devices.link_window import BYTES, SLOTS, map_memory, view_of
 from hypervisor.errors import HostFailure, WrongState
 from hypervisor.host.channel import close_all
+from hypervisor.host.guest_link_guard import Guard
 from hypervisor.host.guest_link_state import LinkState, LinkTarget, Refused
 from hypervisor.host.handles import answer
 from hypervisor.host.poller import Poller
@@ -82,10 +83,12 @@ class GuestLinks:
         self._poller = poller
         self._numbers = itertools.count(1)
         self._links: dict[int, _Link] = {}
+        self._mapped: set[_Link] = set()  # ended, but their drivers may have mappings still
         self._ended = False
 
     def __len__(self) -> int:
-        return len(self._links)
+        """Links there are, with those of drivers that have left nothing but mappings."""
+        return len(self._links) + len(self._mapped)
 
     # -- from the host process
 
@@ -99,7 +102,7 @@ class GuestLinks:
                 raise HostFailure(f"op link with {len(fds)} descriptors instead of 2: destroy the domain")
             if self._ended:
                 raise WrongState("the guest has ended: destroy or reset the domain")
-            if len(self._links) >= MAX_LINKS:
+            if len(self) >= MAX_LINKS:
                 raise WrongState(f"the domain has {MAX_LINKS} links to drivers: end one first")
             buffer = _map_buffer(fds[1])
         except BaseException:
@@ -127,31 +130,56 @@ class GuestLinks:
 
     def _readable(self, link: _Link) -> None:
         try:
-            data, fds, flags, _ = socket.recv_fds(link.socket, wire.MAX_MESSAGE, 2, socket.MSG_CMSG_CLOEXEC)
+            data, fds = wire.receive(link.socket)
         except BlockingIOError:
             return
-        except OSError as exc:
+        except (OSError, wire.BadForm) as exc:
             self._end(link, str(exc))
             return
         try:
             if not data:
                 raise wire.BadForm("its driver is gone")
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or link.busy:
-                raise wire.BadForm("too long, or a second request before the answer")
+            if link.busy:
+                raise wire.BadForm("a second request before the answer")
             op, bits, number, items = wire.parse_request(data)
             if link.state.welcome != (op != wire.HELLO) or len(fds) != (op == wire.HELLO and bits & wire.GUARDED):
                 raise wire.BadForm(f"request {op} with {len(fds)} descriptors out of place")
+            if op == wire.HELLO:
+                self._greet(link, fds, *items[0])
         except wire.BadForm as exc:
             close_all(fds)
             self._end(link, str(exc))
             return
         link.busy = True
-        self._target.post(lambda: self._execute(link, op, bits, number, items, fds))
+        self._target.post(lambda: self._execute(link, op, bits, number, items))
 
-    def _execute(self, link: _Link, op: int, flags: int, number: int, items: list[Any], fds: list[int]) -> None:
+    def _greet(
+        self, link: _Link, fds: list[int], version: int, memory: int, memory_ro: int, slots: int, window: int
+    ) -> None:
+        if version != wire.VERSION or slots > SLOTS or window % BYTES or min(memory, memory_ro) < 0:
+            raise wire.BadForm(f"hello of version {version} with {slots} slots at {window:#x}")
+        if fds:
+            link.state.guard = guard = Guard(fds[0], memory, memory_ro, window)
+            self._poller.add(guard.listener, lambda: self._guard(link, guard))
+
+    def _guard(self, link: _Link, guard: Guard) -> None:
+        """A driver maps or unmaps, or is gone."""
+        try:
+            guard.answer()
+            over = guard.is_over()
+        except OSError as exc:
+            LOG.warning("link %d: its listener: %s", link.number, exc)
+            over = True
+        if over:
+            self._poller.remove(guard.listener)
+            guard.close()
+            self._end(link, "its driver is gone")
+            self._mapped.discard(link)
+            self._target.post(link.state.driver_is_gone)
+
+    def _execute(self, link: _Link, op: int, flags: int, number: int, items: list[Any]) -> None:
         """In the run loop's thread."""
         if not link.open:
-            close_all(fds)
             return
         status, results, given = 0, [], []
         try:
@@ -233,7 +261,11 @@ class GuestLinks:
             self._deafen(link, port)
         # Closed here, so that the driver sees the end even if the run loop is over.
         link.close()
-        self._target.post(link.state.release)
+        if link.state.guard is None:
+            self._target.post(link.state.driver_is_gone)
+        else:
+            self._mapped.add(link)  # until nobody is left under its filter
+            self._target.post(link.state.release)
 
 
 def _map_buffer(fd: int) -> memoryview:

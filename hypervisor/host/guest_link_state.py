@@ -12,12 +12,13 @@ from typing import Any
 from hypervisor import abi
 from hypervisor.abi import errno
 from hypervisor.devices import link_wire as wire
-from hypervisor.devices.link_window import BYTES, SLOTS
+from hypervisor.devices.link_window import SLOTS
 from hypervisor.errors import XenError
 from hypervisor.evtchn.core import ChannelState, EventChannels
 from hypervisor.evtchn.hostside import HostRouter
 from hypervisor.grants.active import ActiveGrants
 from hypervisor.grants.peer import HOST_DOMID, HOST_READ, HOST_WRITE, GrantError
+from hypervisor.host.guest_link_guard import Guard
 from hypervisor.host.handles import ring
 from hypervisor.types import PAGE_SIZE
 
@@ -70,19 +71,21 @@ class Held:
 
 
 class LinkState:
-    """:param buffer: shared with the driver, for copies. :ivar ports: its bells, by port of the guest.
+    """:param buffer: shared with the driver, for copies.
 
     :param port_closed: called with a port that the guest closed.
+    :ivar ports: eventfd to the driver and number of its end, by port of the guest.
+    :ivar guard: lets the driver map what is held; None: nothing keeps it from mapping more.
     """
 
     def __init__(self, target: LinkTarget, buffer: memoryview, port_closed: Callable[[int], None]) -> None:
         self._target = target
         self._buffer = buffer
         self._port_closed = port_closed
+        self.guard: Guard | None = None
         self._held: dict[int, Held] = {}
         self.ports: dict[int, tuple[int, int]] = {}
         self.welcome = False
-        self._released = False
 
     def __len__(self) -> int:
         """Mappings there are."""
@@ -96,11 +99,9 @@ class LinkState:
             return self._unmap(items)
         if op == wire.COPY:
             return [(self._copy(*item),) for item in items]
-        return self._hello(*items[0])
+        return self._hello()
 
-    def _hello(self, version: int, _memory: int, _memory_ro: int, slots: int, window: int) -> list[tuple[int, ...]]:
-        if version != wire.VERSION or slots > SLOTS or window % BYTES:
-            raise wire.BadForm(f"hello of version {version} with {slots} slots at {window:#x}")
+    def _hello(self) -> list[tuple[int, ...]]:
         self.welcome = True
         return [(self._target.domid, self._target.frames, len(self._buffer))]
 
@@ -108,18 +109,22 @@ class LinkState:
 
     def _map(self, items: list[tuple[Any, ...]], *, readonly: bool) -> list[tuple[int, ...]]:
         """All or none."""
-        done: list[int] = []
+        taken: dict[int, Held] = {}
         try:
             for ref, slot in items:
-                if slot >= SLOTS or slot in self._held:
+                if slot >= SLOTS or slot in self._held or slot in taken:
                     raise wire.BadForm(f"slot {slot} is in use, or there is none")
-                self._held[slot] = self._pin(ref, readonly=readonly)
-                done.append(slot)
+                taken[slot] = self._pin(ref, readonly=readonly)
         except BaseException:
-            for slot in done:
-                self._unpin(self._held.pop(slot))
+            for held in taken.values():
+                self._unpin(held)
             raise
-        return [(self._held[slot].page,) for slot in done]
+        # Only now: a slot that was announced could be mapped at once.
+        self._held.update(taken)
+        if self.guard is not None:
+            for slot, held in taken.items():
+                self.guard.grant(slot, held.page, readonly=readonly)
+        return [(held.page,) for held in taken.values()]
 
     def _pin(self, ref: int, *, readonly: bool) -> Held:
         grants = self._target.grants
@@ -142,11 +147,15 @@ class LinkState:
 
     def _unmap(self, items: list[tuple[Any, ...]]) -> list[tuple[int, ...]]:
         for (slot,) in items:
-            held = self._held.pop(slot, None)
-            if held is None:
-                raise wire.BadForm(f"slot {slot} is not in use")
-            self._unpin(held)
+            if slot not in self._held or not self._give_back(slot):
+                raise wire.BadForm(f"slot {slot} is not in use, or is mapped still")
         return []
+
+    def _give_back(self, slot: int) -> bool:
+        if self.guard is not None and not self.guard.forget(slot):
+            return False
+        self._unpin(self._held.pop(slot))
+        return True
 
     # -- copies
 
@@ -217,8 +226,14 @@ class LinkState:
     # -- the end
 
     def release(self) -> None:
-        """Give everything back. Harmless when repeated."""
+        """Give back all that the driver cannot reach. Harmless when repeated."""
         for port in list(self.ports):
             self.unbind(port)
+        for slot in list(self._held):
+            self._give_back(slot)
+
+    def driver_is_gone(self) -> None:
+        """Give back the rest."""
+        self.release()
         while self._held:
             self._unpin(self._held.popitem()[1])

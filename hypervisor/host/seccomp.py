@@ -29,6 +29,7 @@ _LD, _JEQ, _JGE, _AND, _RET = 0x20, 0x15, 0x35, 0x54, 0x06
 
 CLONE_THREAD = 0x0001_0000
 _FIONBIO = 0x5421
+_NOTIF_RECV, _NOTIF_SEND = 0xC050_2100, 0xC018_2101
 _PR_SET_NAME = 15
 _PR_SET_VMA = 0x5356_4D41
 _SOL_SOCKET = 1
@@ -65,26 +66,28 @@ _CLONE, _CLONE3, _TGKILL, _IOCTL, _PRCTL, _GETSOCKOPT, _FCNTL = 56, 435, 234, 16
 _RESTART_SYSCALL = 219
 
 
-class _Prog(ctypes.Structure):
+class Program(ctypes.Structure):
     __slots__ = ()
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def _ins(code: int, k: int, jt: int = 0, jf: int = 0) -> bytes:
+def instruction(code: int, k: int, jt: int = 0, jf: int = 0) -> bytes:
+    """One of classic BPF (linux/filter.h)."""
     return struct.pack("HBBI", code, jt, jf, k & 0xFFFF_FFFF)
 
 
-def _arg(index: int) -> int:
+def arg_word(index: int) -> int:
+    """Where the low word of a system call's argument lies in seccomp_data; the high one is 4 further."""
     return _ARGS + 8 * index
 
 
 def _guarded(nr: int, argument: int, values: tuple[int, ...]) -> bytes:
     """Allow call `nr` if the low word of an argument is one of `values`, else EPERM."""
-    body = _ins(_LD, _arg(argument))
+    body = instruction(_LD, arg_word(argument))
     for index, value in enumerate(values):
-        body += _ins(_JEQ, value, len(values) - index, 0)
-    body += _ins(_RET, _RET_ERRNO | _EPERM) + _ins(_RET, _RET_ALLOW)
-    return _ins(_JEQ, nr, 0, len(body) // 8) + body
+        body += instruction(_JEQ, value, len(values) - index, 0)
+    body += instruction(_RET, _RET_ERRNO | _EPERM) + instruction(_RET, _RET_ALLOW)
+    return instruction(_JEQ, nr, 0, len(body) // 8) + body
 
 
 def program(pid: int, *, driver: bool = False) -> bytes:
@@ -95,22 +98,22 @@ def program(pid: int, *, driver: bool = False) -> bytes:
     ``clone3`` answers ENOSYS, since its flags lie in memory where a filter cannot look: libc then uses
     ``clone``, which passes only for threads. A signal may go only to this process (abort).
     """
-    code = _ins(_LD, _ARCH) + _ins(_JEQ, _AUDIT_ARCH_X86_64, 1, 0) + _ins(_RET, _RET_KILL_PROCESS)
-    code += _ins(_LD, _NR) + _ins(_JGE, _X32_BIT, 0, 1) + _ins(_RET, _RET_KILL_PROCESS)
+    code = instruction(_LD, _ARCH) + instruction(_JEQ, _AUDIT_ARCH_X86_64, 1, 0) + instruction(_RET, _RET_KILL_PROCESS)
+    code += instruction(_LD, _NR) + instruction(_JGE, _X32_BIT, 0, 1) + instruction(_RET, _RET_KILL_PROCESS)
     calls = {*ALLOWED.values(), *(DRIVER_CALLS.values() if driver else ())}
     for number in (*sorted(calls), _RESTART_SYSCALL):
-        code += _ins(_JEQ, number, 0, 1) + _ins(_RET, _RET_ALLOW)
-    code += _ins(_JEQ, _CLONE3, 0, 1) + _ins(_RET, _RET_ERRNO | _ENOSYS)
-    thread = _ins(_LD, _arg(0)) + _ins(_AND, CLONE_THREAD) + _ins(_JEQ, CLONE_THREAD, 1, 0)
-    thread += _ins(_RET, _RET_ERRNO | _EPERM) + _ins(_RET, _RET_ALLOW)
-    code += _ins(_JEQ, _CLONE, 0, len(thread) // 8) + thread
+        code += instruction(_JEQ, number, 0, 1) + instruction(_RET, _RET_ALLOW)
+    code += instruction(_JEQ, _CLONE3, 0, 1) + instruction(_RET, _RET_ERRNO | _ENOSYS)
+    thread = instruction(_LD, arg_word(0)) + instruction(_AND, CLONE_THREAD) + instruction(_JEQ, CLONE_THREAD, 1, 0)
+    thread += instruction(_RET, _RET_ERRNO | _EPERM) + instruction(_RET, _RET_ALLOW)
+    code += instruction(_JEQ, _CLONE, 0, len(thread) // 8) + thread
     code += _guarded(_TGKILL, 0, (pid,))
     # Python's mmap keeps a duplicate of its file's descriptor.
     code += _guarded(_FCNTL, 1, (*_FCNTL_FLAGS, _F_DUPFD_CLOEXEC) if driver else (*_FCNTL_FLAGS, _F_GET_SEALS))
-    code += _guarded(_IOCTL, 1, (_FIONBIO,))
+    code += _guarded(_IOCTL, 1, (_FIONBIO,) if driver else (_FIONBIO, _NOTIF_RECV, _NOTIF_SEND))
     code += _guarded(_PRCTL, 0, (_PR_SET_NAME, _PR_SET_VMA))
     code += _guarded(_GETSOCKOPT, 1, (_SOL_SOCKET,))
-    return code + _ins(_RET, _RET_ERRNO | _EPERM)
+    return code + instruction(_RET, _RET_ERRNO | _EPERM)
 
 
 def unavailable(libc: ctypes.CDLL) -> str:
@@ -129,7 +132,7 @@ def install(libc: ctypes.CDLL, *, driver: bool = False) -> str:
     if reason:
         return reason
     code = program(os.getpid(), driver=driver)
-    prog = _Prog(len(code) // 8, code)
+    prog = Program(len(code) // 8, code)
     result = libc.syscall(_SYS_SECCOMP, _SECCOMP_SET_MODE_FILTER, _FLAG_TSYNC, ctypes.byref(prog))
     if result == 0:
         return ""
