@@ -149,7 +149,7 @@ class Adoption:
         self._life.records.remove(record.spec.uuid)
 
     def _add(self, record: DomainRecord, directory: Path) -> None:
-        domain = Domain(record, self._life.open_console(directory))
+        domain = self._life.new_domain(record, directory)
         self._life.table.add(domain)
         if record.phase is Phase.REMAKING:
             LOG.warning("domain %s was being restarted when the host process ended: restarting it", domain.uuid)
@@ -224,6 +224,8 @@ class Adoption:
             domain.attachment = self._life.backends.attach(domain, message["boot"], adopted=True)
         except ToolstackError as exc:
             LOG.error("domain %s: its rings cannot be reached: %s", domain.uuid, exc)
+        assert domain.devices is not None
+        domain.devices.adopt()
         if message.get("ended"):
             self._life.guest_ended(domain, message["ended"])
         elif not record.ended:

@@ -10,6 +10,7 @@ connected by way of ``/proc/self/fd/<directory>/<name>``.
 
 from __future__ import annotations
 
+import array
 import json
 import os
 import socket
@@ -65,13 +66,11 @@ class Channel:
         :raises BadMessage: not JSON, too long or too deep; its descriptors are closed.
         """
         try:
-            data, fds, flags, _ = socket.recv_fds(self._sock, MAX_MESSAGE, MAX_FDS)
+            data, fds, flags = receive_fds(self._sock)
         except BlockingIOError:
             raise
         except OSError as exc:
             raise ChannelClosed(str(exc)) from exc
-        for fd in fds:
-            os.set_inheritable(fd, False)
         if not data:
             raise ChannelClosed("end of file")
         try:
@@ -93,6 +92,21 @@ class Channel:
 
     def close(self) -> None:
         self._sock.close()
+
+
+def receive_fds(sock: socket.socket) -> tuple[bytes, list[int], int]:
+    """Bytes, descriptors and flags of one message.
+
+    ``socket.recv_fds`` takes flags and, in Python 3.11, drops them; to set close-on-exec later is an ioctl, which
+    the sandbox refuses.
+    """
+    size = array.array("i").itemsize
+    data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, socket.CMSG_LEN(MAX_FDS * size), socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % size])
+    return data, list(fds), flags
 
 
 def pair() -> tuple[Channel, Channel]:

@@ -79,6 +79,34 @@ OPTIONS = [
         default=False,
         help="Let guests point a page table to one of its own level, as some old kernels do (Xen's pv-linear-pt).",
     ),
+    cfg.IntOpt(
+        "driver_log_kib",
+        default=4096,
+        min=4,
+        max=1 << 20,
+        help="What a driver process of a domain's disks or nics may write into its log, KiB; one older log is kept.",
+    ),
+    cfg.ListOpt(
+        "image_folders",
+        default=[],
+        sample_default=["/var/lib/reeve/images"],
+        help="Folders below which images of disks and their backing files must lie; block devices, too (/dev/vg0). "
+        "Default: images in the state folder, and images beside it if the state folder is called hypervisor.",
+    ),
+    cfg.DictOpt(
+        "device_backends",
+        default={},
+        advanced=True,
+        help="module:attribute of the back end of a kind of device, as in disk:module:attribute; tests put their own.",
+    ),
+    cfg.MultiStrOpt(
+        "networks",
+        default=["default user"],
+        help="A network that nics may name, one a line: NAME internal (between domains of this host only); NAME tap "
+        "interface=TAP [bridge=BRIDGE | ovs=BRIDGE] (needs CAP_NET_ADMIN, or a TAP made before with vnet_hdr for this "
+        "user); NAME user [cidr=10.0.2.0/24] [forward=tcp:127.0.0.1:2222-10.0.2.15:22 ...] [host_loopback=yes] "
+        "[mtu=1500] [dns=no] [ipv6=yes] (to the outside by slirp4netns, without privileges).",
+    ),
     cfg.StrOpt(
         "runtime",
         default=REAL_RUNTIME,
@@ -129,6 +157,10 @@ def settings(conf: cfg.ConfigOpts) -> HostSettings:
         cache_dir=group.cache_dir or str(state_dir / "cache"),
         engine=group.engine,
         linear_page_tables=group.linear_page_tables,
+        driver_log_kib=group.driver_log_kib,
+        image_folders=tuple(group.image_folders),
+        device_backends=tuple(sorted(group.device_backends.items())),
         runtime=group.runtime,
+        networks=tuple(group.networks),
         log_level=logging.DEBUG if conf.debug else getattr(logging, group.log_level.upper()),
     )

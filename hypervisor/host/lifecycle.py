@@ -24,16 +24,18 @@ from hypervisor.errors import (
 from hypervisor.host import channel as channels
 from hypervisor.host.channel import Message
 from hypervisor.host.consoles import ConsoleHub
+from hypervisor.host.devices import with_device
 from hypervisor.host.handles import Handles
 from hypervisor.host.ledger import PAGES_PER_MIB, Claim, Ledger
 from hypervisor.host.process import ProcessHold, describe_exit
 from hypervisor.host.records import DomainRecord, Phase, RecordStore
 from hypervisor.host.runtime import BuildRequest, RuntimeFacts
 from hypervisor.host.settings import HostSettings
-from hypervisor.host.table import Attachment, Domain, DomainTable
+from hypervisor.host.table import Attachment, Devices, Domain, DomainTable
 from hypervisor.host.zygote_client import ZygoteClient
 from hypervisor.memory import layout
 from hypervisor.toolstack.api import DomainSpec, DomainState, DomainType, OnEvent, ShutdownReason
+from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec
 
 LOG = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Lifecycle:
     ledger: Ledger
     zygote: ZygoteClient
     backends: Backends
+    devices: Callable[[Domain], Devices]
     reconnect: Callable[[Domain, ProcessHold], Awaitable[None]] = _no_reconnect
     tasks: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
 
@@ -72,7 +75,7 @@ class Lifecycle:
         record = DomainRecord(spec, 0, created_at=time.time())
         self.table.check_free(spec)  # before anything on disk is touched
         folder = self.records.prepare(spec.uuid)
-        domain = Domain(record, self.open_console(folder))
+        domain = self.new_domain(record, folder)
         self.table.add(domain)
         async with domain.lock:
             try:
@@ -81,6 +84,11 @@ class Lifecycle:
                 await self._forget(domain)
                 raise
             self.table.emit("created", spec.uuid)
+        return domain
+
+    def new_domain(self, record: DomainRecord, folder: Path) -> Domain:
+        domain = Domain(record, self.open_console(folder))
+        domain.devices = self.devices(domain)
         return domain
 
     async def unpause(self, domain: Domain) -> None:
@@ -102,6 +110,22 @@ class Lifecycle:
         domain.dying = True
         await self._forget(domain)
         self.table.emit("destroyed", domain.uuid)
+
+    async def attach(self, domain: Domain, kind: str, device: DiskSpec | NicSpec) -> DeviceInfo:
+        self._check_alive(domain, "attach")
+        assert domain.devices is not None
+        self._check_size(with_device(domain.record.spec, device))
+        return await domain.devices.attach(kind, device)
+
+    async def detach(self, domain: Domain, kind: str, ident: str, timeout: float, *, force: bool) -> None:
+        self._check_alive(domain, "detach")
+        assert domain.devices is not None
+        await domain.devices.detach(kind, ident, timeout, force=force)
+
+    async def resize_disk(self, domain: Domain, ident: str, size_bytes: int) -> DeviceInfo:
+        self._check_alive(domain, "resize")
+        assert domain.devices is not None
+        return await domain.devices.resize(ident, size_bytes)
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
@@ -163,6 +187,8 @@ class Lifecycle:
         record.detail = detail
         if domain.attachment is not None:
             domain.attachment.ended()
+        if domain.devices is not None:
+            domain.devices.guest_ended()
         domain.dying = action is not OnEvent.PRESERVE
         if crashed or action is not OnEvent.RESTART:
             self.table.emit("crashed" if crashed else "shutdown", domain.uuid, detail or reason)
@@ -197,6 +223,8 @@ class Lifecycle:
         record.claim = self._claim(spec, frames, pages + layout.xen_frames(max_pages))
         record.domid = self.records.next_domid(self.table.domids())
         self.records.save(record)
+        assert domain.devices is not None
+        await domain.devices.open_all()
         request = BuildRequest(
             spec=spec,
             domid=record.domid,
@@ -221,6 +249,7 @@ class Lifecycle:
         if not isinstance(boot, dict):
             raise HostFailure("the domain process did not say where it built the rings: see domain.log")
         domain.attachment = self.backends.attach(domain, boot, adopted=False)
+        domain.devices.begin()
         await process.request("commit")
         record.pid = process.pid
         record.phase = Phase.MADE
@@ -258,6 +287,8 @@ class Lifecycle:
 
     async def _unmake(self, domain: Domain) -> None:
         """Take back all that `_make` did. The record and the table entry stay."""
+        if domain.devices is not None:
+            await domain.devices.halt()
         if domain.attachment is not None:
             domain.attachment.detach()
             domain.attachment = None
@@ -267,6 +298,8 @@ class Lifecycle:
         if domain.orphan is not None:
             await domain.orphan.end()
             domain.orphan, domain.lost = None, False
+        if domain.devices is not None:
+            await domain.devices.end()
         if domain.record.claim is not None:
             self.ledger.release(domain.record.claim)
             domain.record.claim = None
@@ -333,6 +366,9 @@ class Lifecycle:
             raise InsufficientVcpus(
                 f"{spec.effective_max_vcpus} vCPUs asked for, a domain of this host has at most {cpus}: ask for less"
             )
+        self._check_size(spec)
+
+    def _check_size(self, spec: DomainSpec) -> None:
         size = len(channels.encode({"spec": spec.to_json()}))
         if size > MAX_SPEC_BYTES:
             raise SpecInvalid(f"the spec has {size} bytes: give less metadata, at most {MAX_SPEC_BYTES} bytes in all")

@@ -178,7 +178,7 @@ class ProcessHold:
         task.add_done_callback(self._tasks.discard)
 
     async def _gone(self) -> None:
-        code = _waited(self._pidfd)
+        code = reap(self._pidfd)
         if code is None:
             code = await self._zygote.exit_code(self.pid)
         # Whatever it said last is still in the channel.
@@ -189,7 +189,7 @@ class ProcessHold:
         self.on_exit(code)
 
 
-def _waited(pidfd: int) -> int | None:
+def reap(pidfd: int) -> int | None:
     """Reap it if it is our own child (its zygote died before it)."""
     try:
         result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)

@@ -42,6 +42,7 @@ class DomainRecord:
     :ivar restarts: how often it was built anew.
     :ivar pid: of its process, for people; what counts is who listens at its socket.
     :ivar console: what its console backend saved (`ConsoleRing.save`).
+    :ivar devices: what its devices saved (`hypervisor.host.device.DeviceMemory`), by ``kind/id``.
     """
 
     spec: DomainSpec
@@ -57,6 +58,7 @@ class DomainRecord:
     cpu_time_ns: int = 0
     pid: int = 0
     console: dict[str, Any] = dataclasses.field(default_factory=dict)
+    devices: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def ended(self) -> bool:

@@ -15,6 +15,7 @@ from hypervisor.host import sandbox
 from hypervisor.host.adoption import Adoption
 from hypervisor.host.backends import HostBackends
 from hypervisor.host.control import ControlServer
+from hypervisor.host.devices import HostDevices
 from hypervisor.host.ledger import PAGES_PER_MIB, Ledger
 from hypervisor.host.lifecycle import Lifecycle
 from hypervisor.host.records import RecordStore
@@ -54,11 +55,15 @@ class HostProcess:
         zygote = self._zygote = ZygoteClient(settings.runtime, settings.log_level)
         await zygote.start()
         backends = self._backends = HostBackends(settings)
-        life = self._life = Lifecycle(settings, records, DomainTable(), Ledger(0), zygote, backends)
+        table = DomainTable()
+        devices = HostDevices(settings, backends.handle, zygote, records, table)
+        life = self._life = Lifecycle(settings, records, table, Ledger(0), zygote, backends, devices.of)
         self._adoption = Adoption(life)
         await self._adoption.run()
         life.ledger.total = self._total(life)
-        await backends.start(frozenset(d.record.domid for d in life.table.all() if d.record.claim is not None))
+        known = frozenset(d.record.domid for d in life.table.all() if d.record.claim is not None)
+        await backends.start(known)
+        devices.forget_strangers(known)
         self._control = ControlServer(Verbs(life, report), max_clients=settings.max_clients)
         await self._control.start(settings.socket)
         LOG.info(
@@ -79,6 +84,8 @@ class HostProcess:
             for task in list(self._life.tasks):
                 task.cancel()
             for domain in self._life.table.all():
+                if domain.devices is not None:
+                    await domain.devices.let_go()
                 if domain.attachment is not None:
                     domain.attachment.let_go()
                     records.save(domain.record)

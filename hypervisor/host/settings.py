@@ -21,6 +21,9 @@ class HostSettings:
     :ivar console_log_kib: of console output kept for each domain, twice.
     :ivar restart_interval: seconds a domain must have run before it is restarted at once.
     :ivar cache_dir: unpacked kernels.
+    :ivar driver_log_kib: what a driver process may write into its log.
+    :ivar image_folders: below which images of disks must lie; empty: the folders that the option's help names.
+    :ivar device_backends: ``module:attribute`` by kind of device, instead of `hypervisor.devices.registry`'s.
     """
 
     state_dir: Path
@@ -37,7 +40,11 @@ class HostSettings:
     cache_dir: str = ""
     engine: str = ""
     linear_page_tables: bool = False
+    driver_log_kib: int = 4096
+    image_folders: tuple[str, ...] = ()
+    device_backends: tuple[tuple[str, str], ...] = ()
     runtime: str = REAL_RUNTIME
+    networks: tuple[str, ...] = ("default user",)
     log_level: int = 20
 
     @property

@@ -15,6 +15,7 @@ from hypervisor.host.consoles import ConsoleHub
 from hypervisor.host.process import ProcessHold
 from hypervisor.host.records import DomainRecord, Phase
 from hypervisor.toolstack.api import DomainEvent, DomainInfo, DomainSpec, DomainState
+from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec
 
 LOG = logging.getLogger(__name__)
 
@@ -42,11 +43,38 @@ class Attachment(Protocol):
         """The host process ends, the domain does not."""
 
 
+class Devices(Protocol):
+    """The devices of one domain (`hypervisor.host.devices.DomainDevices`)."""
+
+    async def open_all(self) -> None: ...
+
+    def begin(self) -> None: ...
+
+    def adopt(self) -> None: ...
+
+    def guest_ended(self) -> None: ...
+
+    async def halt(self) -> None: ...
+
+    async def end(self) -> None: ...
+
+    async def let_go(self) -> None: ...
+
+    async def list(self) -> list[DeviceInfo]: ...
+
+    async def attach(self, kind: str, spec: DiskSpec | NicSpec) -> DeviceInfo: ...
+
+    async def detach(self, kind: str, ident: str, timeout: float, *, force: bool) -> None: ...
+
+    async def resize(self, ident: str, size_bytes: int) -> DeviceInfo: ...
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Domain:
     """One entry.
 
     :ivar lock: one verb at a time.
+    :ivar devices: set as long as the domain is in the table.
     :ivar process: None when the domain holds nothing any more.
     :ivar lost: the process is there but has not identified itself yet: nothing can be said of its state.
     :ivar orphan: that process.
@@ -58,6 +86,7 @@ class Domain:
     lock: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
     process: ProcessHold | None = None
     attachment: Attachment | None = None
+    devices: Devices | None = None
     lost: bool = False
     orphan: Orphan | None = None
     dying: bool = False

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from hypervisor.errors import DomainNotFound, HostFailure, ProtocolError
 from hypervisor.host import protocol
 from hypervisor.host.control import ConsolePort
+from hypervisor.host.devices import KINDS
 from hypervisor.host.ledger import PAGES_PER_MIB
 from hypervisor.host.lifecycle import Lifecycle
 from hypervisor.host.records import Phase
 from hypervisor.host.sandbox import Report
-from hypervisor.host.table import Domain
+from hypervisor.host.table import Devices, Domain
 from hypervisor.toolstack.api import DomainEvent, DomainSpec, DomainState, HostInfo
+from hypervisor.toolstack.devices import DiskSpec, NicSpec
 
 MAX_WAIT = 24 * 3600.0
 
@@ -54,6 +57,13 @@ class Verbs:
             "domain.reset": Verb(self._locked(lifecycle.reset), uuid),
             "domain.destroy": Verb(self._locked(lifecycle.destroy), uuid),
             "domain.wait": Verb(self._wait, {**uuid, "states": (list,), "timeout": (int, float)}),
+            "device.list": Verb(self._device_list, uuid),
+            "device.attach": Verb(self._device_attach, {**uuid, "kind": (str,), "spec": (dict,)}),
+            "device.detach": Verb(
+                self._device_detach,
+                {**uuid, "kind": (str,), "id": (str,), "timeout": (int, float), "force": (int,)},
+            ),
+            "device.resize": Verb(self._device_resize, {**uuid, "id": (str,), "size_bytes": (int,)}),
             "console.log": Verb(self._console_log, {**uuid, "max_bytes": (int,)}),
         }
 
@@ -142,6 +152,32 @@ class Verbs:
         data = domain.console.tail(min(max_bytes, protocol.CONSOLE_LOG_MAX))
         return {"data": base64.b64encode(data).decode()}
 
+    # -- devices --------------------------------------------------------------------------------------------------
+
+    async def _device_list(self, uuid: str) -> list[dict[str, Any]]:
+        return [info.to_json() for info in await self._devices(await self._settled(uuid)).list()]
+
+    async def _device_attach(self, uuid: str, kind: str, spec: dict[str, Any]) -> dict[str, Any]:
+        device = _kind(kind).from_json(spec)
+        async with self._holding(uuid) as domain:
+            return (await self._life.attach(domain, kind, device)).to_json()
+
+    async def _device_detach(self, uuid: str, kind: str, id: str, timeout: float, force: int) -> None:
+        _kind(kind)
+        if not 0 <= timeout <= MAX_WAIT:
+            raise ProtocolError(f"timeout of device.detach is {timeout}: give 0 to {MAX_WAIT:g} seconds")
+        domain = await self._settled(uuid)
+        # Not under the domain's lock: it may take as long as the guest pleases.
+        await self._life.detach(domain, kind, id, timeout, force=bool(force))
+
+    async def _device_resize(self, uuid: str, id: str, size_bytes: int) -> dict[str, Any]:
+        async with self._holding(uuid) as domain:
+            return (await self._life.resize_disk(domain, id, size_bytes)).to_json()
+
+    def _devices(self, domain: Domain) -> Devices:
+        assert domain.devices is not None
+        return domain.devices
+
     # -- finding --------------------------------------------------------------------------------------------------
 
     def _made(self, uuid: str) -> Domain:
@@ -162,10 +198,21 @@ class Verbs:
         """One verb at a time on a domain; a verb that waited looks the domain up again."""
 
         async def handler(uuid: str) -> None:
-            domain = self._table.get(uuid)
-            async with domain.lock:
-                if self._table.get(uuid) is not domain:
-                    raise HostFailure(f"domain {uuid} was replaced meanwhile: look at it and try again")
+            async with self._holding(uuid) as domain:
                 await act(domain)
 
         return handler
+
+    @contextlib.asynccontextmanager
+    async def _holding(self, uuid: str) -> AsyncIterator[Domain]:
+        domain = self._table.get(uuid)
+        async with domain.lock:
+            if self._table.get(uuid) is not domain:
+                raise HostFailure(f"domain {uuid} was replaced meanwhile: look at it and try again")
+            yield domain
+
+
+def _kind(kind: str) -> type[DiskSpec] | type[NicSpec]:
+    if kind not in KINDS:
+        raise ProtocolError(f"kind {kind[:40]!r} of device is not known: give {' or '.join(KINDS)}")
+    return KINDS[kind]

@@ -1,13 +1,14 @@
-"""The zygote: a small single-threaded process from which every domain process is forked.
+"""The zygote: a small single-threaded process from which every domain and driver process is forked.
 
 It is started by exec beside the host process, loads the runtime (engine, machine,
-builder) once and forks on request, so that a new domain starts in milliseconds and
-shares those pages. It reaps its children and tells how they ended. It ends when its
+builder) and the drivers of devices once and forks on request, so that a new domain starts in milliseconds
+and shares those pages. It reaps its children and tells how they ended. It ends when its
 host does; domains do not care.
 
 Messages from the host: ``{"op": "spawn", "id", "request", "directory", "sandbox"}`` with
-the child's descriptors. To the host: ``ready`` with the runtime's facts, ``spawned`` with
-the child's pid and a pidfd, ``failed``, ``exited`` with pid and exit code.
+the child's descriptors, and ``{"op": "spawn-driver", "id", "order", "directory", "sandbox"}`` likewise. To the
+host: ``ready`` with the runtime's facts, ``spawned`` with the child's pid and a pidfd, ``failed``, ``exited`` with
+pid and exit code.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
+from hypervisor.devices import registry
 from hypervisor.host import channel as channels
-from hypervisor.host import domain_process, runtime
+from hypervisor.host import domain_process, driver_process, runtime
 from hypervisor.host.channel import BadMessage, Channel, ChannelClosed, Message
+from hypervisor.host.driver_process import DriverOrder
 from hypervisor.host.handles import Handles
 from hypervisor.host.runtime import BuildRequest, Runtime
 
@@ -74,23 +78,33 @@ class Zygote:
         return True
 
     def _spawn(self, message: Message, fds: list[int]) -> None:
-        if message.get("op") != "spawn" or len(fds) != CHILD_FDS:
-            raise ValueError(f"op {message.get('op')!r} with {len(fds)} descriptors")
-        request = BuildRequest.from_json(message["request"])
+        child = self._child(message, fds)
         pid = os.fork()
         if pid == 0:
-            domain_process.run_child(
-                request,
-                fds,
-                Path(message["directory"]),
-                self._runtime,
-                sandbox_required=message["sandbox"] == "required",
-                log_level=self._log_level,
-            )
+            child()
         pidfd = os.pidfd_open(pid)
         self._children[pidfd] = pid
         self._poll.register(pidfd, select.POLLIN)
         self._channel.send({"event": "spawned", "id": message.get("id"), "pid": pid}, [pidfd])
+
+    def _child(self, message: Message, fds: list[int]) -> Callable[[], NoReturn]:
+        """What the forked child does; the message is looked at before the fork."""
+        op, directory, required = message.get("op"), Path(message["directory"]), message["sandbox"] == "required"
+        if op == "spawn" and len(fds) == CHILD_FDS:
+            request = BuildRequest.from_json(message["request"])
+            return lambda: domain_process.run_child(
+                request, fds, directory, self._runtime, sandbox_required=required, log_level=self._log_level
+            )
+        if op == "spawn-driver" and len(fds) >= driver_process.OWN_FDS:
+            order = DriverOrder.from_json(message["order"])
+            # Loaded here, once: the next driver starts with it.
+            registry.attribute(order.factory)
+            if threads() != 1:
+                raise ValueError(f"{order.factory} started threads: a fork would copy their locks")
+            return lambda: driver_process.run_child(
+                order, fds, directory, sandbox_required=required, log_level=self._log_level
+            )
+        raise ValueError(f"op {op!r} with {len(fds)} descriptors")
 
     def _reap(self, pidfd: int) -> None:
         pid = self._children[pidfd]

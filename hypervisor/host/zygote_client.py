@@ -60,7 +60,10 @@ class ZygoteClient:
         return self.facts
 
     async def spawn(self, message: dict[str, Any], fds: list[int]) -> tuple[int, int]:
-        """Fork a domain process. :return: its pid and a pidfd that the caller owns."""
+        """Fork a domain or driver process. :return: its pid and a pidfd that the caller owns.
+
+        :param message: its ``op`` and what belongs to it (`hypervisor.host.zygote`).
+        """
         await self.start()
         running = self._running
         if running is None:
@@ -69,7 +72,7 @@ class ZygoteClient:
         future: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
         running.spawns[number] = future
         try:
-            running.link.send({**message, "op": "spawn", "id": number}, fds)
+            running.link.send({"op": "spawn", **message, "id": number}, fds)
             return await asyncio.wait_for(future, SPAWN_TIMEOUT)
         except TimeoutError:
             raise HostUnavailable(f"the zygote did not fork within {SPAWN_TIMEOUT:g} s: try again") from None

@@ -43,6 +43,8 @@ class HostRig:
         self._config = folder / "hypervisor.conf"
         folder.mkdir(parents=True, exist_ok=True)
         values = {"runtime": runtime, "memory_mib": 2048, "restart_interval": 0.0, "log_level": "debug", **options}
+        if runtime == SCRIPTED:
+            values.setdefault("device_backends", "disk:toy_device:ToyBackend,nic:toy_device:ToyNics")
         lines = "".join(f"{name} = {value}\n" for name, value in values.items())
         self._config.write_text(f"[hypervisor]\n{lines}")
         self._process: subprocess.Popen[bytes] | None = None

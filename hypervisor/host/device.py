@@ -1,0 +1,385 @@
+"""One device of a domain in the host process: its state between the front end's wishes and the driver process.
+
+A device looks at what is (the front end's state, the driver's generation, whether it is to go) and takes the
+step that is due; it never relies on having seen every change. So it does not matter how many changes a
+guest makes, in which order, or what happened while nobody looked. Only the device's own task writes its
+back end's nodes.
+
+======================  ==============================================================================
+front end's state       what the back end does
+======================  ==============================================================================
+Initialising            InitWait, with the features; a connected one is disconnected first (kexec)
+Initialised, Connected  the driver is told to connect, then Connected with what the back end says
+Closing                 the driver disconnects, Closing
+Closed, none            the driver disconnects, Closed; a device that is to go, goes
+anything else           nothing
+======================  ==============================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from hypervisor.devices.driver import Backend, DeviceBroken, Opened
+from hypervisor.devices.rate import Bucket
+from hypervisor.devices.xenbus import XenbusDevice, XenbusState, printable
+from hypervisor.errors import HostFailure, HostUnavailable, ToolstackError
+from hypervisor.host import channel as channels
+from hypervisor.host.drivers import DriverHold, numbers
+from hypervisor.toolstack.devices import DeviceInfo, DeviceState, DiskSpec, NicSpec
+from hypervisor.xenstore.errors import XenstoreError
+
+LOG = logging.getLogger(__name__)
+
+LOOKS_PER_SECOND, LOOKS_AT_ONCE = 10.0, 50.0
+"""How often one front end can make the host process look at it."""
+RETRY_AFTER = 0.5
+STATS_TIMEOUT = 1.0
+
+_WANTS = (XenbusState.INITIALISED, XenbusState.CONNECTED)
+
+Spec = DiskSpec | NicSpec
+
+
+@dataclasses.dataclass(slots=True)
+class DeviceMemory:
+    """What of a device outlives the host process (in the domain's record).
+
+    :ivar front: what the driver was told of the front end; None when it is not connected.
+    :ivar broken: why the back end gave the device up, "" when it did not.
+    :ivar leaving: it was asked to go.
+    :ivar restarts: how often its driver process was replaced. :ivar counted: by drivers there are no more.
+    """
+
+    front: dict[str, Any] | None = None
+    broken: str = ""
+    leaving: bool = False
+    restarts: int = 0
+    counted: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> DeviceMemory:
+        return cls(**data)
+
+
+class Device:
+    """:param opener: opens the device; called again after the host process was replaced.
+
+    :param save: writes `memory` down. :param gone: called once when the device has left.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        backend: Backend,
+        bus: XenbusDevice,
+        driver: DriverHold,
+        *,
+        save: Callable[[], None],
+        gone: Callable[[Device], None],
+        memory: DeviceMemory | None = None,
+    ) -> None:
+        self.spec = spec
+        self.kind = backend.kind
+        self.backend = backend
+        self.memory = memory or DeviceMemory()
+        self.opened: Opened | None = None
+        self.closed = asyncio.Event()
+        self._bus = bus
+        self._driver = driver
+        self._save = save
+        self._gone = gone
+        self._generation = 0  # of the driver that serves it; 0: none
+        self._problem = ""  # for people; it is being tried again
+        self._reported = ""  # by the driver: it has given the device up
+        self._wake = asyncio.Event()
+        self._force = False
+        self._guest_ended = False
+        self._bucket = Bucket(LOOKS_PER_SECOND, LOOKS_AT_ONCE, time.monotonic)
+        self._unwatch: Callable[[], None] = lambda: None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def id(self) -> str:
+        return str(self.spec.id)
+
+    @property
+    def devid(self) -> int:
+        return self.spec.devid
+
+    # -- from outside ---------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Write its nodes unless they are there, and serve it. :raises HostFailure: xenstore refuses them."""
+        try:
+            if not self._bus.is_laid_out():
+                assert self.opened is not None
+                self._bus.lay_out(self.opened.nodes, self.opened.frontend)
+            self._unwatch = self._bus.watch_frontend(lambda path: self._wake.set())
+        except XenstoreError as exc:
+            raise HostFailure(f"xenstore refuses the nodes of {self.kind} {self.id}: {exc}") from exc
+        self._wake.set()
+        self._task = asyncio.get_running_loop().create_task(self._serve())
+
+    def leave(self) -> None:
+        """Ask the front end to let go; `closed` is set when it has."""
+        self.memory.leaving = True
+        self._save()
+        self._wake.set()
+
+    def force(self) -> None:
+        """Take it away now."""
+        self._force = True
+        self._wake.set()
+
+    def driver_died(self, counted: dict[str, int]) -> None:
+        """Its driver process is gone, with what it had counted last."""
+        if self.memory.front is not None:
+            self.memory.restarts += 1
+            self._count(counted)
+        self._wake.set()
+
+    def report(self, what: str, detail: str) -> None:
+        if what == "broken" and self.memory.front is not None:
+            self._reported = printable(detail) or "its driver gave it up"
+            self._wake.set()
+        else:
+            LOG.warning("%s %s: %s: %s", self.kind, self._bus.paths.backend, what, printable(detail))
+
+    def guest_ended(self) -> None:
+        """The guest runs no more: nothing of it is served."""
+        self._guest_ended = True
+        self._wake.set()
+
+    async def end(self) -> None:
+        """Stop looking after it; its driver must be gone already. What was opened is given back."""
+        await self._stop_task()
+        self._close()
+
+    async def let_go(self) -> None:
+        """The host process ends, the device does not."""
+        await self._stop_task()
+
+    async def info(self) -> DeviceInfo:
+        stats = dict(self.memory.counted)
+        for name, value in (await self._live_counters()).items():
+            stats[name] = stats.get(name, 0) + value
+        stats["restarts"] = self.memory.restarts
+        return DeviceInfo(
+            kind=self.kind,
+            id=self.id,
+            state=self.state,
+            spec=self.spec.to_json(),
+            size_bytes=self.opened.size_bytes if self.opened is not None else 0,
+            detail=self.memory.broken or self._problem,
+            stats=stats,
+        )
+
+    @property
+    def state(self) -> DeviceState:
+        if self.memory.broken:
+            return DeviceState.FAILED
+        if self.memory.leaving:
+            return DeviceState.CLOSING
+        if self._guest_ended:
+            return DeviceState.CLOSED
+        if self.memory.front is not None:
+            served = self._generation == self._driver.generation and self._driver.pid is not None
+            return DeviceState.CONNECTED if served else DeviceState.RECOVERING
+        return DeviceState.CLOSED if self._bus.state() is XenbusState.CLOSED else DeviceState.CONNECTING
+
+    async def changed(self, spec: Spec, nodes: dict[str, str]) -> None:
+        """The opened device has another size or other limits: tell driver and front end."""
+        self.spec = spec
+        assert self.opened is not None
+        try:
+            if self.memory.front is None:
+                return
+            await self._driver.request("update", {"devid": self.devid, "device": self.opened.config})
+        except HostUnavailable:
+            LOG.info("%s %s: the next driver is told", self.kind, self._bus.paths.backend)
+        if self.memory.front is not None and self._bus.state() is XenbusState.CONNECTED:
+            self._bus.switch(XenbusState.CONNECTED, nodes)
+
+    # -- its task -------------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        while not self.closed.is_set():
+            await self._wake.wait()
+            if not self._force:
+                await asyncio.sleep(self._bucket.delay())
+            self._bucket.take()
+            self._wake.clear()
+            try:
+                await self._look()
+            except (ToolstackError, XenstoreError, OSError) as exc:
+                self._problem = printable(str(exc))
+                LOG.warning("%s %s: %s; trying again", self.kind, self._bus.paths.backend, exc)
+                await asyncio.sleep(RETRY_AFTER)
+                self._wake.set()
+            except Exception:
+                LOG.exception("%s %s", self.kind, self._bus.paths.backend)
+                await asyncio.sleep(RETRY_AFTER)
+
+    async def _look(self) -> None:
+        """Take the step that is due."""
+        memory = self.memory
+        if self._guest_ended:
+            await self._disconnect()
+            return
+        front = self._bus.frontend_state()
+        if self._force or (memory.leaving and not self._is_held(front)):
+            await self._leave()
+        elif memory.leaving and self._bus.is_online():
+            self._bus.set_online(False)
+            self._bus.switch(XenbusState.CLOSING)
+            await self._keep(front)
+        elif self._reported:
+            why, self._reported = self._reported, ""
+            await self._disconnect()
+            self._refuse(why)
+        elif front in _WANTS:
+            await self._keep(front)
+        elif front is XenbusState.INITIALISING:
+            await self._disconnect()
+            self._set_broken("")
+            if not memory.leaving and self._bus.state() is not XenbusState.INIT_WAIT:
+                opened = await self._open()
+                self._bus.switch(XenbusState.INIT_WAIT, opened.nodes)
+        elif front is XenbusState.CLOSING:
+            await self._disconnect()
+            self._switch_once(XenbusState.CLOSING)
+        elif front in (XenbusState.CLOSED, XenbusState.UNKNOWN):
+            await self._disconnect()
+            self._switch_once(XenbusState.CLOSED)
+
+    def _is_held(self, front: XenbusState) -> bool:
+        """Whether the guest may still use it."""
+        return self.memory.front is not None and front not in (XenbusState.CLOSED, XenbusState.UNKNOWN)
+
+    async def _keep(self, front: XenbusState) -> None:
+        """Have the device served by the driver there is now."""
+        memory = self.memory
+        if memory.broken or front not in _WANTS:
+            return
+        if memory.front is None:
+            if memory.leaving:
+                return
+            try:
+                config = self.backend.frontend(self._bus.read_frontend)
+            except DeviceBroken as exc:
+                self._refuse(str(exc))
+                return
+        else:
+            config = memory.front
+            if self._generation == await self._driver.ensure():
+                return
+        opened = await self._open()
+        generation = await self._driver.ensure()
+        fds = list(opened.fds())
+        try:
+            message = {"devid": self.devid, "config": {"frontend": config, "device": opened.config}}
+            answer = await self._driver.request("connect", message, fds)
+        finally:
+            channels.close_all(fds)
+        if "broken" in answer:
+            memory.front = None
+            self._refuse(str(answer["broken"]))
+            return
+        self._generation, self._problem = generation, ""
+        fresh = memory.front is None
+        memory.front = config
+        self._save()
+        if fresh:
+            self._bus.set_error("")
+        if self._bus.state() is not XenbusState.CONNECTED and not memory.leaving:
+            self._bus.switch(XenbusState.CONNECTED, opened.connected)
+        LOG.info("%s %s: %s", self.kind, self._bus.paths.backend, "connected" if fresh else "connected again")
+
+    async def _open(self) -> Opened:
+        if self.opened is None:
+            self.opened = await self.backend.open(self._driver.order.uuid, self._bus.paths.domid, self.spec)
+        return self.opened
+
+    async def _disconnect(self) -> None:
+        """No effect if it is not connected."""
+        if self.memory.front is None:
+            return
+        if self._generation and self._generation == self._driver.generation:
+            try:
+                answer = await self._driver.request("disconnect", {"devid": self.devid})
+                self._count(numbers(answer.get("stats")))
+            except HostUnavailable:
+                LOG.info("%s %s: its driver is gone", self.kind, self._bus.paths.backend)
+        self._generation = 0
+        self.memory.front = None
+        self._save()
+
+    def _refuse(self, why: str) -> None:
+        """It cannot be served until the front end begins anew."""
+        self._set_broken(printable(why))
+        LOG.warning("%s %s: %s", self.kind, self._bus.paths.backend, self.memory.broken)
+        self._bus.set_error(self.memory.broken)
+        self._bus.switch(XenbusState.CLOSING)
+
+    def _set_broken(self, why: str) -> None:
+        if self.memory.broken != why:
+            self.memory.broken = why
+            self._save()
+
+    def _switch_once(self, state: XenbusState) -> None:
+        if self._bus.state() is not state:
+            self._bus.switch(state)
+
+    async def _leave(self) -> None:
+        """The guest has let go, or is not asked."""
+        await self._disconnect()
+        self._bus.set_online(False)
+        self._bus.switch(XenbusState.CLOSED)
+        self._unwatch()
+        self._bus.remove()
+        self._close()
+        self._gone(self)
+
+    def _close(self) -> None:
+        opened, self.opened = self.opened, None
+        if opened is not None:
+            try:
+                opened.close()
+            except Exception:
+                LOG.exception("closing %s %s", self.kind, self.id)
+        self.closed.set()
+
+    async def _stop_task(self) -> None:
+        self._unwatch()
+        self._unwatch = lambda: None
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    # -- counters -------------------------------------------------------------------------------------------------
+
+    def _count(self, more: dict[str, int]) -> None:
+        counted = self.memory.counted
+        for name, value in more.items():
+            counted[name] = counted.get(name, 0) + value
+        self._save()
+
+    async def _live_counters(self) -> dict[str, int]:
+        if self.memory.front is None or self._generation != self._driver.generation:
+            return {}
+        try:
+            answer = await self._driver.request("stats", {}, timeout=STATS_TIMEOUT)
+        except ToolstackError:
+            return {}
+        found = answer.get("stats")
+        return numbers(found.get(str(self.devid))) if isinstance(found, dict) else {}
