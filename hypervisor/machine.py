@@ -34,7 +34,7 @@ from hypervisor.hypercalls.dispatch import Dispatcher
 from hypervisor.sched.alarm import Alarm
 from hypervisor.sched.quiet import QuietDomain
 from hypervisor.sched.timers import Timers
-from hypervisor.sched.vcpus import SLICE_NS, VcpuQueue
+from hypervisor.sched.vcpus import VcpuQueue
 from hypervisor.toolstack.api import ShutdownReason
 from hypervisor.toolstack.builder.state import BootState
 
@@ -86,13 +86,12 @@ class Machine:
         kind = Domain32 if config.bits == 32 else Domain
         self.domain = kind(config, memory, self.engine, HostRouter(notify_host), self._wake)
         self.domain.leave = self._leave
-        self.domain.timer_changed = self._timer_changed
+        self.domain.timer_changed = self._due_at
         self.domain.give_way = self._give_way
         self.domain.vcpus_changed = self._woken
         self._timers = Timers(self.domain.vcpus, self.domain.events, self.domain.watchdogs, self._watchdog_over)
         self._queue = VcpuQueue(config.max_vcpus)
         self._shared = config.max_vcpus > 1
-        self._slice_end = 0
         self._quiet = QuietDomain(self.engine.drop_translations)
         self.engine.map_memory(
             self.domain.memory.base_mpa, self.domain.memory.frames * 4096, self.domain.memory.address
@@ -176,7 +175,7 @@ class Machine:
         domain.refresh_time(vcpu, now)
         if self._shared:
             # While others wait for the engine nothing that a vCPU spins for can happen.
-            self.engine.watch_pauses(self._slice_end != 0)
+            self.engine.watch_pauses(self._queue.slice_end != 0)
         self._traps.deliver_event()
         domain.preempt = False
         self._leaving = False
@@ -201,11 +200,11 @@ class Machine:
         vcpus = self.domain.vcpus
         if not self._shared:
             return vcpus[0] if self._can_run(0, now) else None
-        number = self._queue.pick(lambda n: self._can_run(n, now))
+        number = self._queue.pick(now, lambda n: self._can_run(n, now))
         if number is None:
             return None
-        others = any(v.id != number and v.up and not v.blocked for v in vcpus)
-        self._slice_end = now + SLICE_NS if others else 0
+        if not any(v.id != number and v.up and not v.blocked for v in vcpus):
+            self._queue.slice_end = 0
         return vcpus[number]
 
     def _can_run(self, number: int, now: int) -> bool:
@@ -241,11 +240,11 @@ class Machine:
         self._traps.set_vcpu(vcpu)
 
     def _woken(self, vcpu: Vcpu) -> None:
-        """A vCPU can run again: let it soon, if another one has the engine."""
+        """A vCPU can run again: let it soon, at once if the one that has the engine waits for it."""
         if self._shared:
-            self._queue.woken(vcpu.id)
-            if vcpu is not self.domain.running:
-                self._leave()
+            self._queue.woken(vcpu.id, self.domain.clock.now())
+            self._due_at(self._queue.slice_end)
+            self.engine.watch_pauses(True)
 
     def _idle(self, now: int) -> None:
         """Wait for a post or the next deadline; the guest costs nothing meanwhile."""
@@ -266,13 +265,14 @@ class Machine:
 
     def _set_alarm(self) -> None:
         deadline = self._timers.next()
-        if self._slice_end and (not deadline or self._slice_end < deadline):
-            deadline = self._slice_end
+        slice_end = self._queue.slice_end
+        if slice_end and (not deadline or slice_end < deadline):
+            deadline = slice_end
         self._alarm.set(deadline + self.domain.clock.base if deadline else 0)
         if self._posts:
             self._alarm.now()
 
-    def _timer_changed(self, deadline: int) -> None:
+    def _due_at(self, deadline: int) -> None:
         """Something new is due at system time `deadline` (ns). What was taken away may still ring, once."""
         at, alarm = deadline + self.domain.clock.base, self._alarm
         if not alarm.at or at < alarm.at:
