@@ -1,0 +1,1 @@
+"""Disks: the block back end (public/io/blkif.h) and the images behind it."""

@@ -1,0 +1,258 @@
+"""A disk's image while the host process holds it: what a driver is given, growth, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Protocol
+
+from hypervisor.devices.block.image.daemon import StorageDaemon
+from hypervisor.devices.block.image.files import ImageFile
+from hypervisor.devices.block.journal import RECORD_BYTES
+from hypervisor.devices.block.ring import SECTOR
+from hypervisor.errors import HostFailure, ImageInvalid, ToolstackError
+
+LOG = logging.getLogger(__name__)
+
+JOURNAL_NAME, ABOUT_NAME = "ring", "disk.json"
+RESTART_FIRST, RESTART_MOST = 0.2, 30.0
+"""Seconds to wait before a daemon that ended is started again, doubled each time."""
+
+OpenChain = Callable[[], list[ImageFile]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class About:
+    """What makes a disk the same disk over a restart of the host process."""
+
+    domid: int
+    path: str
+    format: str
+    readonly: bool
+    direct: bool
+
+    def save(self, folder: Path) -> None:
+        (folder / ABOUT_NAME).write_text(json.dumps(dataclasses.asdict(self)))
+
+    def matches(self, folder: Path) -> bool:
+        try:
+            return bool(json.loads((folder / ABOUT_NAME).read_text()) == dataclasses.asdict(self))
+        except (OSError, ValueError):
+            return False
+
+
+class DiskHold(Protocol):
+    """:ivar size: bytes. :ivar kind: as the driver is told it."""
+
+    kind: str
+    size: int
+
+    def fds(self) -> list[int]:
+        """For a new driver; see `hypervisor.devices.block.driver.BlockDriver.connect`. The caller closes them."""
+
+    async def resize(self, size: int) -> int:
+        """Grow to `size` bytes. :returns: the size there is then. :raises ToolstackError."""
+
+    async def close(self) -> None: ...
+
+
+def open_journal(folder: Path, queues: int) -> int:
+    """The file of `hypervisor.devices.block.journal`, its room taken now, for later a full disk would stop the ring.
+
+    :raises HostFailure: the disk is full.
+    """
+    try:
+        fd = os.open(folder / JOURNAL_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, queues * RECORD_BYTES)
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as exc:
+        raise HostFailure(f"{folder} cannot be written: {exc.strerror}: make room in the state folder") from exc
+    return fd
+
+
+class RawDisk:
+    """:param file: owned from here on; so is `journal`."""
+
+    kind = "raw"
+
+    def __init__(self, file: ImageFile, journal: int, folder: Path) -> None:
+        self._file = file
+        self._journal = journal
+        self._folder = folder
+        self.size = file.size
+
+    def fds(self) -> list[int]:
+        return [_duplicate(self._file.fd), _duplicate(self._journal)]
+
+    async def resize(self, size: int) -> int:
+        if self._file.block_device:
+            now = os.lseek(self._file.fd, 0, os.SEEK_END)
+            if now < size:
+                raise ImageInvalid(f"{self._file.path} has {now} bytes: make the block device larger first")
+            self.size = size
+        else:
+            try:
+                os.ftruncate(self._file.fd, size)
+            except OSError as exc:
+                cure = "make room" if exc.errno in (errno.ENOSPC, errno.EDQUOT) else "choose a smaller size"
+                raise HostFailure(f"{self._file.path} cannot be made larger ({exc.strerror}): {cure}") from exc
+            self.size = self._file.size = size
+        return self.size
+
+    async def close(self) -> None:
+        os.close(self._file.fd)
+        os.close(self._journal)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class DaemonDisk:
+    """A disk behind a `StorageDaemon`, which is started again when it ends. Made by `open`."""
+
+    kind = "nbd"
+
+    def __init__(self, folder: Path, journal: int, chain: list[ImageFile], open_chain: OpenChain, about: About) -> None:
+        self.size = 0
+        self._folder = folder
+        self._journal = journal
+        self._chain = chain  # empty after an adoption: the daemon holds the files and their locks
+        self._open_chain = open_chain
+        self._about = about
+        self._daemon: StorageDaemon | None = None
+        self._control: socket.socket | None = None
+        self._lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    @classmethod
+    async def open(cls, folder: Path, journal: int, open_chain: OpenChain, about: About) -> DaemonDisk:
+        """Find the daemon of a host process before this one, or start one. :raises ToolstackError."""
+        disk = cls(folder, journal, [], open_chain, about)
+        found = await StorageDaemon.find(folder, disk._daemon_exited)
+        if found is not None and not about.matches(folder):
+            await found.stop()
+            found = None
+        if found is not None:
+            LOG.info("disk %s: its storage daemon is there", about.path)
+            disk._daemon = found
+            disk.size = await found.size()
+            return disk
+        try:
+            await disk._start()
+        except BaseException:
+            disk._close_chain()
+            raise
+        about.save(folder)
+        return disk
+
+    def fds(self) -> list[int]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if self._control is not None:
+            self._control.close()
+        self._control = ours
+        ours.setblocking(False)
+        self._task(self._supply(fence=True))
+        return [theirs.detach(), _duplicate(self._journal)]
+
+    async def resize(self, size: int) -> int:
+        async with self._lock:
+            if self._daemon is None:
+                raise HostFailure(f"the storage daemon of {self._about.path} is being started again: try again")
+            await self._daemon.resize(size)
+            self.size = size
+        # An export keeps the size it was made with.
+        await self._supply(fence=False)
+        return self.size
+
+    async def close(self) -> None:
+        self._closed = True
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._daemon is not None:
+            await self._daemon.stop()
+        self._close_chain()
+        os.close(self._journal)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _start(self) -> None:
+        if not self._chain:
+            self._chain = self._open_chain()
+        about = self._about
+        self._daemon = await StorageDaemon.start(
+            self._folder, self._chain, readonly=about.readonly, direct=about.direct, on_exit=self._daemon_exited
+        )
+        self.size = await self._daemon.size()
+
+    async def _supply(self, *, fence: bool) -> None:
+        """Give the driver a connection, if there is a driver."""
+        async with self._lock:
+            control, daemon = self._control, self._daemon
+            if control is None or daemon is None:
+                return
+            try:
+                export = await daemon.connection(fence=fence, writable=not self._about.readonly)
+            except ToolstackError as exc:
+                LOG.error("disk %s: %s", self._about.path, exc)
+                # The driver waits. A daemon that does not answer is of no use: the next one may be.
+                daemon.kill()
+                return
+            message = json.dumps({"size": export.size, "flags": export.flags}).encode()
+            with contextlib.suppress(OSError):
+                socket.send_fds(control, [message], [export.sock.fileno()])
+            export.sock.close()
+
+    def _daemon_exited(self) -> None:
+        self._daemon = None
+        if not self._closed:
+            LOG.error("disk %s: its storage daemon has ended, the guest waits", self._about.path)
+            self._task(self._restart())
+
+    async def _restart(self) -> None:
+        delay = RESTART_FIRST
+        while True:
+            await asyncio.sleep(delay)
+            delay = min(RESTART_MOST, 2 * delay)
+            try:
+                async with self._lock:
+                    await self._start()
+                break
+            except ToolstackError as exc:
+                LOG.error("disk %s: %s", self._about.path, exc)
+        await self._supply(fence=False)
+
+    def _task(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _close_chain(self) -> None:
+        for file in self._chain:
+            os.close(file.fd)
+        self._chain = []
+
+
+def _duplicate(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+
+
+def whole_sectors(size: int, path: str) -> int:
+    """:raises ImageInvalid: less than one."""
+    if size < SECTOR:
+        raise ImageInvalid(f"image {path} has {size} bytes: a disk has at least one sector of {SECTOR}")
+    return size // SECTOR

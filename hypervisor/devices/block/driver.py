@@ -1,0 +1,273 @@
+"""The disks of one domain, in their driver process."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hypervisor.devices.block.grants import Access, CopiedPages, MappedPages
+from hypervisor.devices.block.image.base import Image
+from hypervisor.devices.block.image.nbd import NbdImage
+from hypervisor.devices.block.image.raw import RawImage
+from hypervisor.devices.block.journal import Journal, connection_key
+from hypervisor.devices.block.limits import Throttle
+from hypervisor.devices.block.queue import Counters, Queue
+from hypervisor.devices.block.ring import LAYOUTS, MAX_INDIRECT, BlkRing
+from hypervisor.devices.driver import DeviceBroken, EventPort, GuestLink, LinkClosed, LinkError, Loop, Page
+
+LOG = logging.getLogger(__name__)
+
+MAX_MAPPED = 6144
+"""Persistently mapped grants of all disks together; a link has room for some 8000 mappings."""
+MAX_MAPPED_EACH = 2112
+"""Of one disk: twice what Linux's front end uses with a ring of one page (32 requests of 32 segments and a page)."""
+MIN_MAPPED_EACH = MAX_INDIRECT + 64
+_WARN_EVERY = 10.0
+
+Report = Callable[[int, str, str], None]
+
+
+class Disk:
+    """One device; see `hypervisor.devices.block.queue.DiskView`."""
+
+    def __init__(self, devid: int, device: Mapping[str, Any], report: Report) -> None:
+        self.devid = devid
+        self.image: Image | None = None
+        self.counters = Counters()
+        self.queues: list[Queue] = []
+        self.pages: list[Page] = []
+        self.access: Access | None = None
+        self.journal_fd = -1
+        self.control: socket.socket | None = None
+        self._report = report
+        self._warned = -_WARN_EVERY
+        self.sectors = 0
+        self.readonly = True
+        self.discard = False
+        self.throttle = Throttle({})
+        self._limits: Any = None
+        self.configure(device)
+
+    def configure(self, device: Mapping[str, Any]) -> None:
+        self.sectors = int(device["sectors"])
+        self.readonly = bool(device["readonly"])
+        self.discard = bool(device["discard"])
+        if self._limits != device["limits"]:
+            self._limits = device["limits"]
+            self.throttle = Throttle(self._limits)
+
+    def image_gone(self, why: str) -> None:
+        """The host process sends another connection, if it can."""
+        LOG.warning("disk %d: image gone: %s", self.devid, why)
+        if self.image is not None:
+            self.image.close()
+            self.image = None
+        self._report(self.devid, "warning", f"the image's daemon has ended, requests wait for another: {why}")
+
+    def failed(self, what: str, error: int) -> None:
+        """At most one line in ten seconds: the guest can ask for more errors than anybody wants to read."""
+        now = time.monotonic()
+        if now - self._warned >= _WARN_EVERY:
+            self._warned = now
+            cure = ": make room on the host's disk" if error in (errno.ENOSPC, errno.EDQUOT) else ""
+            self._report(self.devid, "warning", f"{what}{cure}")
+
+
+class BlockDriver:
+    """:param report: as `hypervisor.devices.driver.Driver` says."""
+
+    def __init__(self, link: GuestLink, loop: Loop, report: Report) -> None:
+        self._link = link
+        self._loop = loop
+        self._report = report
+        self._disks: dict[int, Disk] = {}
+
+    def connect(self, devid: int, config: Mapping[str, Any], fds: Sequence[int]) -> None:
+        """``fds``: the image (kind raw) or a socket over which connections to its daemon come (nbd); the journal."""
+        if devid in self._disks or len(fds) != 2:
+            _close(fds)
+            raise DeviceBroken(f"disk {devid} is served already, or came with {len(fds)} descriptors instead of 2")
+        device = config["device"]
+        disk = Disk(devid, device, self._report)
+        disk.journal_fd = fds[1]
+        try:
+            if device["kind"] == "raw":
+                disk.image = RawImage(fds[0], direct=bool(device["direct"]))
+            else:
+                # All of it given: to find it out would take system calls that a driver has not.
+                disk.control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fds[0])
+                disk.control.setblocking(False)
+            self._open_rings(disk, config["frontend"])
+        except BaseException:
+            self._release(disk, in_order=False)
+            raise
+        self._disks[devid] = disk
+        self._share_mappings()
+        for queue in disk.queues:
+            queue.recover()
+            queue.on_due(self._guard(disk, queue.service))
+            self._loop.add_reader(queue.event.fileno(), self._guard(disk, self._notified(queue)))
+        if disk.control is not None:
+            self._loop.add_reader(disk.control.fileno(), lambda: self._control(disk))
+        # What came while nobody listened.
+        self._loop.call_soon(lambda: self._go_on(disk))
+
+    def update(self, devid: int, device: Mapping[str, Any]) -> None:
+        disk = self._disks.get(devid)
+        if disk is None:
+            return
+        if disk.control is not None:
+            # A larger image has a new connection, sent before this.
+            self._control(disk)
+        disk.configure(device)
+        self._go_on(disk)
+
+    def disconnect(self, devid: int) -> None:
+        disk = self._disks.pop(devid, None)
+        if disk is not None:
+            self._release(disk, in_order=True)
+            self._share_mappings()
+
+    def stats(self) -> dict[int, dict[str, int]]:
+        return {devid: dataclasses.asdict(disk.counters) for devid, disk in self._disks.items()}
+
+    # -- rings
+
+    def _open_rings(self, disk: Disk, frontend: Mapping[str, Any]) -> None:
+        layout = LAYOUTS[frontend["protocol"]]
+        persistent = bool(frontend["persistent"])
+        disk.access = MappedPages(self._link, MIN_MAPPED_EACH) if persistent else CopiedPages(self._link)
+        for number, queue in enumerate(frontend["queues"]):
+            refs = [int(ref) for ref in queue["refs"]]
+            try:
+                pages = self._link.map(refs)
+            except LinkClosed:
+                raise
+            except LinkError as exc:
+                raise DeviceBroken(f"ring {number} cannot be mapped: {exc}") from exc
+            disk.pages += pages
+            ring = BlkRing([page.view for page in pages], layout)
+            event = self._bind(int(queue["port"]), ring)
+            key = connection_key(self._link.domid, disk.devid, number, frontend["connection"])
+            journal = Journal(disk.journal_fd, number, key)
+            disk.queues.append(Queue(ring, event, disk.access, journal, disk, self._later))
+
+    def _bind(self, port: int, ring: BlkRing) -> EventPort:
+        try:
+            return self._link.bind(port)
+        except LinkClosed:
+            raise
+        except LinkError as exc:
+            ring.close()
+            raise DeviceBroken(f"event channel {port} cannot be bound: {exc}") from exc
+
+    def _later(self, seconds: float, callback: Callable[[], None]) -> Callable[[], None]:
+        return self._loop.call_later(seconds, callback)
+
+    def _notified(self, queue: Queue) -> Callable[[], None]:
+        def notified() -> None:
+            queue.event.answer()
+            queue.service()
+
+        return notified
+
+    def _guard(self, disk: Disk, action: Callable[[], None]) -> Callable[[], None]:
+        """A ring that makes no sense, or a bug that it found, ends this disk and no other."""
+
+        def guarded() -> None:
+            if self._disks.get(disk.devid) is not disk:
+                return
+            try:
+                action()
+            except LinkClosed:
+                raise
+            except (DeviceBroken, LinkError) as exc:
+                self._broken(disk, str(exc))
+            except Exception as exc:
+                LOG.exception("disk %d", disk.devid)
+                self._broken(disk, f"{type(exc).__name__}: {exc}; see the driver's log")
+
+        return guarded
+
+    def _broken(self, disk: Disk, why: str) -> None:
+        LOG.warning("disk %d is closed: %s", disk.devid, why)
+        self._disks.pop(disk.devid, None)
+        self._release(disk, in_order=False)
+        self._share_mappings()
+        self._report(disk.devid, "broken", why)
+
+    def _go_on(self, disk: Disk) -> None:
+        for queue in list(disk.queues):
+            self._guard(disk, queue.service)()
+
+    def _share_mappings(self) -> None:
+        mapped = [disk.access for disk in self._disks.values() if isinstance(disk.access, MappedPages)]
+        for access in mapped:
+            access.set_limit(max(MIN_MAPPED_EACH, min(MAX_MAPPED_EACH, MAX_MAPPED // len(mapped))))
+
+    def _release(self, disk: Disk, *, in_order: bool) -> None:
+        for queue in disk.queues:
+            self._loop.remove_reader(queue.event.fileno())
+            queue.close(in_order=in_order)
+        try:
+            for queue in disk.queues:
+                self._link.unbind(queue.event)
+            if disk.access is not None:
+                disk.access.close()
+            if disk.pages:
+                self._link.unmap(disk.pages)
+        except LinkClosed:
+            LOG.info("disk %d: the guest has ended already", disk.devid)
+        finally:
+            disk.queues.clear()
+            disk.pages = []
+            if disk.image is not None:
+                disk.image.close()
+            if disk.control is not None:
+                self._loop.remove_reader(disk.control.fileno())
+                disk.control.close()
+            _close([disk.journal_fd])
+
+    # -- connections to the daemon behind an image
+
+    def _control(self, disk: Disk) -> None:
+        """The host process sends a connection that is ready for requests: at first, after a growth, after a crash."""
+        assert disk.control is not None
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(disk.control, 4096, 4, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                return
+            except OSError as exc:
+                LOG.info("disk %d: %s", disk.devid, exc)
+                data, fds = b"", []
+            if not data:
+                # The host process has ended. The connection there is goes on.
+                self._loop.remove_reader(disk.control.fileno())
+                return
+            if len(fds) != 1:
+                _close(fds)
+                continue
+            self._new_connection(disk, json.loads(data), fds[0])
+
+    def _new_connection(self, disk: Disk, message: Mapping[str, Any], fd: int) -> None:
+        # Nothing is in flight on the old one: a batch is done whole.
+        if disk.image is not None:
+            disk.image.close()
+        disk.image = NbdImage(fd, flags=int(message["flags"]))
+        LOG.info("disk %d: connection to its image", disk.devid)
+        self._go_on(disk)
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)

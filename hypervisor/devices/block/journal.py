@@ -1,0 +1,71 @@
+"""Responses on their way into a ring, kept where a driver's death does not reach: a file.
+
+A response overwrites the request in its slot before ``rsp_prod`` tells of it. A driver killed between the two
+leaves a slot that is neither. So the responses of a batch are written here first; the next driver finds
+``rsp_prod`` where the batch began and puts them into the ring again. If it finds ``rsp_prod`` anywhere else, the
+batch is history.
+
+A record is one write with a checksum: torn, it counts as not written, and then no slot was touched yet.
+The file is no protection against the end of the machine, for that ends the guest as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+
+from hypervisor.devices.block.ring import BlkRing
+
+RECORD_BYTES = 16384
+_HEAD = struct.Struct("<I16sII")  # checksum of the rest, key, index of the first response, how many
+_RESPONSE = struct.Struct("<QBxh4x")
+
+Response = tuple[int, int, int]
+
+
+def connection_key(*parts: object) -> bytes:
+    """16 bytes that tell this connection of this guest from others."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+class Journal:
+    """One queue's record.
+
+    :param fd: the device's journal file; not owned.
+    :param queue: number of the queue, 0...
+    """
+
+    def __init__(self, fd: int, queue: int, key: bytes) -> None:
+        self._fd = fd
+        self._at = queue * RECORD_BYTES
+        self._key = key
+
+    def write(self, first: int, responses: Sequence[Response]) -> None:
+        """:param first: index in the ring of the first of them. :raises OSError: the disk is full."""
+        pack = _RESPONSE.pack
+        body = b"".join([pack(*response) for response in responses])
+        rest = struct.pack("<16sII", self._key, first, len(responses)) + body
+        data = struct.pack("<I", zlib.crc32(rest)) + rest
+        if os.pwrite(self._fd, data, self._at) != len(data):
+            raise OSError("the journal of a disk's ring could not be written whole")
+
+    def recover(self, ring: BlkRing) -> bool:
+        """Push what the driver before this one had not pushed to the end; whether to notify the guest."""
+        data = os.pread(self._fd, RECORD_BYTES, self._at)
+        if len(data) < _HEAD.size:
+            return False
+        checksum, key, first, count = _HEAD.unpack_from(data)
+        end = _HEAD.size + count * _RESPONSE.size
+        if key != self._key or count > ring.size or end > len(data) or checksum != zlib.crc32(data[4:end]):
+            return False
+        if first != ring.done or ring.pending() < count:
+            return False
+        ring.respond(list(_RESPONSE.iter_unpack(data[_HEAD.size : end])))
+        return True
+
+    def clear(self) -> None:
+        """The connection has ended in order: nothing is to be recovered."""
+        os.pwrite(self._fd, bytes(_HEAD.size), self._at)
