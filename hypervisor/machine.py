@@ -148,6 +148,10 @@ class Machine:
             except Exception as exc:
                 LOG.exception("hypervisor bug; this domain ends")
                 ended = Shutdown(ShutdownReason.CRASH, f"hypervisor bug: {type(exc).__name__}: {exc}")
+            except BaseException:
+                # The engine may go with this machine: its alarm must not go on without it.
+                self._alarm.close()
+                raise
             if ended:
                 self._alarm.close()
                 if ended.reason is not ShutdownReason.SUSPEND:

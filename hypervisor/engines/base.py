@@ -101,8 +101,11 @@ class Engine(Protocol):
     def kick(self) -> None:
         """From any thread: leave `run` soon, between two instructions. Lost if `run` is not running."""
 
-    def kick_target(self) -> tuple[int, int]:
-        """(C function, argument) that does what `kick` does, for timers that must not wait for Python."""
+    def kick_target(self) -> tuple[int, int, object]:
+        """(C function, argument) that does what `kick` does, for timers that must not wait for Python.
+
+        The third has to be kept for as long as the function may be called.
+        """
 
     def load_cr3(self, mpa: int) -> None:
         """Switch the page-table root and drop all cached translations of addresses."""

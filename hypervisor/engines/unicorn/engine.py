@@ -219,12 +219,12 @@ class UnicornEngine:
         else:
             self._kicked = True
 
-    def kick_target(self) -> tuple[int, int]:
+    def kick_target(self) -> tuple[int, int, object]:
         if self._direct:
-            return ctypes.cast(self._lib.uc_emu_stop, _PTR).value or 0, self._handle
+            return ctypes.cast(self._lib.uc_emu_stop, _PTR).value or 0, self._handle, self._uc
         if not hasattr(self, "_kick_callback"):
             self._kick_callback = _KICK_CB(lambda _argument: self.kick())
-        return ctypes.cast(self._kick_callback, _PTR).value or 0, 0
+        return ctypes.cast(self._kick_callback, _PTR).value or 0, 0, self._kick_callback
 
     def _fail(self, error: BaseException) -> None:
         # An exception must not cross the library's C frames: keep it, stop, raise it in run().

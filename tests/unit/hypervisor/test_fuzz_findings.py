@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import harness
 import pytest
 from pv_rig import E, Rig, code_of
 
 from hypervisor import abi
+from hypervisor.domain import MachineConfig
 from hypervisor.grants.peer import GrantError, Window
+from hypervisor.machine import Machine
 
 GRANTED_MFN = 0x40002
 AT, OTHER = 0x9000, 0xA000
@@ -84,3 +87,17 @@ def test_status_frames_are_flushed_when_they_go() -> None:
     grants.set_version(1)
     assert rig.engine.flushes > before
     rig.check()
+
+
+def test_an_exception_that_leaves_the_run_loop_takes_the_alarm_along() -> None:
+    """Its calls went to an engine that was not there any more, which was a crash of the process."""
+    config = MachineConfig("uuid", "name", 9, 0x20000, 64, 64, tsc_khz=2_000_000)
+    machine = Machine(config, harness.make_memory(64), notify_host=lambda _port: None)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    machine.post(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        machine.run()
+    assert not machine._alarm._timer

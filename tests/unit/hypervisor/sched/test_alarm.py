@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import ctypes
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
 
+from hypervisor.sched import alarm as alarm_module
 from hypervisor.sched.alarm import Alarm
 
 DEADLINE = 30.0
@@ -29,8 +33,8 @@ class Target:
             self.changed.notify_all()
 
     @property
-    def pair(self) -> tuple[int, int]:
-        return ctypes.cast(self.callback, ctypes.c_void_p).value or 0, 0
+    def pair(self) -> tuple[int, int, object]:
+        return ctypes.cast(self.callback, ctypes.c_void_p).value or 0, 0, self.callback
 
     def wait(self, count: int) -> None:
         with self.changed:
@@ -108,4 +112,36 @@ def test_a_deadline_centuries_ahead_is_no_error(target: Target, alarm: Alarm) ->
 def test_a_timer_that_cannot_be_made_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hypervisor.sched.alarm._CLOCK_MONOTONIC", 9999)
     with pytest.raises(OSError, match="timer_create"):
-        Alarm((0, 0))
+        Alarm((0, 0, None))
+
+
+class Library:
+    """Stands for what the C function works on."""
+
+
+def test_what_the_call_works_on_outlives_the_alarm(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call may have begun when the alarm is closed: an engine that had gone by then was a crash of the process."""
+    monkeypatch.setattr(alarm_module, "_retired", collections.deque())
+    monkeypatch.setattr(alarm_module, "GRACE_S", 0.0)
+    library = Library()
+    there = weakref.ref(library)
+    made = Alarm((*target.pair[:2], library))
+    made.now()
+    target.wait(1)
+    made.close()
+    del made, library
+    gc.collect()
+    assert there() is not None
+    Alarm(target.pair).close()
+    gc.collect()
+    assert there() is None, "the time of grace is over"
+
+
+def test_a_closed_alarm_stays_silent(target: Target) -> None:
+    """Its timer's number may be another one's by now."""
+    made = Alarm(target.pair)
+    made.close()
+    made.now()
+    made.set(1)
+    made.close()
+    assert made.at == 0
