@@ -257,8 +257,6 @@ def run_child(
         report = sandbox.lock_down(report, required=sandbox_required, driver=True)
         if unguarded:
             report = dataclasses.replace(report, missing=(*report.missing, unguarded))
-        if unguarded:
-            report = dataclasses.replace(report, missing=(*report.missing, unguarded))
         channel.setblocking(False)
         process.serve(factory, report)
         listener.close()
@@ -268,12 +266,3 @@ def run_child(
     finally:
         sys.stderr.flush()
         os._exit(code)
-
-
-def _link(order: DriverOrder, fds: Sequence[int], *, required: bool) -> tuple[GuestLink, str]:
-    """The link, and why it is not guarded, or ""."""
-    if order.link:
-        made: GuestLink = registry.attribute(order.link)()
-        return made, ""
-    sock, buffer, memory, memory_ro = fds
-    return guarded_link.connect(sock, buffer, memory, memory_ro, required=required)
