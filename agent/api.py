@@ -13,6 +13,8 @@ When a step fails, the failed step and then the done ones, newest first, are
 undone. `Step.undo` looks at the world too: it is called for steps that may
 have run wholly, partly or not at all, and perhaps twice.
 
+Steps that several verbs take are in `agent.steps` and `agent.resizing`; a plugin may import those, too.
+
 A new verb is one module with a `Plugin` subclass and one line in the
 entry-point group ``reeve.instructions``; ``docs/instructions.md`` describes
 the verbs of this distribution.
@@ -29,10 +31,15 @@ from typing import Any, ClassVar, Protocol, Self
 from agent.errors import InstructionError
 from hypervisor.errors import NotOurs
 from hypervisor.toolstack.api import DomainInfo, Toolstack
+from hypervisor.toolstack.devices import MAX_NICS, DiskFormat
 
 __all__ = [
     "API_VERSION",
+    "DEVICE_WAIT_SCHEMA",
+    "DISK_SCHEMA",
+    "MAX_MEMORY_MIB",
     "NAME_SCHEMA",
+    "NIC_SCHEMA",
     "ONE_DOMAIN_SCHEMA",
     "PATH_SCHEMA",
     "UUID_SCHEMA",
@@ -51,7 +58,7 @@ __all__ = [
     "own_domain",
 ]
 
-API_VERSION = (1, 0)
+API_VERSION = (1, 1)
 """Same major: compatible. A plugin built for another major is reported and skipped."""
 
 JsonDict = dict[str, Any]
@@ -86,6 +93,53 @@ WAIT_SCHEMA: Mapping[str, Any] = {
     "description": "Seconds to wait until it has happened; 0 returns once the guest is asked.",
 }
 
+DEVICE_WAIT_SCHEMA: Mapping[str, Any] = {
+    **WAIT_SCHEMA,
+    "default": 10,
+    "description": "Seconds to wait until the guest has taken it up; one that has not by then is no failure.",
+}
+MAX_MEMORY_MIB = 1 << 24
+_LIMITS_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "bytes_per_second": {"type": "integer", "minimum": 0, "maximum": (1 << 48) - 1},
+        "iops": {"type": "integer", "minimum": 0, "maximum": (1 << 48) - 1},
+        "burst_seconds": {"type": "number", "minimum": 0, "maximum": 3600},
+    },
+}
+DISK_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["id", "path"],
+    "properties": {
+        "id": {"type": "string", "pattern": "^xvd[a-p]$"},
+        "path": PATH_SCHEMA,
+        "format": {"type": "string", "enum": [item.value for item in DiskFormat], "default": "raw"},
+        "readonly": {"type": "boolean", "default": False},
+        "direct": {"type": "boolean", "default": False},
+        "discard": {"type": "boolean", "default": True},
+        "shared": {"type": "boolean", "default": False},
+        "limits": _LIMITS_SCHEMA,
+    },
+    "description": "A disk: id, path, and perhaps format, readonly, direct, discard, shared, limits.",
+}
+"""JSON form of a `hypervisor.toolstack.devices.DiskSpec`."""
+NIC_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "id": {"type": "integer", "minimum": 0, "maximum": MAX_NICS - 1},
+        "mac": {"type": "string", "pattern": "^[0-9a-f]{2}(:[0-9a-f]{2}){5}$"},
+        "network": NAME_SCHEMA,
+        "addresses": {"type": "array", "maxItems": 64, "items": {"type": "string", "maxLength": 45}},
+        "queues": {"type": "integer", "minimum": 1, "maximum": 8},
+        "limits": _LIMITS_SCHEMA,
+    },
+    "description": "A nic: id, mac (one is made when it is left out), network, addresses, queues, limits.",
+}
+"""JSON form of a `hypervisor.toolstack.devices.NicSpec`, where `id` and `mac` may be left out."""
+
 
 class Check(enum.StrEnum):
     """What `Step.check` found when it looked at the world."""
@@ -96,10 +150,12 @@ class Check(enum.StrEnum):
 
 
 class Claims(Protocol):
-    """Memory and vCPUs set aside for domains that do not exist yet. Journalled: a claim survives a crash."""
+    """Memory and vCPUs set aside for domains that are to be made or to grow. Journalled: a claim survives a crash."""
 
     def take(self, instruction: str, domain: str, memory_mib: int, vcpus: int) -> None:
-        """Set aside resources; taking the same claim again changes nothing.
+        """Set aside that much for a domain in all; what it has already counts. The same claim again changes nothing.
+
+        Until the instruction is finished the domain is counted with at least that much, also while it has less.
 
         :raises InsufficientMemory, InsufficientVcpus: with what is left.
         """
@@ -172,6 +228,9 @@ class Context(Protocol):
         Use it for every wait: it ends at the deadline and gives way when the agent is stopped
         (the instruction then resumes at the next start).
         """
+
+    def progress(self, done: float, total: float, unit: str) -> None:
+        """Tell whoever listens how far a step is; may be called often."""
 
 
 @dataclasses.dataclass(frozen=True)

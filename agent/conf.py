@@ -52,6 +52,18 @@ AGENT = (
         help="How long the agent asks again when it cannot see whether an interrupted step has happened, before it "
         "reports instruction.outcome_unknown.",
     ),
+    cfg.StrOpt(
+        "core-dir",
+        sample_default="/var/lib/reeve/cores",
+        help="Folder for the files that the verb dump_core writes: memory of guests. Default: cores/ in state_dir.",
+    ),
+    cfg.IntOpt(
+        "resize-confirm-seconds",
+        default=0,
+        min=0,
+        help="A cold resize that is neither confirmed nor reverted counts as confirmed after so many seconds, unless "
+        "its instruction says otherwise; 0: never by itself.",
+    ),
     cfg.ListOpt("allowed-verbs", default=[], help="The only verbs this agent carries out; empty for all installed."),
 )
 BROKER = (
@@ -114,6 +126,16 @@ IMAGES = (
         help="The image store: one folder per image with a manifest.json, as `reeve image build` makes it. "
         "Default: images/ in state_dir.",
     ),
+    cfg.StrOpt(
+        "grub-x86-64",
+        default="/usr/lib/grub-xen/grub-x86_64-xen.bin",
+        help="GRUB for Xen PV guests of 64 bits: the loader of domains that boot from a disk (Debian: grub-xen-host).",
+    ),
+    cfg.StrOpt(
+        "grub-i386",
+        default="/usr/lib/grub-xen/grub-i386-xen.bin",
+        help="The same for guests of 32 bits (PAE).",
+    ),
 )
 RESOURCES = (
     cfg.FloatOpt("vcpu-ratio", default=16.0, min=0.1, max=1000, help="vCPUs that may be given per host CPU."),
@@ -162,6 +184,10 @@ class Settings:
     driver: str
     driver_settings: Mapping[str, str]
     image_dir: Path
+    grub_x86_64: Path
+    grub_i386: Path
+    core_dir: Path
+    resize_confirm_seconds: int
     vcpu_ratio: float
     reserved_memory_mib: int
     report_interval: int
@@ -267,6 +293,10 @@ def _settings(values: Mapping[str, Mapping[str, Any]]) -> Settings:
         driver=driver["name"],
         driver_settings=driver_settings,
         image_dir=Path(values["images"]["dir"] or state_dir / "images"),
+        grub_x86_64=Path(values["images"]["grub_x86_64"]),
+        grub_i386=Path(values["images"]["grub_i386"]),
+        core_dir=Path(agent["core_dir"] or state_dir / "cores"),
+        resize_confirm_seconds=agent["resize_confirm_seconds"],
         vcpu_ratio=values["resources"]["vcpu_ratio"],
         reserved_memory_mib=values["resources"]["reserved_memory_mib"],
         report_interval=values["reports"]["interval"],

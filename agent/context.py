@@ -17,6 +17,8 @@ _instruction: contextvars.ContextVar[str] = contextvars.ContextVar("instruction"
 _domain: contextvars.ContextVar[str] = contextvars.ContextVar("domain", default="-")
 
 POLL_SECONDS = 0.05
+PROGRESS_SECONDS = 1.0
+"""Progress is told at most so often."""
 
 
 class Interrupted(Exception):
@@ -44,13 +46,18 @@ def log_fields(instruction: str, domain: str = "-") -> Iterator[None]:
 
 @dataclasses.dataclass(slots=True)
 class StepContext:
-    """:ivar deadline: seconds since the epoch, or None."""
+    """:ivar deadline: seconds since the epoch, or None.
+
+    :ivar tell: takes ``{"done", "total", "unit"}`` while a step is under way.
+    """
 
     host: Host
     instruction: str
     stopping: threading.Event
     deadline: float | None = None
     outputs: dict[str, JsonDict] = dataclasses.field(default_factory=dict)
+    tell: Callable[[JsonDict], None] = lambda data: None
+    _told: float = 0.0
 
     def seconds_left(self, at_most: float) -> float:
         left = at_most if self.deadline is None else self.deadline - time.time()
@@ -66,6 +73,12 @@ class StepContext:
             if left <= 0:
                 return None
             self.pause(POLL_SECONDS)
+
+    def progress(self, done: float, total: float, unit: str) -> None:
+        now = time.monotonic()
+        if done >= total or now >= self._told + PROGRESS_SECONDS:
+            self._told = now
+            self.tell({"done": done, "total": total, "unit": unit})
 
     def pause(self, seconds: float) -> None:
         """:raises Interrupted: the agent is being stopped."""

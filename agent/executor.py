@@ -56,6 +56,7 @@ class Executor:
     """:param stopping: set when the agent ends; waiting steps give way.
 
     :param unknown_seconds: how long a step whose outcome cannot be seen is asked again.
+    :param progress: takes what a step tells of its progress, with the instruction's id and domain.
     :param keep_seconds: how long an outcome is kept; `keep_read_seconds` that of a verb that only reads.
     """
 
@@ -70,7 +71,9 @@ class Executor:
         keep_seconds: float = 604800.0,
         keep_read_seconds: float = 600.0,
         now: Callable[[], float] = time.time,
+        progress: Callable[[dict[str, Any]], None] = lambda data: None,
     ) -> None:
+        self._progress = progress
         self._journal = journal
         self._verbs = verbs
         self._host = host
@@ -270,7 +273,15 @@ class Executor:
             )
 
     def _work(self, entry: Entry, verb: Verb, plan: Plan) -> _Work:
-        ctx = StepContext(self._host, entry.instruction.id, self._stopping, entry.instruction.deadline)
+        instruction = entry.instruction
+        about = {"instruction": instruction.id, "verb": instruction.verb, "uuid": plan.domain}
+        ctx = StepContext(
+            self._host,
+            instruction.id,
+            self._stopping,
+            instruction.deadline,
+            tell=lambda data: self._progress(about | data),
+        )
         count = len(plan.steps)
         return _Work(entry, verb, ctx, plan, [None] * count, [0.0] * count)
 

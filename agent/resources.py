@@ -1,8 +1,13 @@
-"""Claims: memory and vCPUs set aside, so that two creates cannot share what is there once.
+"""Claims: memory and vCPUs set aside, so that two instructions cannot share what is there once.
 
-A claim lives in the journal from before its domain is built until its instruction is finished. What is free is
-computed from the domain table and the claims each time, so there is nothing to rebuild after a crash: a claim
-whose domain is in the table already is not counted twice.
+A claim says what a domain is to have in all. It lives in the journal from before its domain is built or grows until
+its instruction is finished. What is free is computed from the domain table and the claims each time, so there is
+nothing to rebuild after a crash. A domain counts with the most of
+
+* what it has, and what its balloon was told to have;
+* what a claim says: so growth is taken before it happens, and what a shrinking guest gives back is free only when
+  its instruction has ended well;
+* what it had before a cold resize that may still be reverted (`agent.resizing.Pending`).
 """
 
 from __future__ import annotations
@@ -12,9 +17,10 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from agent.journal import Journal
+from agent.resizing import Pending, held_mib
 from hypervisor.errors import InsufficientMemory, InsufficientVcpus
 from hypervisor.toolstack.api import Toolstack
 
@@ -41,6 +47,18 @@ class Capacity:
         return dataclasses.asdict(self)
 
 
+class _Share(NamedTuple):
+    memory_mib: int = 0
+    vcpus: int = 0
+
+    def most(self, other: _Share) -> _Share:
+        return _Share(max(self.memory_mib, other.memory_mib), max(self.vcpus, other.vcpus))
+
+
+def _sum(shares: dict[str, _Share]) -> _Share:
+    return _Share(sum(share.memory_mib for share in shares.values()), sum(share.vcpus for share in shares.values()))
+
+
 class ResourceClaims:
     """The agent's side of `agent.api.Claims`.
 
@@ -63,46 +81,61 @@ class ResourceClaims:
         :param without: instruction whose own claim is not counted.
         :raises ToolstackError: the host does not answer.
         """
+        return self._look(without)[0]
+
+    def _look(self, without: str) -> tuple[Capacity, dict[str, _Share]]:
+        """The capacity, and what is counted of it for each domain."""
         # The claims first: one that ends in between has its domain in the table read after it.
         claims = [row for row in self._journal.claims() if row[0] != without]
         host = self._toolstack.host_info()
         domains = self._toolstack.list_domains()
-        known = {domain.uuid for domain in domains}
-        pending = [row for row in claims if row[1] not in known]
-        used = sum(domain.memory_mib for domain in domains)
-        claimed = sum(row[2] for row in pending)
-        by_table = host.memory_total_mib - self._reserved_mib - used
+        has = {domain.uuid: _Share(held_mib(domain), domain.vcpus) for domain in domains}
+        counted = dict(has)
+        for domain in domains:
+            pending = Pending.of(domain.metadata)
+            if pending is not None and pending.open():
+                old = _Share(pending.old["memory_mib"], pending.old["vcpus"])
+                counted[domain.uuid] = counted[domain.uuid].most(old)
+        for _instruction, uuid, memory_mib, vcpus in claims:
+            counted[uuid] = counted.get(uuid, _Share()).most(_Share(memory_mib, vcpus))
+        used = _sum(has)
+        claimed = _Share(*(a - b for a, b in zip(_sum(counted), used, strict=True)))
+        by_table = host.memory_total_mib - self._reserved_mib - used.memory_mib
         by_driver = host.memory_free_mib - self._reserved_mib
         vcpus_total = int(host.cpus * self._vcpu_ratio)
-        vcpus_used = sum(domain.vcpus for domain in domains)
-        vcpus_claimed = sum(row[3] for row in pending)
-        return Capacity(
+        capacity = Capacity(
             memory_total_mib=host.memory_total_mib,
             memory_reserved_mib=self._reserved_mib,
-            memory_used_mib=used,
-            memory_claimed_mib=claimed,
-            memory_free_mib=max(0, min(by_table, by_driver) - claimed),
+            memory_used_mib=used.memory_mib,
+            memory_claimed_mib=claimed.memory_mib,
+            memory_free_mib=max(0, min(by_table, by_driver) - claimed.memory_mib),
             cpus=host.cpus,
             vcpus_total=vcpus_total,
-            vcpus_used=vcpus_used,
-            vcpus_claimed=vcpus_claimed,
-            vcpus_free=max(0, vcpus_total - vcpus_used - vcpus_claimed),
+            vcpus_used=used.vcpus,
+            vcpus_claimed=claimed.vcpus,
+            vcpus_free=max(0, vcpus_total - used.vcpus - claimed.vcpus),
             domains=len(domains),
         )
+        return capacity, counted
 
     def take(self, instruction: str, domain: str, memory_mib: int, vcpus: int) -> None:
         """See `agent.api.Claims.take`."""
         with self._lock:
-            left = self.capacity(without=instruction)
-            if memory_mib > left.memory_free_mib:
+            left, counted = self._look(instruction)
+            has = counted.get(domain, _Share())
+            more_mib, more_vcpus = memory_mib - has.memory_mib, vcpus - has.vcpus
+            beyond = " more" if domain in counted else ""
+            # A domain that asks for no more than it has is never refused, even where the host is overcommitted.
+            if more_mib > 0 and more_mib > left.memory_free_mib:
                 raise InsufficientMemory(
-                    f"the domain needs {memory_mib} MiB, the host has {left.memory_free_mib} MiB left of "
+                    f"the domain needs {more_mib} MiB{beyond}, the host has {left.memory_free_mib} MiB left of "
                     f"{left.memory_total_mib}: make it smaller or free memory"
                 )
-            if vcpus > left.vcpus_free:
+            if more_vcpus > 0 and more_vcpus > left.vcpus_free:
                 raise InsufficientVcpus(
-                    f"the domain needs {vcpus} vCPUs, the host has {left.vcpus_free} left of {left.vcpus_total} "
-                    f"({left.cpus} CPUs, ratio {self._vcpu_ratio:g}): make it smaller or end other domains"
+                    f"the domain needs {more_vcpus} vCPUs{beyond}, the host has {left.vcpus_free} left of "
+                    f"{left.vcpus_total} ({left.cpus} CPUs, ratio {self._vcpu_ratio:g}): make it smaller or end other "
+                    "domains"
                 )
             self._journal.take_claim(instruction, domain, memory_mib, vcpus)
             LOG.debug("claimed %d MiB and %d vCPUs", memory_mib, vcpus)

@@ -122,7 +122,13 @@ class Service:
             toolstack=self.toolstack,
             claims=self.claims,
             images=LocalImages(settings.image_dir),
-            settings={"image_dir": str(settings.image_dir)},
+            settings={
+                "image_dir": str(settings.image_dir),
+                "grub_x86_64": str(settings.grub_x86_64),
+                "grub_i386": str(settings.grub_i386),
+                "core_dir": str(settings.core_dir),
+                "resize_confirm_seconds": str(settings.resize_confirm_seconds),
+            },
         )
 
     def _wire(self, verbs: dict[str, Verb], host: Host) -> None:
@@ -136,6 +142,7 @@ class Service:
             unknown_seconds=float(settings.unknown_seconds),
             keep_seconds=float(settings.keep_seconds),
             keep_read_seconds=float(settings.keep_read_seconds),
+            progress=lambda data: self.reporter.send("progress", data),
         )
         self.dispatcher = Dispatcher(
             settings.host,

@@ -127,7 +127,7 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Report:
-    """What the agent tells on its own: ``kind`` is ``capacity``, ``lifecycle`` or ``agent``."""
+    """What the agent tells on its own: ``kind`` is ``capacity``, ``lifecycle``, ``progress`` or ``agent``."""
 
     kind: str
     host: str

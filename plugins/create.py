@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import uuid
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from agent.api import (
+    DISK_SCHEMA,
+    MAX_MEMORY_MIB,
     NAME_SCHEMA,
+    NIC_SCHEMA,
     PATH_SCHEMA,
     UUID_SCHEMA,
     Check,
@@ -21,37 +25,19 @@ from agent.api import (
     Plugin,
     Step,
 )
+from agent.steps import ClaimStep, nic_spec
 from hypervisor.errors import DomainExists, DomainNotFound, NameInUse
 from hypervisor.toolstack.api import MAX_VCPUS, DomainInfo, DomainSpec, DomainState, OnEvent
+from hypervisor.toolstack.devices import MAX_DISKS, MAX_NICS
 
 INSTRUCTION_KEY = "reeve.instruction"
 """Metadata that proves which instruction built a domain; what makes undo safe."""
 
-MAX_MEMORY_MIB = 1 << 24
+LOADERS = {"pv-grub": "grub_x86_64", "pv-grub-i386": "grub_i386"}
+"""Loaders by name, with the setting that says where each is."""
+
 APPEAR_SECONDS = 60.0
 _ON_EVENT = {"enum": [event.value for event in OnEvent]}
-
-
-@dataclasses.dataclass(frozen=True)
-class ClaimStep(Step):
-    """:ivar memory_mib: MiB."""
-
-    name: ClassVar[str] = "claim"
-    title: ClassVar[str] = "set memory and vCPUs aside"
-
-    domain: str
-    memory_mib: int
-    vcpus: int
-
-    def run(self, ctx: Context) -> JsonDict | None:
-        ctx.host.claims.take(ctx.instruction, self.domain, self.memory_mib, self.vcpus)
-        return None
-
-    def check(self, ctx: Context) -> Check:
-        return Check.DONE if ctx.host.claims.holds(ctx.instruction) else Check.NOT_DONE
-
-    def undo(self, ctx: Context) -> None:
-        ctx.host.claims.release(ctx.instruction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,11 +169,43 @@ class Create(Plugin):
                 "description": "An image of the host's image store; instead of kernel and ramdisk.",
             },
             "kernel": {**PATH_SCHEMA, "description": "Full path of the kernel on the host."},
+            "loader": {
+                "type": "string",
+                "enum": list(LOADERS),
+                "description": "Boot from the first disk by GRUB, with the kernel of its own that is there; instead of "
+                "image and kernel. pv-grub-i386 for guests of 32 bits.",
+            },
             "ramdisk": {**PATH_SCHEMA, "description": "Full path of the initial ramdisk on the host."},
             "cmdline": {
                 "type": "string",
                 "maxLength": 1023,
                 "description": "Kernel command line; replaces the image's own.",
+            },
+            "disks": {
+                "type": "array",
+                "maxItems": MAX_DISKS,
+                "items": DISK_SCHEMA,
+                "description": "Disks; see attach_disk.",
+            },
+            "nics": {
+                "type": "array",
+                "maxItems": MAX_NICS,
+                "items": NIC_SCHEMA,
+                "description": "Nics; see attach_nic. An id that is left out is the place in this list.",
+            },
+            "weight": {
+                "type": "integer",
+                "minimum": 1,
+                "maximum": 65535,
+                "default": 256,
+                "description": "Share of the CPU against others under load.",
+            },
+            "cap": {
+                "type": "integer",
+                "minimum": 0,
+                "maximum": 100 * MAX_VCPUS,
+                "default": 0,
+                "description": "Most CPU it gets, percent of one CPU; 0: no cap.",
             },
             "start": {"type": "boolean", "default": True, "description": "Let it run; otherwise it stays paused."},
             "on_poweroff": {**_ON_EVENT, "default": "destroy", "description": "When the guest powers off."},
@@ -204,8 +222,10 @@ class Create(Plugin):
     }
 
     def plan(self, args: Mapping[str, Any], host: Host) -> Plan:
-        if ("image" in args) == ("kernel" in args) or ("image" in args and "ramdisk" in args):
-            raise InstructionError("instruction.bad_args", "args: give either image, or kernel and perhaps ramdisk")
+        if sum(name in args for name in ("image", "kernel", "loader")) != 1:
+            raise InstructionError("instruction.bad_args", "args: give exactly one of image, kernel and loader")
+        if "ramdisk" in args and "kernel" not in args:
+            raise InstructionError("instruction.bad_args", "args: a ramdisk goes with kernel only")
         steps: list[Step] = []
         boot = {"kernel": args.get("kernel"), "ramdisk": args.get("ramdisk"), "cmdline": args.get("cmdline", "")}
         if "image" in args:
@@ -213,9 +233,12 @@ class Create(Plugin):
             cmdline = args.get("cmdline", image.cmdline)
             boot = {"kernel": image.kernel, "ramdisk": image.ramdisk, "cmdline": cmdline}
             steps.append(VerifyStep(image.name, dict(image.sha256)))
-        taken = ("uuid", "name", "memory_mib", "max_memory_mib", "vcpus", "max_vcpus")
+        elif "loader" in args:
+            boot["kernel"] = _loader(args, host)
+        taken = ("uuid", "name", "memory_mib", "max_memory_mib", "vcpus", "max_vcpus", "disks", "weight", "cap")
         kept = ("on_poweroff", "on_reboot", "on_crash", "metadata")
         data = {key: args[key] for key in (*taken, *kept) if key in args} | {"boot": boot}
+        data["nics"] = [nic_spec(nic, index).to_json() for index, nic in enumerate(args.get("nics", ()))]
         data.setdefault("uuid", str(uuid.uuid4()))
         spec = DomainSpec.from_json(data)
         spec.validate()
@@ -231,6 +254,19 @@ class Create(Plugin):
             return {"domain": ctx.host.toolstack.get_domain(plan.domain).to_json()}
         except DomainNotFound:
             return {"domain": {"uuid": plan.domain, "name": args["name"], "state": "gone"}}
+
+
+def _loader(args: Mapping[str, Any], host: Host) -> str:
+    """Path of GRUB. :raises InstructionError: it is not there, or it would have nothing to boot from."""
+    if not args.get("disks"):
+        raise InstructionError("instruction.bad_args", "args: a loader boots from a disk: give disks")
+    path = host.settings.get(LOADERS[args["loader"]], "")
+    if not os.path.isfile(path):
+        raise InstructionError(
+            "image.not_found",
+            f"loader {args['loader']}: {path or 'no path'} is not there: apt-get install grub-xen-host",
+        )
+    return path
 
 
 def _check_free(spec: DomainSpec, host: Host) -> None:

@@ -133,6 +133,15 @@ class DeviceVerbs(OptionalVerbs):
         self.store.put(domain)
         return _device(domain, kind, ident)
 
+    def new_devices(self, spec: DomainSpec) -> dict[str, dict[str, Any]]:
+        """Those of a domain that is being made. :raises ToolstackError: one cannot be."""
+        for disk in spec.disks:
+            self.check_disk(spec.uuid, disk)
+        for nic in spec.nics:
+            self.check_nic(spec.uuid, nic)
+        idents = [*(("disk", disk.id) for disk in spec.disks), *(("nic", str(nic.id)) for nic in spec.nics)]
+        return {f"{kind}:{ident}": new_device(spec, kind, ident) for kind, ident in idents}
+
     def check_disk(self, uuid: str, disk: DiskSpec) -> None:
         """:raises ImageInvalid, ImageInUse: domain `uuid` cannot have this disk."""
         image_size(disk)

@@ -48,7 +48,7 @@ from hypervisor.toolstack.api import (
 )
 from hypervisor.toolstack.drivers import _fake_guest as guest
 from hypervisor.toolstack.drivers._fake_console import FakeConsole, follow_events
-from hypervisor.toolstack.drivers._fake_devices import DeviceVerbs, new_device
+from hypervisor.toolstack.drivers._fake_devices import DeviceVerbs
 from hypervisor.toolstack.drivers._fake_store import FakeDomain, Store
 
 DRIVER_VERSION = "1"
@@ -156,13 +156,8 @@ class FakeToolstack(DeviceVerbs):
                 raise Unsupported(f"type {spec.type.value} is not something the fake driver has: give type pv")
             self._check_room(spec)
             _check_files(spec)
-            for disk in spec.disks:
-                self.check_disk(spec.uuid, disk)
-            for nic in spec.nics:
-                self.check_nic(spec.uuid, nic)
-            domain = FakeDomain(spec=spec, domid=self.store.next_domid(), created_at=time.time())
-            for kind, ident in (*(("disk", disk.id) for disk in spec.disks), *(("nic", str(n.id)) for n in spec.nics)):
-                domain.devices[f"{kind}:{ident}"] = new_device(spec, kind, ident)
+            devices = self.new_devices(spec)
+            domain = FakeDomain(spec=spec, domid=self.store.next_domid(), created_at=time.time(), devices=devices)
             self.store.put(domain)
             self.store.emit("created", spec.uuid)
             return domain.info()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import threading
 import uuid
@@ -66,6 +67,12 @@ class Rig:
         counts = self.journal.counts()
         assert (counts["unfinished"], counts["claims"]) == (0, 0)
 
+    def image(self, name: str = "disk.img", size: int = 1 << 20) -> str:
+        """A raw disk image."""
+        path = self.kernel.parent / name
+        path.write_bytes(bytes(size))
+        return str(path)
+
     def create(self, name: str = "web", **args: Any) -> str:
         result = self.ok("create", {"name": name, "memory_mib": 64, "kernel": str(self.kernel)} | args)
         return str(result["domain"]["uuid"])
@@ -75,17 +82,27 @@ class Rig:
         return self.toolstack.add_foreign(spec).uuid
 
 
+@functools.cache
+def _verbs() -> Mapping[str, Verb]:
+    """Once for all tests: looking entry points up costs more than most of them."""
+    verbs, broken = load_verbs()
+    assert not broken
+    return verbs
+
+
 def make_rig(folder: Path, toolstack: FakeToolstack | None = None, **options: Any) -> Rig:
     toolstack = toolstack or FakeToolstack(None)
     journal = Journal(folder / "journal.sqlite")
-    verbs, broken = load_verbs()
-    assert not broken
+    verbs = dict(_verbs())
     claims = ResourceClaims(toolstack, journal)
     kernel = folder / "vmlinuz"
     kernel.write_bytes(b"\x7fELF" + bytes(1000))
     images = folder / "images"
     images.mkdir(exist_ok=True)
-    host = Host(HOST, f"reeve/{journal.node_id()}", toolstack, claims, LocalImages(images), {"image_dir": str(images)})
+    settings = {"image_dir": str(images), "core_dir": str(folder / "cores"), "resize_confirm_seconds": "0"}
+    for name in ("grub_x86_64", "grub_i386"):
+        settings[name] = str(folder / name)
+    host = Host(HOST, f"reeve/{journal.node_id()}", toolstack, claims, LocalImages(images), settings)
     stopping = threading.Event()
     options.setdefault("unknown_seconds", 0.3)
     executor = Executor(journal, verbs, host, stopping, **options)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 from agent_rig import Rig
@@ -9,12 +11,25 @@ from agent.api import InstructionError, Plan, own_domain
 from hypervisor.errors import NotOurs
 
 
-def test_plans_of_every_verb_survive_json(rig: Rig) -> None:
-    uuid = rig.create()
-    args = {
+def test_plans_of_every_verb_survive_json(rig: Rig, tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(4096))
+    disk, nic = {"id": "xvda", "path": str(tmp_path / "disk")}, {"id": 0}
+    uuid = rig.create(disks=[disk], nics=[nic])
+    resized = rig.create("resized")
+    rig.ok("resize", {"uuid": resized, "mode": "cold", "memory_mib": 128})
+    args: dict[str, Any] = {
         "create": {"name": "other", "memory_mib": 8, "kernel": str(rig.kernel), "metadata": {"k": "v"}},
         "shutdown": {"uuid": uuid, "force": True},
         "list": {},
+        "attach_disk": {"uuid": uuid, "disk": {"id": "xvdb", "path": disk["path"], "limits": {"iops": 5}}},
+        "attach_nic": {"uuid": uuid, "nic": {"addresses": ["192.0.2.1"]}},
+        "detach_disk": {"uuid": uuid, "id": "xvda"},
+        "detach_nic": {"uuid": uuid, "id": 0},
+        "resize": {"uuid": uuid, "memory_mib": 128, "disks": {"xvda": 8192}, "mode": "auto"},
+        "confirm_resize": {"uuid": resized},
+        "revert_resize": {"uuid": resized},
+        "sysrq": {"uuid": uuid, "key": "h"},
+        "dump_core": {"uuid": uuid, "name": "core"},
     }
     for name, verb in rig.verbs.items():
         plan = verb.plugin.plan(args.get(name, {"uuid": uuid}), rig.host)

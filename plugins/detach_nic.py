@@ -1,0 +1,45 @@
+"""``detach_nic``: have the guest let go of a nic and take it away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from agent.api import UUID_SCHEMA, WAIT_SCHEMA, Context, Host, JsonDict, Plan, Plugin
+from agent.steps import DetachStep, detach_steps
+from hypervisor.toolstack.devices import MAX_NICS
+
+
+class DetachNic(Plugin):
+    verb = "detach_nic"
+    summary = "Have the guest let go of a nic and take it away."
+    step_kinds = (DetachStep,)
+    args_schema: ClassVar[Mapping[str, Any]] = {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["uuid", "id"],
+        "properties": {
+            "uuid": UUID_SCHEMA,
+            "id": {
+                "type": "integer",
+                "minimum": 0,
+                "maximum": MAX_NICS - 1,
+                "description": "The nic's id.",
+            },
+            "wait_seconds": {**WAIT_SCHEMA, "default": 30, "description": "Seconds the guest has to let go of it."},
+            "force": {
+                "type": "boolean",
+                "default": False,
+                "description": "Take it away when the guest has not let go of it by then; what it holds back is lost.",
+            },
+        },
+    }
+
+    def plan(self, args: Mapping[str, Any], host: Host) -> Plan:
+        seconds, force = float(args.get("wait_seconds", 30)), bool(args.get("force", False))
+        steps = detach_steps(host, args["uuid"], "nic", str(args["id"]), seconds=seconds, force=force)
+        return Plan(steps, args["uuid"])
+
+    def result(self, args: Mapping[str, Any], plan: Plan, ctx: Context) -> JsonDict:
+        forced = ctx.outputs.get("detach", {}).get("forced", False)
+        return {"uuid": plan.domain, "id": args["id"], "state": "detached", "forced": forced}
