@@ -41,7 +41,8 @@ class _Link:
 
     def __init__(self, number: int, sock: int) -> None:
         self.number = number
-        self.socket = socket.socket(fileno=sock)
+        # All told, because a sandboxed process may not ask the kernel.
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=sock)
         self.socket.setblocking(False)
         self.lock = threading.Lock()  # between an answer and the end of the socket
         self.busy = False
