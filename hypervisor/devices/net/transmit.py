@@ -7,6 +7,7 @@ what may be an honest front end's mistake costs the frame: NETIF_RSP_ERROR.
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -272,7 +273,8 @@ class Transmitter:
     def _send(self, header: bytes, data: memoryview | bytes) -> bool:
         """False: the switch has no room now."""
         try:
-            self._sock.sendmsg((header, data))
+            # writev() and not sendmsg(), which is refused to a driver process.
+            os.writev(self._sock.fileno(), (header, data))
         except (BlockingIOError, ConnectionError, BrokenPipeError):
             return False  # of a switch that is gone: it comes back, or this device is closed
         return True
