@@ -34,10 +34,15 @@ MODULES = ("drivers/net/dummy.ko", "fs/minix/minix.ko")
 SECONDS = float(os.environ.get("REEVE_STRESS_SECONDS") or 10)
 VCPUS = (1, 2, 8, 32) if os.environ.get("REEVE_STRESS_SECONDS") else (2,)
 MEMORY_MIB = 512
-BOOT_SECONDS = 60.0
+BOOT_SECONDS = 120.0  # 32 vCPUs on a quarter of one CPU: 40 s
 END_SECONDS = 150.0  # the program's own grace and the end of its last rounds
 LOG_BYTES = 4 << 20
-TROUBLE = re.compile(rb"WARNING:|BUG:|Oops|\bstall|lockup|Call Trace|blocked for more than")
+# Not among them: "hrtimer: interrupt took" and "Long readout interval", by which Linux says once that it was kept from
+# running for long. On a machine with more to do than it has CPUs for, that is so.
+TROUBLE = re.compile(
+    rb"WARNING:|BUG:|Oops|\bstall(ed|s)?\b|lockup|Call Trace|blocked for more than|Marking clocksource|RT throttling"
+    rb"|NOHZ tick-stop|nobody cared|general protection|segfault at|bad page|double fault|panic"
+)
 VERDICT = re.compile(rb"^STRESS (OK \d+ rounds|FAIL [^\r\n]*)\r?$", re.MULTILINE)
 
 START = """#!/bin/busybox sh
@@ -45,6 +50,10 @@ START = """#!/bin/busybox sh
 echo 7 >/proc/sys/kernel/printk
 exec /bin/stress "$stress_seconds" 0 "$stress_without"
 """
+
+
+# The image is made within the first test's time.
+pytestmark = pytest.mark.timeout(SECONDS + BOOT_SECONDS + END_SECONDS + 300)
 
 
 @pytest.fixture(scope="module")
