@@ -79,13 +79,15 @@ def _decrease(domain: Domain, asked: structs.XenMemoryReservation, argument: int
 def _populate(domain: Domain, asked: structs.XenMemoryReservation, argument: int, start: int, command: int) -> int:
     taker = domain.reservation.taker(asked.extent_order, asked.mem_flags & 0xFF)
     populate = command == abi.XENMEM_populate_physmap
+    has = domain.frames.pages()
     for number in range(start, asked.nr_extents):
         if _gives_way(domain, number - start, taker.size):
             raise Continuation(command | number << START_EXTENT_SHIFT, argument)
         at = asked.extent_start + 8 * number
         try:
             pfn = domain.guest.read_u64(at) if populate else 0
-            index = taker.take()
+            has += taker.size
+            index = taker.take() if has <= domain.reservation.limit else None
             if index is None:
                 return number
             mfn = domain.memory.mfn(index)

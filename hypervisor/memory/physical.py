@@ -72,5 +72,12 @@ class DomainMemory:
     def clear_page(self, index: int) -> None:
         self.array[index * 512 : (index + 1) * 512] = 0
 
+    def punch(self, first: int, count: int) -> None:
+        """Give frames back to the host: they read as zeros, and cost nothing until they are written again."""
+        try:
+            self._mapping.madvise(mmap.MADV_REMOVE, first << PAGE_SHIFT, count << PAGE_SHIFT)
+        except OSError:  # memory of a kind that cannot be punched (private, hugetlbfs)
+            self.array[first * 512 : (first + count) * 512] = 0
+
     def copy_page(self, to: int, source: int) -> None:
         self.array[to * 512 : (to + 1) * 512] = self.array[source * 512 : (source + 1) * 512]

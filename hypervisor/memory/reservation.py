@@ -2,10 +2,13 @@
 
 After xen/common/memory.c and page_alloc.c. A frame that is given back while anything still uses it stays the domain's
 until the last use goes, and is handed out again only then. Nothing handed out is reachable by a translation from
-before: whoever gave frames back ends with `settle`, and what was swept up is flushed before it is taken.
+before: whoever gave frames back ends with `settle`, and what was swept up is flushed before it is taken. Their
+memory goes back to the host then.
 """
 
 from __future__ import annotations
+
+import numpy as np
 
 from hypervisor.abi import errno
 from hypervisor.errors import XenError
@@ -20,9 +23,13 @@ SCAN = 512
 
 
 class Reservation:
-    """The frames of one domain. Its state is in the frame table."""
+    """The frames of one domain. Its state is in the frame table.
 
-    __slots__ = ("_area", "_frames", "_left", "_stale", "_tables")
+    :ivar limit: frames it may have; who has more keeps them, but gets no more (``d->max_pages``). Any thread may
+        set it.
+    """
+
+    __slots__ = ("_area", "_freed", "_frames", "_left", "_stale", "_tables", "limit")
 
     def __init__(self, frames: FrameTable, tables: PageTables, area: XenArea) -> None:
         self._frames = frames
@@ -30,6 +37,8 @@ class Reservation:
         self._area = area
         self._stale = False
         self._left = True  # there may be frames that are LEFT
+        self._freed: list[int] = []  # their memory is still to be given back to the host
+        self.limit = frames.ram
 
     # -- giving back
 
@@ -55,17 +64,21 @@ class Reservation:
 
     def _free(self, index: int) -> None:
         self._frames.holding[index] = FREE
-        self._clean(index)
+        self._forget(index)
+        self._freed.append(index)
 
     def _clean(self, index: int) -> None:
         """Nothing of what the frame was may show."""
+        self._forget(index)
+        self._tables.memory.clear_page(index)
+
+    def _forget(self, index: int) -> None:
         frames, tables = self._frames, self._tables
         if frames.executed[index]:
             tables.code.changed(index)
             frames.executed[index] = 0
         frames.kind[index] = NONE
         self._area.set_m2p(tables.memory.mfn(index), INVALID_M2P_ENTRY)
-        tables.memory.clear_page(index)
         self._stale = True
 
     def settle(self) -> None:
@@ -73,6 +86,14 @@ class Reservation:
         if self._stale:
             self._stale = False
             self._tables.tlb.flush_all()
+        if self._freed:
+            self._return_memory()
+
+    def _return_memory(self) -> None:
+        """In runs: each is a system call."""
+        freed, self._freed = np.unique(np.array(self._freed, dtype=np.int64)), []
+        for run in np.split(freed, np.flatnonzero(np.diff(freed) != 1) + 1):
+            self._tables.memory.punch(int(run[0]), len(run))
 
     # -- taking
 

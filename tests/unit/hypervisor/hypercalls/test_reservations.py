@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import mmap
+import os
 import struct
 
 import pytest
@@ -10,7 +14,9 @@ from pv_rig import BASE, FIRST_FREE, NX, PAGES, RO, ROOT_L1, RW, E, Rig, call, c
 from hypervisor import abi
 from hypervisor.hypercalls.registry import Continuation
 from hypervisor.hypercalls.reservations import MAX_EXTENTS, START_EXTENT_SHIFT
+from hypervisor.memory import layout
 from hypervisor.memory.frames import FREE, HELD, L1, LEFT
+from hypervisor.memory.physical import DomainMemory
 from hypervisor.memory.reservation import Taker
 from hypervisor.memory.xenarea import INVALID_M2P_ENTRY
 
@@ -414,3 +420,41 @@ def test_a_long_exchange_gives_way_and_goes_on(big: Rig) -> None:
     assert len(set(second)) == 600 and big.frames.pages() == PAGES + 600 and set(second) - first
     assert [big.domain.area.m2p(m) for m in second] == list(range(1000, 1600))
     big.check()
+
+
+# -- the limit, and the host's memory
+
+
+def test_nobody_gets_more_than_the_limit(rig: Rig) -> None:
+    pages = rig.frames.pages()
+    rig.domain.reservation.limit = pages + 2
+    assert ask(rig, POPULATE, 71, 72, 73) == 2
+    assert ask(rig, INCREASE, 5) == 0
+    rig.domain.reservation.limit = pages - 3  # lowered: what it has it keeps
+    assert rig.frames.pages() == pages + 2
+    rig.unmap(DATA)
+    assert ask(rig, DECREASE, rig.mfn(DATA)) == 1
+    assert ask(rig, POPULATE, 71) == 0
+    rig.domain.reservation.limit = pages + 8
+    assert ask(rig, POPULATE, 71) == 1
+    rig.check()
+
+
+def test_what_is_given_back_is_the_hosts_again() -> None:
+    fd = os.memfd_create("guest")
+    size = layout.total_frames(64) * 4096
+    os.ftruncate(fd, size)
+    with contextlib.closing(mmap.mmap(fd, size)) as mapping:
+        memory = DomainMemory(mapping, BASE, 64)
+        for index in range(64):
+            memory.page(index)[:] = b"x" * 4096
+        before = os.fstat(fd).st_blocks
+        memory.punch(3, 5)
+        memory.punch(63, 1)
+        assert before - os.fstat(fd).st_blocks == 6 * 8
+        assert not any(memory.page(4)) and bytes(memory.page(2)) == bytes(memory.page(8)) == b"x" * 4096
+        memory.page(4)[:1] = b"y"
+        assert os.fstat(fd).st_blocks == before - 5 * 8
+        del memory
+        gc.collect()
+    os.close(fd)
