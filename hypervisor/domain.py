@@ -140,9 +140,7 @@ class Domain:
         """:raises ToolstackError: the configuration asks for what there is not."""
         config, engine = self.config, self.engine
         chosen = policy.for_domain(config.cpu_policy, engine.cpuid, config.bits)
-        hidden = chosen.hidden(policy.offered(engine.cpuid, config.bits))
-        if hidden:
-            engine.hide_features(hidden)
+        engine.hide_features(chosen.hidden(engine.cpuid))
         return chosen
 
     # -- start of day

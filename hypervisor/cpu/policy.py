@@ -37,6 +37,7 @@ _NOT_FOR_PV = frozenset(
     topoext perfctr_core perfctr_nb bpext ptsc perfctr_llc mwaitx nodeid_msr cmp_legacy cr8_legacy misalignsse tce
     pdpe1gb rdtscp""")
 )
+_ENGINES_OWN = ("lm", "syscall", "nx")
 _ADDED = frozenset(("hypervisor", "constant_tsc"))
 _EMPTY = frozenset((5, 6, 7, 0xA, 0xB, 0xD))
 """Leaves about what is Xen's (power, counters, topology) or what the engine lacks: zeros."""
@@ -131,12 +132,20 @@ class CpuPolicy:
             name for word, bits in there.items() for bit, name in enumerate(word.names) if name and bits >> bit & 1
         )
 
-    def hidden(self, host: CpuPolicy) -> dict[tuple[int, int], int]:
-        """(leaf, register) → bits of features that `host` has and this policy's level took away."""
+    def hidden(self, native: Cpuid) -> dict[tuple[int, int], int]:
+        """(leaf, register) → feature bits that the engine has and the guest does not.
+
+        Long mode and what it needs stay: the engine runs 32-bit guests in it.
+        """
         masks: dict[tuple[int, int], int] = {}
-        for name in host.features - self.features:
-            leaf, register, bit = BITS[name]
-            masks[leaf, register] = masks.get((leaf, register), 0) | 1 << bit
+        for word in WORDS:
+            bits = native(word.leaf, 0)[word.register] & ~self.query(word.leaf, 0)[word.register]
+            for name in _ENGINES_OWN:
+                leaf, register, bit = BITS[name]
+                if (leaf, register) == (word.leaf, word.register):
+                    bits &= ~(1 << bit)
+            if bits:
+                masks[word.leaf, word.register] = bits
         return masks
 
     @property

@@ -59,6 +59,8 @@ _FIELDS = (
     "broken",
 )
 (HYPERCALL, WRITE8, WRITE4, WRITE1, EXCHANGE, COMPARE_EXCHANGE, OR8, AND8, FILL, IRET, USER, TOUCH) = range(12)
+NOTHING = 12
+"""No kind that the guests know: the line does nothing."""
 
 
 @dataclasses.dataclass(slots=True)

@@ -9,7 +9,7 @@ import time
 import fuzz_checks
 import fuzz_run
 from fuzz_calls import Generator
-from fuzz_machine import TOUCH, Call, FuzzMachine
+from fuzz_machine import NOTHING, TOUCH, Call, FuzzMachine
 from fuzz_neighbour import Neighbour
 from fuzz_tables import Steps, TableRig
 from fuzz_tables32 import Steps32, TableRig32
@@ -35,16 +35,25 @@ def report(summary: fuzz_run.Summary, neighbour: Neighbour) -> None:
     assert not summary.faults, f"{summary}\n" + "\n".join(summary.faults[:5])
 
 
-def short_sequences(rng: random.Random, calm: bool, linear: bool, count: int, bits: int) -> None:
-    """Four programs of `count` calls on a fresh machine."""
-    rounds = 0
+LINES = 24
+
+
+def short_sequences(seed: int, masks: list[int], *, calm: bool, linear: bool, bits: int) -> None:
+    """Programs on a fresh machine, drawn from `seed`: of `LINES` calls those whose bit is set in the program's mask.
+
+    The calls depend on what the guest has done, so hypothesis may choose among them, but not draw them itself.
+    """
+    rng = random.Random(seed)
+    rounds = iter(masks)
 
     def next_program(fuzz: FuzzMachine) -> bool:
-        nonlocal rounds
-        rounds += 1
+        mask = next(rounds, None)
+        if mask is None:
+            return False
         generator = fuzz_run.GENERATORS[bits](fuzz, rng, calm=calm)
-        fuzz.load([generator.call(number) for number in range(count)])
-        return rounds < 4
+        drawn = [generator.call(number) for number in range(LINES)]
+        fuzz.load([call if mask >> number & 1 else Call(0, (), kind=NOTHING) for number, call in enumerate(drawn)])
+        return True
 
     fuzz = FuzzMachine(next_program, bits=bits, linear=linear)
     fuzz.check = lambda machine: fuzz_checks.faults(machine.domain)

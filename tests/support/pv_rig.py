@@ -106,6 +106,10 @@ class FakeEngine:
         last = {0: 0xD, 0x8000_0000: 0x8000_0008}
         return last.get(leaf, leaf), 0xFFFF_FFFF, 0xFFFF_FFFF, 0xFFFF_FFFF
 
+    def hide_features(self, masks: dict[tuple[int, int], int]) -> bool:
+        self.hidden = masks
+        return True
+
     def read_tsc(self) -> int:
         return 1234
 
