@@ -107,3 +107,60 @@ def test_two_claims_at_once_cannot_overcommit(small: Rig) -> None:
     for thread in threads:
         thread.join()
     assert len(won) == 3 and ledger.capacity().memory_free_mib == 100
+
+
+def test_a_domain_that_grows_needs_only_what_it_has_not(small: Rig) -> None:
+    created = small.create("web", memory_mib=300, max_memory_mib=900, max_vcpus=2)
+    (one,) = accepted(small, 1)
+    ledger = claims(small)
+    with pytest.raises(InsufficientMemory, match="needs 701 MiB more, the host has 700 MiB left"):
+        ledger.take(one, created, 1001, 1)
+    with pytest.raises(InsufficientVcpus, match="needs 4 vCPUs more, the host has 3 left of 4"):
+        ledger.take(one, created, 300, 5)
+    ledger.take(one, created, 900, 2)
+    capacity = ledger.capacity()
+    assert (capacity.memory_used_mib, capacity.memory_claimed_mib, capacity.memory_free_mib) == (300, 600, 100)
+    assert (capacity.vcpus_used, capacity.vcpus_claimed) == (1, 1)
+    small.toolstack.set_memory(created, 900)
+    capacity = ledger.capacity()
+    assert (capacity.memory_used_mib, capacity.memory_claimed_mib, capacity.memory_free_mib) == (900, 0, 100)
+
+
+def test_what_a_shrinking_guest_gives_back_is_free_only_when_it_is_over(small: Rig) -> None:
+    created = small.create("web", memory_mib=900)
+    (one,) = accepted(small, 1)
+    ledger = claims(small)
+    ledger.take(one, created, 900, 1)
+    small.toolstack.set_memory(created, 200)
+    assert ledger.capacity().memory_free_mib == 100
+    ledger.release(one)
+    assert ledger.capacity().memory_free_mib == 800
+
+
+def test_memory_the_guest_has_not_given_back_is_not_free(small: Rig) -> None:
+    keeps = small.create("keeps", memory_mib=400, cmdline="fake.memory=keep")
+    small.toolstack.set_memory(keeps, 100)
+    slow = small.create("slow", memory_mib=64, max_memory_mib=300, cmdline="fake.memory=slow")
+    small.toolstack.set_memory(slow, 300)  # it may take that at any time
+    assert claims(small).capacity().memory_free_mib == 300
+
+
+def test_an_overcommitted_host_refuses_growth_and_nothing_else(small: Rig) -> None:
+    created = small.create("web", memory_mib=900)
+    (one,) = accepted(small, 1)
+    ledger = claims(small, reserved_mib=500, vcpu_ratio=0.1)
+    ledger.take(one, created, 900, 1)
+    with pytest.raises(InsufficientMemory):
+        ledger.take(one, created, 901, 1)
+
+
+def test_a_cold_resize_that_may_be_reverted_keeps_the_larger_size(small: Rig) -> None:
+    created = small.create("web", memory_mib=800)
+    small.ok("resize", {"uuid": created, "mode": "cold", "memory_mib": 300, "max_memory_mib": 300})
+    (one, two) = accepted(small, 2)
+    ledger = claims(small)
+    assert ledger.capacity().memory_free_mib == 200
+    with pytest.raises(InsufficientMemory):
+        ledger.take(one, "d1", 201, 0)
+    ledger.take(two, created, 800, 1)  # to go back takes nothing more
+    assert ledger.capacity().memory_free_mib == 200
