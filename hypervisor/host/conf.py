@@ -5,12 +5,27 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from oslo_config import cfg
+from oslo_config import cfg, types
 
+from hypervisor.cpu import policy
+from hypervisor.errors import SpecInvalid
 from hypervisor.host import protocol
 from hypervisor.host.settings import REAL_RUNTIME, HostSettings
 
 GROUP = "hypervisor"
+
+
+class CpuPolicyType(types.String):
+    """A level and features, checked when the configuration is read."""
+
+    def __call__(self, value: object) -> str:
+        text = str(super().__call__(value))
+        try:
+            policy.Choice.parse(text)
+        except SpecInvalid as exc:
+            raise ValueError(str(exc)) from exc
+        return text
+
 
 OPTIONS = [
     cfg.StrOpt(
@@ -107,6 +122,14 @@ OPTIONS = [
         "user); NAME user [cidr=10.0.2.0/24] [forward=tcp:127.0.0.1:2222-10.0.2.15:22 ...] [host_loopback=yes] "
         "[mtu=1500] [dns=no] [ipv6=yes] (to the outside by slirp4netns, without privileges).",
     ),
+    cfg.Opt(
+        "cpu_policy",
+        type=CpuPolicyType(),
+        default=policy.DEFAULT,
+        help="What new domains may know of their processors: a level (engine for all that there is, x86-64, x86-64-v2, "
+        "x86-64-v3), then features to add or to take away, as in x86-64-v2,+aes,-popcnt. Hosts between which domains "
+        "move should have the same. A domain that the engine cannot give its level is not made.",
+    ),
     cfg.StrOpt(
         "runtime",
         default=REAL_RUNTIME,
@@ -157,6 +180,7 @@ def settings(conf: cfg.ConfigOpts) -> HostSettings:
         cache_dir=group.cache_dir or str(state_dir / "cache"),
         engine=group.engine,
         linear_page_tables=group.linear_page_tables,
+        cpu_policy=group.cpu_policy,
         driver_log_kib=group.driver_log_kib,
         image_folders=tuple(group.image_folders),
         device_backends=tuple(sorted(group.device_backends.items())),

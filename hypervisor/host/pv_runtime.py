@@ -102,6 +102,7 @@ class PvRuntime:
             max_vcpus=request.spec.effective_max_vcpus,
             tsc_khz=self._tsc_khz,
             linear_page_tables=request.linear_page_tables,
+            cpu_policy=request.cpu_policy,
             bits=kernel.bits,
         )
         try:

@@ -34,6 +34,7 @@ class BuildRequest:
     :ivar nr_pages: guest RAM at boot, pages; `max_pages` its static maximum.
     :ivar cache_dir: where unpacked kernels are kept, or "" for no cache.
     :ivar engine: name in the entry-point group ``reeve.engines``, or "" for the default.
+    :ivar cpu_policy: what the guest may know of its processor (`hypervisor.cpu.policy`).
     """
 
     spec: DomainSpec
@@ -44,6 +45,7 @@ class BuildRequest:
     cache_dir: str = ""
     engine: str = ""
     linear_page_tables: bool = False
+    cpu_policy: str = "engine"
 
     def to_json(self) -> dict[str, Any]:
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -21,6 +21,7 @@ class HostSettings:
     :ivar console_log_kib: of console output kept for each domain, twice.
     :ivar restart_interval: seconds a domain must have run before it is restarted at once.
     :ivar cache_dir: unpacked kernels.
+    :ivar cpu_policy: what new domains may know of their processors (`hypervisor.cpu.policy`).
     :ivar driver_log_kib: what a driver process may write into its log.
     :ivar image_folders: below which images of disks must lie; empty: the folders that the option's help names.
     :ivar device_backends: ``module:attribute`` by kind of device, instead of `hypervisor.devices.registry`'s.
@@ -40,6 +41,7 @@ class HostSettings:
     cache_dir: str = ""
     engine: str = ""
     linear_page_tables: bool = False
+    cpu_policy: str = "engine"
     driver_log_kib: int = 4096
     image_folders: tuple[str, ...] = ()
     device_backends: tuple[tuple[str, str], ...] = ()

@@ -88,3 +88,16 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "--state-dir DIR" in text
     assert "\n  XENSTORED_PATH=~/reeve-test/xenstored.sock xenstore-ls -f\n" in text
+
+
+def test_the_cpu_policy_is_checked_when_it_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "h.conf"
+
+    def read(text: str) -> str:
+        file.write_text(f"[hypervisor]\ncpu_policy = {text}\n")
+        return settings("--config-file", str(file)).cpu_policy
+
+    assert settings().cpu_policy == "engine"
+    assert read("x86-64-v2,+aes") == "x86-64-v2,+aes"
+    with pytest.raises(cfg.ConfigFileValueError, match="'x86-64-v7' is neither a level"):
+        read("x86-64-v7")
