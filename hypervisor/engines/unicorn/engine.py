@@ -20,7 +20,7 @@ from hypervisor.engines.base import EngineError, TrapHandler
 from hypervisor.engines.tsc import read_tsc
 from hypervisor.engines.unicorn.codebuffer import CodeBuffer, executable_areas
 from hypervisor.engines.unicorn.direct import DirectRegisters
-from hypervisor.engines.unicorn.features import hide
+from hypervisor.engines.unicorn.features import find, hide
 from hypervisor.engines.unicorn.library import uc_const, uc_x86, unicorn
 from hypervisor.engines.unicorn.private import EXIT_PAUSE, LIBRARY_PATH, Layout, handle_of
 from hypervisor.engines.unicorn.public import PublicRegisters
@@ -112,6 +112,8 @@ class UnicornEngine:
         self._f_invalidate.argtypes = [_PTR, ctypes.c_uint64, ctypes.c_uint64]
         self._f_cpuid = leaf.cpu_x86_cpuid_x86_64
         self._f_cpuid.argtypes = [_PTR, ctypes.c_uint32, ctypes.c_uint32, _PTR, _PTR, _PTR, _PTR]
+        # Sought now: it reads /proc/self/mem, which a sandbox forbids later.
+        self._features = find(self._env.value or 0, layout.env_size, self.cpuid)
 
     # -- set-up
 
@@ -402,8 +404,7 @@ class UnicornEngine:
     def hide_features(self, masks: Mapping[tuple[int, int], int]) -> bool:
         if not self._direct:
             return False
-        assert self.layout is not None
-        return hide(self._env.value or 0, self.layout.env_size, self.cpuid, masks)
+        return hide(self._features, masks)
 
     def read_tsc(self) -> int:
         return read_tsc()

@@ -35,12 +35,12 @@ def find(env: int, start: int, cpuid: Cpuid) -> int:
     return 0
 
 
-def hide(env: int, start: int, cpuid: Cpuid, masks: Mapping[tuple[int, int], int]) -> bool:
+def hide(address: int, masks: Mapping[tuple[int, int], int]) -> bool:
     """Clear bits of the feature words. False, and nothing changed, when they are not where they should be.
 
+    :param address: what `find` gave.
     :param masks: (leaf, register) → bits. Other leaves than 1 and 0x80000001 are left alone.
     """
-    address = find(env, start, cpuid)
     if not address:
         LOG.warning("the engine's feature words were not found: hidden instructions still work")
         return False
