@@ -40,6 +40,7 @@ from hypervisor.toolstack.builder.state import BootState
 
 LOG = logging.getLogger(__name__)
 
+_EVENTS_MASKED = abi.VCPU_INFO_EVTCHN_UPCALL_MASK
 _WRITABLE_TABLES = 1 << abi.VMASST_TYPE_writable_pagetables
 _LONGEST_WAIT_S = 3600.0
 """A guest may ask for a timer in centuries, more than a wait can take; it is looked at again then."""
@@ -201,10 +202,11 @@ class Machine:
 
     def _choose(self, now: int) -> Vcpu | None:
         """The vCPU to run next; None when all wait. Sets the end of its time slice."""
-        vcpus = self.domain.vcpus
+        vcpus, running = self.domain.vcpus, self.domain.running
         if not self._shared:
             return vcpus[0] if self._can_run(0, now) else None
-        number = self._queue.pick(now, lambda n: self._can_run(n, now))
+        hold = running.state.kernel_mode and self.domain.memory.bytes[running.state.vcpu_info + _EVENTS_MASKED]
+        number = self._queue.pick(time.thread_time_ns(), lambda n: self._can_run(n, now), hold=bool(hold))
         if number is None:
             return None
         if not any(v.id != number and v.up and not v.blocked for v in vcpus):
@@ -246,8 +248,8 @@ class Machine:
     def _woken(self, vcpu: Vcpu) -> None:
         """A vCPU can run again: let it soon, at once if the one that has the engine waits for it."""
         if self._shared:
-            self._queue.woken(vcpu.id, self.domain.clock.now())
-            self._due_at(self._queue.slice_end)
+            self._queue.woken(vcpu.id, time.thread_time_ns())
+            self._due_at(self._slice_end())
             self.engine.watch_pauses(True)
 
     def _idle(self, now: int) -> None:
@@ -269,12 +271,17 @@ class Machine:
 
     def _set_alarm(self) -> None:
         deadline = self._timers.next()
-        slice_end = self._queue.slice_end
+        slice_end = self._slice_end()
         if slice_end and (not deadline or slice_end < deadline):
             deadline = slice_end
         self._alarm.set(deadline + self.domain.clock.base if deadline else 0)
         if self._posts:
             self._alarm.now()
+
+    def _slice_end(self) -> int:
+        """System time of the end of the slice, if the host lets us run until then; 0: it has none."""
+        end = self._queue.slice_end
+        return self.domain.clock.now() + max(0, end - time.thread_time_ns()) if end else 0
 
     def _due_at(self, deadline: int) -> None:
         """Something new is due at system time `deadline` (ns). What was taken away may still ring, once."""

@@ -6,6 +6,9 @@ often inside a lock that the other wants, or in an interrupt handler (Xen's
 credit schedulers have their rate limit of 1 ms for it). After `BOOST_LIMIT`
 such steps in a row the round goes on: two vCPUs that wake each other cannot
 starve a third. Who was interrupted by them has the rest of its turn left.
+
+Times are CPU time of the thread that runs the guest: where the host has more
+to do than it has CPUs for, a turn is not over before it was had.
 """
 
 from __future__ import annotations
@@ -18,17 +21,21 @@ SLICE_NS = 3_000_000
 """Time one vCPU may keep the engine while another could run, nanoseconds."""
 WOKEN_NS = 1_000_000
 """Time it may still keep it when another one was woken, nanoseconds."""
+HOLD_NS = 2_000_000
+"""Time it may still keep it when its slice ends inside an interrupt handler or the like, nanoseconds."""
+HOLDS = 4
+"""In so many parts, each of which may find it out of there."""
 BOOST_LIMIT = 4
 
 
 class VcpuQueue:
-    """Times are system time in nanoseconds.
+    """Times are nanoseconds of CPU time.
 
     :param count: number of vCPUs.
     :ivar slice_end: until when the vCPU picked last may run; 0: no end, nobody else could.
     """
 
-    __slots__ = ("_boosted", "_current", "_in_a_row", "_left", "_order", "_turn_end", "slice_end")
+    __slots__ = ("_boosted", "_current", "_extensions", "_in_a_row", "_left", "_order", "_turn_end", "slice_end")
 
     def __init__(self, count: int) -> None:
         self._order = collections.deque(range(count))
@@ -37,6 +44,7 @@ class VcpuQueue:
         self._current: int | None = None
         self._turn_end = 0  # of a vCPU that has its turn; 0: it has a step ahead
         self._left: tuple[int, int] | None = None  # whose turn was interrupted, and what is left of it
+        self._extensions = 0
         self.slice_end = 0
 
     def woken(self, number: int, now: int) -> None:
@@ -53,11 +61,19 @@ class VcpuQueue:
         self._order.append(number)
         self._current = None
 
-    def pick(self, now: int, runnable: Callable[[int], bool]) -> int | None:
-        """The vCPU to run until `slice_end`, or None when all wait."""
+    def pick(self, now: int, runnable: Callable[[int], bool], *, hold: bool = False) -> int | None:
+        """The vCPU to run until `slice_end`, or None when all wait.
+
+        :param hold: the one picked last takes no events now; others may wait for what it holds.
+        """
         current, self._current = self._current, None
         if current is not None and runnable(current):
             if now < self.slice_end:
+                self._current = current
+                return current
+            if hold and self.slice_end and self._extensions:
+                self._extensions -= 1
+                self.slice_end = now + HOLD_NS // HOLDS
                 self._current = current
                 return current
             if now < self._turn_end:
@@ -73,6 +89,7 @@ class VcpuQueue:
                 length = self._left[1]
             self._left = None
         self.slice_end = now + length
+        self._extensions = HOLDS
         self._turn_end = 0 if self._in_a_row else self.slice_end
         return number
 

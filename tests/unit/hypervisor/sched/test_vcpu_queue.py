@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypervisor.sched.vcpus import BOOST_LIMIT, SLICE_NS, WOKEN_NS, VcpuQueue
+from hypervisor.sched.vcpus import BOOST_LIMIT, HOLD_NS, HOLDS, SLICE_NS, WOKEN_NS, VcpuQueue
 
 ALL = range(32)
 
@@ -34,6 +34,16 @@ def test_a_woken_vcpu_waits_a_little_and_who_it_interrupts_has_the_rest_of_its_t
     assert queue.pick(now + 5, {0, 1}.__contains__) == 0, "it waits again"
     assert queue.slice_end == now + 5 + SLICE_NS - 100 - WOKEN_NS
     assert queue.pick(queue.slice_end, ALL.__contains__) == 1
+
+
+def test_who_takes_no_events_is_let_go_on_for_a_while() -> None:
+    queue = VcpuQueue(2)
+    queue.pick(0, ALL.__contains__)
+    ran = []
+    for _ in range(HOLDS + 2):
+        ran.append(queue.pick(queue.slice_end, ALL.__contains__, hold=True))
+    assert ran == [0] * HOLDS + [1, 1] and queue.slice_end == 2 * SLICE_NS + HOLD_NS + HOLD_NS // HOLDS
+    assert queue.pick(queue.slice_end, ALL.__contains__) == 0, "it is out of there"
 
 
 def test_waking_again_and_again_lengthens_nothing() -> None:
