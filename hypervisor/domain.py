@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from hypervisor import abi
+from hypervisor import abi, domain_state
 from hypervisor.abi import errno
 from hypervisor.cpu import policy
 from hypervisor.cpu.cpuid import GuestCpuid
@@ -357,6 +357,16 @@ class Domain:
         if self.shutdown_code is None:
             self.shutdown_code = code if self.declared_code is None else self.declared_code
         self.leave()
+
+    # -- save and restore
+
+    def save(self) -> dict[str, Any]:
+        """See `hypervisor.domain_state.save`."""
+        return domain_state.save(self)
+
+    def restore(self, data: dict[str, Any]) -> None:
+        """See `hypervisor.domain_state.restore`."""
+        domain_state.restore(self, data)
 
     # -- consistency
 

@@ -57,6 +57,16 @@ class Clock:
     def now(self) -> int:
         return time.monotonic_ns() - self.base
 
+    def save(self) -> dict[str, int]:
+        return {"now": self.now(), "wall_offset_ns": self.wall_offset_ns}
+
+    def restore(self, data: dict[str, int]) -> None:
+        """System time goes on where it was, on this host's clocks."""
+        self.base = time.monotonic_ns() - int(data["now"])
+        self.wall_offset_ns = int(data["wall_offset_ns"])
+        self._body = b""
+        self._told.clear()
+
     def due(self, vcpu: Vcpu, now: int) -> bool:
         """Whether the vCPU's record is out of date at system time `now`."""
         if not self._body or now - self._taken >= REFRESH_NS:

@@ -129,6 +129,17 @@ class FrameTable:
             "pinned": zlib.compress(bytes(self.pinned), 1),
         }
 
+    def load(self, state: dict[str, Any]) -> None:
+        """Become what `save` gave, in place. :raises ValueError: it is of a domain of another size."""
+        saved = FrameTable.restore(state)
+        if (saved.size, saved.ram) != (self.size, self.ram):
+            raise ValueError(
+                f"frame table of {saved.ram} frames and {saved.size} in all, not {self.ram} and {self.size}"
+            )
+        for name in ("kind_np", "count_np", "refs_np", "executed_np", "holding_np", "stamp_np"):
+            getattr(self, name)[:] = getattr(saved, name)
+        self.pinned[:] = saved.pinned
+
     @classmethod
     def restore(cls, state: dict[str, Any]) -> FrameTable:
         table = cls(state["size"], state["ram"], 0)

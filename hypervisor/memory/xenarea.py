@@ -107,6 +107,16 @@ class XenArea:
         word = self._perdomain_l1 * 512 + vcpu * GDT_LDT_VCPU_PAGES + page
         self._memory.words[word] = self._memory.mpa(target) | _HYPERVISOR_RW
 
+    def save(self) -> int:
+        """How many frames are taken; what is in them is the domain's memory."""
+        return self._next
+
+    def restore(self, taken: int) -> None:
+        """:raises ValueError: no such number can be taken."""
+        if not self._next <= taken <= self._memory.frames:
+            raise ValueError(f"{taken} frames taken, of {self._memory.frames}")
+        self._next = taken
+
     # -- per-vCPU descriptor tables
 
     def gdt_va(self, vcpu: int) -> int:
@@ -145,6 +155,10 @@ class XenArea:
 
     def m2p(self, mfn: int) -> int:
         return self._memory.words[self.m2p_words + mfn]
+
+    def m2p_offset(self, mfn: int) -> int:
+        """Byte offset in the domain's memory of an entry; they have 8 bytes (32-bit guests': 4) and lie together."""
+        return (self.m2p_words + mfn) * 8
 
     def fill_m2p(self, pages: int) -> None:
         """At boot pfn p is mfn base+p."""

@@ -98,6 +98,7 @@ class GuestRun:
     """One micro-guest, built and paused; `start` lets it go.
 
     :param pages: RAM at boot and at most.
+    :param resumed: a saved state, the memory and the boot state that belong to it: that guest goes on.
     :ivar ended: why the run loop returned, None while it runs.
     """
 
@@ -112,6 +113,7 @@ class GuestRun:
         domid: int = 7,
         vcpus: int = 1,
         cpu_policy: str | dict[str, Any] = "engine",
+        resumed: tuple[dict[str, Any], bytes, Any] | None = None,
     ) -> None:
         kernel = _kernel(name)
         self.memory = make_memory(pages)
@@ -121,9 +123,14 @@ class GuestRun:
         )  # fmt: skip
         self.machine = Machine(config, self.memory, notify_host=self._from_guest, use_private=not public)
         view = memoryview(self.memory)
-        target = builder.BuildMemory(view, Mfn(base_mfn), pages)
-        self.boot = builder.build(target, kernel, None, cmdline, shared_info_mfn=Mfn(self.machine.shared_info_mfn))
-        self.machine.start(self.boot)
+        if resumed is None:
+            target = builder.BuildMemory(view, Mfn(base_mfn), pages)
+            self.boot = builder.build(target, kernel, None, cmdline, shared_info_mfn=Mfn(self.machine.shared_info_mfn))
+            self.machine.start(self.boot)
+        else:
+            state, memory, self.boot = resumed
+            self.memory[:] = memory
+            self.machine.domain.restore(state)
         self.changed = threading.Condition()
         self.ended: Shutdown | None = None
         self._timers: list[threading.Timer] = []
