@@ -150,16 +150,26 @@ def xen() -> Finding:
     return Finding("xen", Status.WARN, f"{why}: this is no Xen dom0", "not needed by the embedded driver")
 
 
-def tool(name: str, package: str) -> Callable[[], Finding]:
-    """A check for a program that building an image uses."""
+def tool(name: str, package: str, use: str = "`reeve image build` may need it") -> Callable[[], Finding]:
+    """A check for a program that something can do without: `use` says what cannot."""
 
     def check() -> Finding:
         found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/bin:/bin")
         if found:
             return Finding(name, Status.OK, found)
-        return Finding(name, Status.WARN, "not found", f"`reeve image build` may need it: apt-get install {package}")
+        return Finding(name, Status.WARN, "not found", f"{use}: apt-get install {package}")
 
     return check
+
+
+def loader(connection: Connection) -> Finding:
+    """GRUB for Xen PV guests, which boots a domain from its own disk."""
+    paths = [connection.loader(name) for name in ("pv-grub", "pv-grub-i386")]
+    lacking = [path for path in paths if not os.access(path, os.R_OK)]
+    if lacking:
+        cure = "domains that boot from their disk need it: apt-get install grub-xen-host, or set [images] grub_x86_64"
+        return Finding("grub-xen-host", Status.WARN, f"{', '.join(lacking)} not found", cure)
+    return Finding("grub-xen-host", Status.OK, ", ".join(paths))
 
 
 def state_dir(connection: Connection) -> Finding:
@@ -270,13 +280,16 @@ HOST_CHECKS: tuple[Callable[[], Finding], ...] = (
     tool("apt-get", "apt"),
     tool("cpio", "cpio"),
     tool("busybox", "busybox-static"),
+    tool("qemu-storage-daemon", "qemu-system-common", "qcow2 disks need it"),
+    tool("qemu-img", "qemu-utils", "making and checking qcow2 images needs it"),
+    tool("passt", "passt", "networks of an ordinary user need it to reach the outside"),
 )
 
 
 def run_all(connection: Connection) -> list[Finding]:
     """Every check, in the order they are shown."""
     findings = [check() for check in HOST_CHECKS]
-    findings += [state_dir(connection), disk(connection), host_process(connection)]
+    findings += [loader(connection), state_dir(connection), disk(connection), host_process(connection)]
     asked = broker(connection)
     return [*findings, asked, agent(connection, asked)]
 

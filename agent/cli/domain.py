@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agent.cli.base import List, Show, UsageError, find_domain, plain, progress, show_domain
+from agent.cli.devices import disk_of, nic_of
 from agent.cli.settings import Connection
 from agent.cli.values import memory_mib, pair, read_json_object, seconds
 from hypervisor.errors import DomainNotFound, OperationTimeout, SpecInvalid, ToolstackError
@@ -26,6 +27,7 @@ from hypervisor.toolstack.api import (
 )
 
 OPERATOR = "operator"
+LOADERS = ("pv-grub", "pv-grub-i386")
 ENDED = frozenset({DomainState.SHUTDOWN, DomainState.CRASHED})
 LIST_COLUMNS = ("uuid", "name", "domid", "state", "vcpus", "memory_mib", "owner")
 
@@ -176,6 +178,10 @@ class DomainCreate(Show):
     examples = (
         ("reeve domain create web --image demo --memory 256M", "from an image of `reeve image build`"),
         ("reeve domain create t1 --kernel vmlinuz --ramdisk initrd.img --cmdline console=hvc0", "from files"),
+        (
+            "reeve domain create web --loader pv-grub --disk xvda=/srv/web.qcow2,format=qcow2 --nic network=default",
+            "from a disk with a kernel of its own",
+        ),
         ("reeve domain create --spec web.json --paused", "from a spec; see `reeve domain show NAME --spec -f json`"),
     )
     notes = (
@@ -194,7 +200,13 @@ class DomainCreate(Show):
         add("--cmdline", metavar="TEXT", help="kernel command line (write --cmdline=TEXT when it begins with '-')")
         add("--memory", type=memory_mib, metavar="SIZE", help="MiB, or with a unit: 256M, 1G (default 256M)")
         add("--vcpus", type=int, metavar="N", help="default 1")
-        add("--max-vcpus", type=int, metavar="N")
+        add("--max-vcpus", type=int, metavar="N", help="most it may be resized to while it runs (default: --vcpus)")
+        add("--max-memory", type=memory_mib, metavar="SIZE", help="likewise (default: --memory)")
+        add("--disk", action="append", metavar="ID=PATH[,format=qcow2][,readonly]…", help="a disk; repeatable")
+        add("--nic", action="append", metavar="[network=N][,mac=M][,address=A]…", help="a nic, or '' ; repeatable")
+        add("--loader", choices=LOADERS, help="GRUB boots the kernel that is on the first disk")
+        add("--weight", type=int, metavar="N", help="share of the CPU, 256 being usual")
+        add("--cap", type=int, metavar="PERCENT", help="most CPU it gets, percent of one CPU; 0: no cap")
         for event in ("poweroff", "reboot", "crash"):
             actions = [action.value for action in OnEvent]
             add(f"--on-{event}", choices=actions, help=f"what happens after a {event} of the guest")
@@ -261,6 +273,8 @@ def make_spec(parsed_args: argparse.Namespace, connection: Connection) -> Domain
         from agent.cli.image import boot_of
 
         boot.update(boot_of(parsed_args.image, connection.image_dir))
+    if parsed_args.loader:
+        boot["kernel"] = connection.loader(parsed_args.loader)
     for field in ("kernel", "ramdisk", "cmdline"):
         if getattr(parsed_args, field) is not None:
             boot[field] = getattr(parsed_args, field)
@@ -270,6 +284,11 @@ def make_spec(parsed_args: argparse.Namespace, connection: Connection) -> Domain
         "memory_mib": parsed_args.memory,
         "vcpus": parsed_args.vcpus,
         "max_vcpus": parsed_args.max_vcpus,
+        "max_memory_mib": parsed_args.max_memory,
+        "weight": parsed_args.weight,
+        "cap": parsed_args.cap,
+        "disks": [disk_of(text) for text in parsed_args.disk] if parsed_args.disk else None,
+        "nics": [nic_of(text, n) for n, text in enumerate(parsed_args.nic)] if parsed_args.nic else None,
         "on_poweroff": parsed_args.on_poweroff,
         "on_reboot": parsed_args.on_reboot,
         "on_crash": parsed_args.on_crash,
@@ -280,7 +299,9 @@ def make_spec(parsed_args: argparse.Namespace, connection: Connection) -> Domain
     if not data.get("name"):
         raise UsageError("no name given: reeve domain create NAME …")
     if not boot.get("kernel"):
-        raise UsageError("nothing to boot: give --image NAME, or --kernel FILE and perhaps --ramdisk FILE")
+        raise UsageError(
+            "nothing to boot: give --image NAME, --kernel FILE and perhaps --ramdisk FILE, or --loader and --disk"
+        )
     data.setdefault("uuid", str(uuid.uuid4()))
     data.setdefault("memory_mib", 256)
     data.setdefault("owner", OPERATOR)

@@ -16,7 +16,7 @@ from cliff import help as cliff_help
 from cliff.app import App
 from cliff.commandmanager import CommandManager
 
-from agent.cli import console, doctor, domain, image, instruct, node
+from agent.cli import console, devices, doctor, domain, events, image, inside, instruct, node, resize, top
 from agent.cli.base import EXIT_FAILED, EXIT_OK, CliError, UsageError, error_json, usage_error
 from agent.cli.settings import Connection
 
@@ -36,6 +36,17 @@ COMMANDS: dict[str, Any] = {
     "domain wait": domain.DomainWait,
     "domain console": console.DomainConsole,
     "domain console-log": console.DomainConsoleLog,
+    "domain events": events.DomainEvents,
+    "domain attach-disk": devices.DomainAttachDisk,
+    "domain detach-disk": devices.DomainDetachDisk,
+    "domain attach-nic": devices.DomainAttachNic,
+    "domain detach-nic": devices.DomainDetachNic,
+    "domain resize": resize.DomainResize,
+    "domain sysrq": inside.DomainSysrq,
+    "domain dump-core": inside.DomainDumpCore,
+    "block list": devices.BlockList,
+    "network list": devices.NetworkList,
+    "top": top.Top,
     "instruct": instruct.Instruct,
     "doctor": doctor.Doctor,
     "image build": image.ImageBuild,
@@ -46,8 +57,9 @@ COMMANDS: dict[str, Any] = {
 DESCRIPTION = """\
 Look after a Reeve node: its domains, its images and what it needs.
 
-`node` and `domain` commands talk to the driver on this machine; `instruct` sends an instruction
-through the message broker, as a cloud scheduler would. Start with `reeve doctor`."""
+`node`, `domain`, `block` and `network` commands and `top` talk to the driver on this machine;
+`instruct` sends an instruction through the message broker, as a cloud scheduler would.
+Start with `reeve doctor`."""
 
 
 class ReeveApp(App):  # type: ignore[misc,unused-ignore]

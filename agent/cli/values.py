@@ -14,6 +14,8 @@ from agent.cli.base import UsageError
 MAX_FILE = 1 << 20
 _MEMORY = re.compile(r"([0-9]{1,9})\s*(?:([MGT])(?:iB|B)?)?", re.IGNORECASE)
 _UNIT_MIB = {"M": 1, "G": 1024, "T": 1 << 20}
+_SIZE = re.compile(r"([0-9]{1,18})\s*(?:([KMGT])(?:iB|B)?)?", re.IGNORECASE)
+_UNIT = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z_][A-Za-z0-9_-]*)*")
 
 
@@ -23,6 +25,19 @@ def memory_mib(text: str) -> int:
     if not found or int(found[1]) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no memory size: give MiB, or a number with M, G or T")
     return int(found[1]) * _UNIT_MIB[(found[2] or "M").upper()]
+
+
+def size_bytes(text: str) -> int:
+    """``20G``, ``512M``, ``1T`` or a plain number of bytes."""
+    found = _SIZE.fullmatch(text.strip())
+    if not found or int(found[1]) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give bytes, or a number with K, M, G or T")
+    return int(found[1]) * _UNIT[(found[2] or "").upper()]
+
+
+def rate_bytes(text: str) -> int:
+    """As `size_bytes`; 0 is no limit."""
+    return 0 if text.strip() == "0" else size_bytes(text)
 
 
 def seconds(text: str) -> float:

@@ -50,7 +50,6 @@ class DeviceVerbs(OptionalVerbs):
 
     store: Store
     cpus: int
-    memory_mib: int
     networks: frozenset[str]
 
     def _verb(self, verb: str) -> contextlib.AbstractContextManager[None]:
@@ -179,7 +178,7 @@ class DeviceVerbs(OptionalVerbs):
             domain = self._live(uuid, "change the memory of")
             if not 1 <= memory_mib <= domain.max_memory_mib:
                 raise SpecInvalid(f"memory_mib is {memory_mib}: give 1 to {domain.max_memory_mib} (max_memory_mib)")
-            free = self.free_mib(without=domain)
+            free = self.store.free_mib(without=domain)
             if memory_mib > free:
                 raise InsufficientMemory(f"{memory_mib} MiB asked for, the host has {free} MiB for it: ask for less")
             domain.spec, domain.target_mib = domain.spec.with_memory(memory_mib), memory_mib
@@ -225,10 +224,6 @@ class DeviceVerbs(OptionalVerbs):
             device["size_bytes"] = size_bytes
             self.store.put(domain)
             return _device(domain, "disk", disk)
-
-    def free_mib(self, without: FakeDomain | None = None) -> int:
-        held = sum(domain.held_mib for domain in self.store.domains() if without is None or domain.uuid != without.uuid)
-        return self.memory_mib - held
 
     def _changed(self, domain: FakeDomain) -> None:
         if domain.state is DomainState.RUNNING:

@@ -122,16 +122,19 @@ def end(store: Store, domain: FakeDomain, reason: ShutdownReason, detail: str = 
         store.put(domain)
 
 
-def not_restarted(store: Store, domain: FakeDomain, detail: str) -> None:
-    """As with the embedded driver: what ran is gone, the domain holds nothing and can be reset."""
-    domain.state, domain.shutdown_reason, domain.detail = DomainState.CRASHED, ShutdownReason.CRASH, detail
-    domain.memory_mib = domain.target_mib = 0
-    store.put(domain)
-    store.emit("crashed", domain.uuid, detail)
-
-
 def restart(store: Store, domain: FakeDomain) -> None:
-    """Build it anew from its spec and run it; the UUID and the console log stay, the domid changes."""
+    """Build it anew from its spec and run it; the UUID and the console log stay, the domid changes.
+
+    Without room it is as with the embedded driver: what ran is gone, the domain holds nothing and can be reset.
+    """
+    free = store.free_mib(without=domain)
+    if domain.spec.memory_mib > free:
+        domain.state, domain.shutdown_reason = DomainState.CRASHED, ShutdownReason.CRASH
+        domain.detail = f"restart failed: it needs {domain.spec.memory_mib} MiB, {free} MiB are free"
+        domain.memory_mib = domain.target_mib = 0
+        store.put(domain)
+        store.emit("crashed", domain.uuid, domain.detail)
+        return
     domain.domid = store.next_domid()
     domain.state = DomainState.RUNNING
     domain.shutdown_reason = None

@@ -136,7 +136,8 @@ class FakeDomain:
 class Store:
     """The database and the condition that tells waiters of changes. All methods may be called from any thread."""
 
-    def __init__(self, state_dir: str | None) -> None:
+    def __init__(self, state_dir: str | None, memory_mib: int = 0) -> None:
+        self.memory_mib = memory_mib  # of the host
         self.shared = state_dir is not None
         self.changed = threading.Condition(threading.RLock())
         self.closed = False
@@ -216,6 +217,11 @@ class Store:
         if domain is None:
             raise DomainNotFound(f"no domain {uuid} on this host: list the domains to see which there are")
         return domain
+
+    def free_mib(self, without: FakeDomain | None = None) -> int:
+        """Memory of the host that no domain holds; `without` is not counted."""
+        held = sum(domain.held_mib for domain in self.domains() if without is None or domain.uuid != without.uuid)
+        return self.memory_mib - held
 
     def put(self, domain: FakeDomain) -> None:
         doc = json.dumps(domain.to_json())

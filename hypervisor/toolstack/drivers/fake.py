@@ -112,7 +112,7 @@ class FakeToolstack(DeviceVerbs):
         self.networks = frozenset(networks)
         self.memory_mib = memory_mib
         self.hostname = hostname or socket.gethostname()
-        self.store = Store(state_dir)
+        self.store = Store(state_dir, memory_mib)
 
     # what there is
 
@@ -128,7 +128,7 @@ class FakeToolstack(DeviceVerbs):
                 driver_version=DRIVER_VERSION,
                 cpus=self.cpus,
                 memory_total_mib=self.memory_mib,
-                memory_free_mib=self.free_mib(),
+                memory_free_mib=self.store.free_mib(),
                 domains=len(domains),
                 capabilities=tuple(sorted(item.value for item in self.capabilities())),
             )
@@ -191,13 +191,9 @@ class FakeToolstack(DeviceVerbs):
     def reset(self, uuid: str) -> None:
         with self._verb("reset"):
             domain = self._readable(uuid)
-            needed, free = domain.spec.memory_mib, self.free_mib(without=domain)
-            if needed > free:
-                guest.not_restarted(self.store, domain, f"restart failed: {free} MiB are free")
-            else:
-                guest.restart(self.store, domain)
-        if needed > free:
-            raise InsufficientMemory(f"{needed} MiB asked for, {free} MiB are free: ask for less")
+            guest.restart(self.store, domain)
+        if domain.state is DomainState.CRASHED:
+            raise InsufficientMemory(f"domain {uuid}: {domain.detail}: ask for less memory")
 
     def destroy(self, uuid: str) -> None:
         with self._verb("destroy"):
@@ -359,7 +355,7 @@ class FakeToolstack(DeviceVerbs):
             raise InsufficientVcpus(
                 f"{spec.effective_max_vcpus} vCPUs asked for, the host has {self.cpus}: give at most {self.cpus}"
             )
-        free = self.free_mib()
+        free = self.store.free_mib()
         if spec.memory_mib > free:
             raise InsufficientMemory(
                 f"{spec.memory_mib} MiB asked for, {free} MiB of {self.memory_mib} MiB are free: ask for less or"

@@ -137,7 +137,10 @@ def test_a_paused_guest_needs_force(rig: Rig) -> None:
     assert run_of(rig, uuid) == (4, 4, 512, 512, DomainState.RUNNING)
 
 
-def test_a_host_that_cannot_start_it_anew_gets_the_old_one_back(rig: Rig) -> None:
+@pytest.mark.parametrize(
+    ("asked", "code"), [("shutdown", "host.insufficient_memory"), ("reboot", "host.insufficient_memory")]
+)
+def test_a_host_that_cannot_start_it_anew_gets_the_old_one_back(rig: Rig, asked: str, code: str) -> None:
     """Somebody beside the agent takes the memory between the claim and the restart."""
     uuid = rig.create()
     before = rig.toolstack.get_spec(uuid)
@@ -154,8 +157,8 @@ def test_a_host_that_cannot_start_it_anew_gets_the_old_one_back(rig: Rig) -> Non
                 rig.toolstack.store.put(domain)
 
     rig.toolstack.redefine = redefine  # type: ignore[method-assign]
-    rig.toolstack.reboot = rig.toolstack.shutdown  # type: ignore[method-assign]
-    error = rig.refused("host.insufficient_memory", "resize", grow(uuid))
+    rig.toolstack.reboot = getattr(rig.toolstack, asked)  # type: ignore[method-assign]
+    error = rig.refused(code, "resize", grow(uuid))
     assert error["undone"] is True and rig.toolstack.get_spec(uuid) == before
     assert run_of(rig, uuid) == (1, 1, 64, 64, DomainState.RUNNING)
 
