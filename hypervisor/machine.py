@@ -32,6 +32,7 @@ from hypervisor.evtchn.hostside import HostRouter
 from hypervisor.hypercalls.compat import Dispatcher32
 from hypervisor.hypercalls.dispatch import Dispatcher
 from hypervisor.sched.alarm import Alarm
+from hypervisor.sched.cap import Cap
 from hypervisor.sched.quiet import QuietDomain
 from hypervisor.sched.timers import Timers
 from hypervisor.sched.vcpus import VcpuQueue
@@ -92,6 +93,7 @@ class Machine:
         self.domain.vcpus_changed = self._woken
         self._timers = Timers(self.domain.vcpus, self.domain.events, self.domain.watchdogs, self._watchdog_over)
         self._queue = VcpuQueue(config.max_vcpus)
+        self._cap = Cap()
         self._shared = config.max_vcpus > 1
         self._quiet = QuietDomain(self.engine.drop_translations)
         self.engine.map_memory(
@@ -168,9 +170,10 @@ class Machine:
         self._timers.fire(now)
         if domain.shutdown_code is not None:
             return Shutdown(_REASONS.get(domain.shutdown_code, ShutdownReason.CRASH))
-        vcpu = None if self._paused else self._choose(now)
+        capped = self._cap.wait_until(now)
+        vcpu = None if self._paused or capped else self._choose(now)
         if vcpu is None:
-            self._idle(now)
+            self._idle(now, capped)
             return None
         if vcpu is not domain.running:
             self._switch(vcpu, now)
@@ -184,7 +187,7 @@ class Machine:
         self._traps.deliver_event()
         domain.preempt = False
         self._leaving = False
-        self._set_alarm()
+        self._set_alarm(now)
         # Announced before the last look at the posts: whoever posts after that look sees that a kick is needed.
         self._entered_ns = started = time.monotonic_ns()
         if self._posts:
@@ -193,7 +196,9 @@ class Machine:
         self.engine.run()
         self._exits += 1
         self._entered_ns = 0
-        self._cpu_time_ns += time.monotonic_ns() - started
+        ran = time.monotonic_ns() - started
+        self._cpu_time_ns += ran
+        self._cap.ran(ran)
         if vcpu.blocked and vcpu.up:
             guest_time.account(vcpu, domain.clock.now(), guest_time.RUNSTATE_BLOCKED)
         return None
@@ -252,10 +257,18 @@ class Machine:
             self._due_at(self._slice_end())
             self.engine.watch_pauses(True)
 
-    def _idle(self, now: int) -> None:
-        """Wait for a post or the next deadline; the guest costs nothing meanwhile."""
+    def _idle(self, now: int, capped: int) -> None:
+        """Wait for a post or the next deadline; the guest costs nothing meanwhile.
+
+        :param capped: until when the domain has used up its CPU time, or 0.
+        """
         # A watchdog does not wait for a paused domain.
         deadline = self._timers.next() if not self._paused else self.domain.watchdogs.next
+        if capped and not self._paused:
+            deadline = min(deadline, capped) if deadline else capped
+            running = self.domain.running
+            if running.runstate == guest_time.RUNSTATE_RUNNING:
+                guest_time.account(running, now, guest_time.RUNSTATE_RUNNABLE)
         with self._condition:
             if self._posts:
                 return
@@ -269,11 +282,11 @@ class Machine:
         while posts:
             posts.popleft()()
 
-    def _set_alarm(self) -> None:
+    def _set_alarm(self, now: int) -> None:
         deadline = self._timers.next()
-        slice_end = self._slice_end()
-        if slice_end and (not deadline or slice_end < deadline):
-            deadline = slice_end
+        for end in (self._slice_end(), self._cap.run_until(now)):
+            if end and (not deadline or end < deadline):
+                deadline = end
         self._alarm.set(deadline + self.domain.clock.base if deadline else 0)
         if self._posts:
             self._alarm.now()
@@ -395,6 +408,14 @@ class Machine:
                 guest_time.account(vcpu, now, guest_time.RUNSTATE_OFFLINE)
             elif not paused and vcpu.up and vcpu.runstate == guest_time.RUNSTATE_OFFLINE:
                 guest_time.account(vcpu, now, guest_time.RUNSTATE_RUNNABLE)
+
+    def set_cap(self, percent: int) -> None:
+        """Let it run for no more than so much of one CPU's time; 0, and 100 or more: without limit."""
+        self.post(lambda: self._cap.set(percent, self.domain.clock.now()))
+
+    def limit_memory(self, pages: int) -> None:
+        """Let it have no more RAM than that; what it has now it keeps."""
+        self.domain.reservation.limit = pages
 
     def stop(self) -> None:
         """End the run loop; what the guest was doing is lost."""

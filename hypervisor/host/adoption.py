@@ -226,6 +226,7 @@ class Adoption:
             LOG.error("domain %s: its rings cannot be reached: %s", domain.uuid, exc)
         assert domain.devices is not None
         domain.devices.adopt()
+        self._life.resizer.begin(domain)
         if message.get("ended"):
             self._life.guest_ended(domain, message["ended"])
         elif not record.ended:

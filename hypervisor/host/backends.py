@@ -122,6 +122,18 @@ class DomainBackends:
         except NotFound:
             raise WrongState(f"domain {self._domain.uuid} has no control/shutdown node: destroy or reset it") from None
 
+    def set_vcpus(self, vcpus: int, max_vcpus: int) -> None:
+        home = domain_path(self._domid)
+        with self._handle.transaction():
+            for number in range(max_vcpus):
+                path = f"{home}/cpu/{number}/availability"
+                value = "online" if number < vcpus else "offline"
+                if self._handle.read(path) != value:
+                    self._handle.write(path, value)
+
+    def set_memory_target(self, kib: int) -> None:
+        self._handle.write(f"{domain_path(self._domid)}/memory/target", str(kib))
+
     def introduce(self, port: int) -> None:
         """Serve its xenstore ring from the beginning, also after a RELEASE. :raises Invalid: another port."""
         if port != STORE_PORT:

@@ -10,7 +10,14 @@ from typing import Any
 from hypervisor.devices import registry
 from hypervisor.devices.driver import Backend
 from hypervisor.devices.xenbus import BACKEND_HOME, DevicePaths, XenbusDevice
-from hypervisor.errors import DeviceExists, DeviceNotFound, HostUnavailable, OperationTimeout, ToolstackError
+from hypervisor.errors import (
+    DeviceExists,
+    DeviceNotFound,
+    HostUnavailable,
+    OperationTimeout,
+    SpecInvalid,
+    ToolstackError,
+)
 from hypervisor.host import channel as channels
 from hypervisor.host.device import Device, DeviceMemory, Spec
 from hypervisor.host.driver_process import DriverOrder
@@ -21,7 +28,7 @@ from hypervisor.host.settings import HostSettings
 from hypervisor.host.table import Domain, DomainTable
 from hypervisor.host.zygote_client import ZygoteClient
 from hypervisor.toolstack.api import DomainSpec
-from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec, check_devices
+from hypervisor.toolstack.devices import MAX_DISK_BYTES, SECTOR, DeviceInfo, DiskSpec, NicSpec, check_devices
 from hypervisor.xenstore.errors import XenstoreError
 from hypervisor.xenstore.handle import Handle
 
@@ -201,10 +208,16 @@ class DomainDevices:
                 raise HostUnavailable(f"{kind} {ident}: its driver does not end: try again") from None
 
     async def resize(self, ident: str, size_bytes: int) -> DeviceInfo:
-        """:raises DeviceNotFound: no such disk. :raises ToolstackError."""
+        """:raises DeviceNotFound, SpecInvalid, HostFailure: see `hypervisor.toolstack.api.Toolstack.resize_disk`."""
         device = self._devices.get(f"disk/{ident}")
         if device is None or device.opened is None:
-            raise DeviceNotFound(f"domain {self._domain.uuid} has no disk {ident} that is open: see its devices")
+            raise DeviceNotFound(f"domain {self._domain.uuid} has no disk {ident!r} that is open: list its devices")
+        if size_bytes <= 0 or size_bytes % SECTOR or size_bytes > MAX_DISK_BYTES:
+            raise SpecInvalid(f"disk {ident}: {size_bytes} bytes are no size: give whole sectors of {SECTOR} bytes")
+        if size_bytes < device.opened.size_bytes:
+            raise SpecInvalid(f"disk {ident} has {device.opened.size_bytes} bytes and cannot be made smaller")
+        if size_bytes != device.opened.size_bytes and getattr(device.spec, "readonly", False):
+            raise SpecInvalid(f"disk {ident} is read-only: attach it writable to make it larger")
         if size_bytes != device.opened.size_bytes:
             nodes = await device.backend.resize(device.opened, device.spec, size_bytes)
             await device.changed(device.spec, nodes)

@@ -6,7 +6,8 @@ whoever connects to its own socket (``<state>/domains/<uuid>/sock``) next is its
 After the guest has ended the process stays, holding memory and the reason, until it
 is killed: so the end of a domain is provable even if nobody looked.
 
-Messages from the host: ``{"id", "op"}`` with op ``commit``, ``pause``, ``unpause``, ``stats``, ``link``, ``unlink``
+Messages from the host: ``{"id", "op"}`` with op ``commit``, ``pause``, ``unpause``, ``stats``, ``limit_memory``,
+``set_cap``, ``link``, ``unlink``
 (`hypervisor.devices.link`); the answer is ``{"id", "result"}`` or ``{"id", "error"}``. Events to the host: ``built``,
 ``failed``, ``ended`` and, first thing on a new connection, ``identity`` with the descriptors of `Handles`.
 """
@@ -185,6 +186,8 @@ class DomainProcess:
             "pause": self._pause,
             "unpause": self._unpause,
             "stats": self._stats,
+            "limit_memory": lambda: self._limit_memory(message.get("pages")),
+            "set_cap": lambda: self._set_cap(message.get("percent")),
             "link": lambda: self._link(fds),
             "unlink": lambda: self._unlink(message.get("link")),
         }
@@ -217,6 +220,18 @@ class DomainProcess:
 
     def _stats(self) -> dict[str, Any]:
         return {**self._running_guest().stats(), "state": self.state}
+
+    def _limit_memory(self, pages: object) -> dict[str, Any]:
+        if not isinstance(pages, int) or not 0 < pages <= self.request.max_pages:
+            raise HostFailure(f"op limit_memory to {pages!r} pages of {self.request.max_pages}")
+        self._running_guest().limit_memory(pages)
+        return self._stats()
+
+    def _set_cap(self, percent: object) -> dict[str, Any]:
+        if not isinstance(percent, int) or percent < 0:
+            raise HostFailure(f"op set_cap to {percent!r} per cent")
+        self._running_guest().set_cap(percent)
+        return {}
 
     def _link(self, fds: list[int]) -> dict[str, Any]:
         if self._links is None:

@@ -132,6 +132,23 @@ class Ledger:
         except ValueError:
             raise HypervisorBug(f"release of {claim}, which is not held") from None
 
+    def recommit(self, claim: Claim, committed: int) -> Claim:
+        """Let an owner fill more or less of its extent.
+
+        :raises InsufficientMemory: the host cannot commit so much more. :raises HypervisorBug: the claim is not held.
+        """
+        if claim not in self._claims or not 0 < committed <= claim.frames:
+            raise HypervisorBug(f"{committed} frames to be committed of {claim}")
+        if committed - claim.committed > self.free:
+            raise InsufficientMemory(
+                f"the domain needs {_mib_up(committed - claim.committed)} MiB more and the host has "
+                f"{self.free // PAGES_PER_MIB} of {self.total // PAGES_PER_MIB} MiB left: "
+                "ask for less, end another domain, or raise memory_mib of the host process"
+            )
+        changed = dataclasses.replace(claim, committed=committed)
+        self._claims[self._claims.index(claim)] = changed
+        return changed
+
     def owner_of(self, mfn: int) -> str | None:
         """UUID of the domain whose extent holds `mfn`."""
         index = bisect.bisect_right(self._claims, mfn, key=lambda claim: claim.base_mfn) - 1

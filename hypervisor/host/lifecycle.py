@@ -22,20 +22,20 @@ from hypervisor.errors import (
     WrongState,
 )
 from hypervisor.host import channel as channels
+from hypervisor.host import priority
 from hypervisor.host.channel import Message
 from hypervisor.host.consoles import ConsoleHub
-from hypervisor.host.devices import with_device
 from hypervisor.host.handles import Handles
 from hypervisor.host.ledger import PAGES_PER_MIB, Claim, Ledger
 from hypervisor.host.process import ProcessHold, describe_exit
-from hypervisor.host.records import DomainRecord, Phase, RecordStore
+from hypervisor.host.records import DomainRecord, Phase, RecordStore, RunSizes
+from hypervisor.host.resize import Resizer
 from hypervisor.host.runtime import BuildRequest, RuntimeFacts
 from hypervisor.host.settings import HostSettings
 from hypervisor.host.table import Attachment, Devices, Domain, DomainTable
 from hypervisor.host.zygote_client import ZygoteClient
 from hypervisor.memory import layout
 from hypervisor.toolstack.api import DomainSpec, DomainState, DomainType, OnEvent, ShutdownReason
-from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec
 
 LOG = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class Lifecycle:
     zygote: ZygoteClient
     backends: Backends
     devices: Callable[[Domain], Devices]
+    resizer: Resizer
     reconnect: Callable[[Domain, ProcessHold], Awaitable[None]] = _no_reconnect
     tasks: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
 
@@ -71,7 +72,7 @@ class Lifecycle:
 
     async def create(self, spec: DomainSpec) -> Domain:
         spec.validate()
-        self._check(spec, await self.zygote.start())
+        self.check(spec, await self.zygote.start())
         record = DomainRecord(spec, 0, created_at=time.time())
         self.table.check_free(spec)  # before anything on disk is touched
         folder = self.records.prepare(spec.uuid)
@@ -98,34 +99,18 @@ class Lifecycle:
         await self._run_state(domain, "pause", DomainState.PAUSED, "paused")
 
     def request_shutdown(self, domain: Domain, reason: str) -> None:
-        self._check_alive(domain, reason)
+        self.check_alive(domain, reason)
         assert domain.attachment is not None
         domain.attachment.request_shutdown(reason)
 
     async def reset(self, domain: Domain) -> None:
-        self._check_known(domain)
+        self.check_known(domain)
         await self._remake(domain, "reset")
 
     async def destroy(self, domain: Domain) -> None:
         domain.dying = True
         await self._forget(domain)
         self.table.emit("destroyed", domain.uuid)
-
-    async def attach(self, domain: Domain, kind: str, device: DiskSpec | NicSpec) -> DeviceInfo:
-        self._check_alive(domain, "attach")
-        assert domain.devices is not None
-        self._check_size(with_device(domain.record.spec, device))
-        return await domain.devices.attach(kind, device)
-
-    async def detach(self, domain: Domain, kind: str, ident: str, timeout: float, *, force: bool) -> None:
-        self._check_alive(domain, "detach")
-        assert domain.devices is not None
-        await domain.devices.detach(kind, ident, timeout, force=force)
-
-    async def resize_disk(self, domain: Domain, ident: str, size_bytes: int) -> DeviceInfo:
-        self._check_alive(domain, "resize")
-        assert domain.devices is not None
-        return await domain.devices.resize(ident, size_bytes)
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
@@ -214,6 +199,7 @@ class Lifecycle:
     async def _make(self, domain: Domain) -> None:
         """Claim, fork, build, connect, commit. What it has done stays noted in `domain`, so that `_unmake` finds it."""
         record, spec = domain.record, domain.record.spec
+        record.run, domain.stats = RunSizes.of(spec), {}
         pages = spec.memory_mib * PAGES_PER_MIB
         max_pages = spec.effective_max_memory_mib * PAGES_PER_MIB
         frames = layout.total_frames(max_pages)
@@ -252,6 +238,7 @@ class Lifecycle:
         domain.attachment = self.backends.attach(domain, boot, adopted=False)
         domain.devices.begin()
         await process.request("commit")
+        await priority.apply(process.pid, spec.weight)
         record.pid = process.pid
         record.phase = Phase.MADE
         record.started_at = time.time()
@@ -333,7 +320,7 @@ class Lifecycle:
         self.table.emit("rebooted", domain.uuid, why)
 
     async def _run_state(self, domain: Domain, op: str, state: DomainState, event: str) -> None:
-        self._check_alive(domain, op)
+        self.check_alive(domain, op)
         if domain.record.state is state:
             return
         process = domain.process
@@ -345,7 +332,7 @@ class Lifecycle:
                 raise
             # A guest that took its process down at once did run; that and how it ended is told as of any crash.
             if state is not DomainState.RUNNING:
-                self._check_alive(domain, op)
+                self.check_alive(domain, op)
             return
         if domain.record.ended:  # it ended while it was asked
             return
@@ -359,7 +346,8 @@ class Lifecycle:
         except InsufficientMemory as exc:
             raise InsufficientMemory(f"memory_mib is {spec.memory_mib}: {exc}") from None
 
-    def _check(self, spec: DomainSpec, facts: RuntimeFacts) -> None:
+    def check(self, spec: DomainSpec, facts: RuntimeFacts) -> None:
+        """:raises ToolstackError: this host cannot run it."""
         if spec.type is not DomainType.PV:
             raise Unsupported(f"type {spec.type} is not something this host can run: give type pv")
         cpus = min(facts.max_vcpus, self.settings.effective_cpus)
@@ -367,19 +355,22 @@ class Lifecycle:
             raise InsufficientVcpus(
                 f"{spec.effective_max_vcpus} vCPUs asked for, a domain of this host has at most {cpus}: ask for less"
             )
-        self._check_size(spec)
+        self.check_size(spec)
 
-    def _check_size(self, spec: DomainSpec) -> None:
+    def check_size(self, spec: DomainSpec) -> None:
+        """:raises SpecInvalid: it does not fit a message."""
         size = len(channels.encode({"spec": spec.to_json()}))
         if size > MAX_SPEC_BYTES:
             raise SpecInvalid(f"the spec has {size} bytes: give less metadata, at most {MAX_SPEC_BYTES} bytes in all")
 
-    def _check_known(self, domain: Domain) -> None:
+    def check_known(self, domain: Domain) -> None:
+        """:raises HostUnavailable: nothing can be said of its state."""
         if domain.lost:
             raise HostUnavailable(f"domain {domain.uuid} does not answer just now: try again, or destroy it")
 
-    def _check_alive(self, domain: Domain, verb: str) -> None:
-        self._check_known(domain)
+    def check_alive(self, domain: Domain, verb: str) -> None:
+        """:raises WrongState: it has ended, so that one cannot `verb` it. :raises HostUnavailable."""
+        self.check_known(domain)
         if domain.record.ended or domain.dying or domain.process is None:
             raise WrongState(f"domain {domain.uuid} is {domain.state}, cannot {verb} it: reset or destroy it")
 

@@ -49,6 +49,8 @@ class PvGuest:
         self.unpause = machine.unpause
         self.notify = machine.notify
         self.stats = machine.stats
+        self.limit_memory = machine.limit_memory
+        self.set_cap = machine.set_cap
 
     def run(self) -> Ended:
         shutdown = self._machine.run()
@@ -120,7 +122,10 @@ class PvRuntime:
         except (XenError, HypervisorBug) as exc:
             LOG.exception("the machine could not be started")
             raise HostFailure(f"the machine could not be started: {exc!r}; see the log of the host process") from exc
-        return PvGuest(machine, boot)
+        guest = PvGuest(machine, boot)
+        guest.limit_memory(request.nr_pages)
+        guest.set_cap(request.spec.cap)
+        return guest
 
     def _read(self, request: BuildRequest) -> tuple[Kernel, bytes | None]:
         """Everything that comes from files."""

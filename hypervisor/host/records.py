@@ -33,10 +33,28 @@ class Phase(enum.StrEnum):
     REMAKING = "remaking"  # being built anew: after a crash of the host that is begun again
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunSizes:
+    """Sizes of the present incarnation: its spec may have been changed for the next one.
+
+    :ivar vcpus: how many the guest was asked to have online; `memory_mib` its balloon's target.
+    """
+
+    vcpus: int
+    max_vcpus: int
+    memory_mib: int
+    max_memory_mib: int
+
+    @classmethod
+    def of(cls, spec: DomainSpec) -> RunSizes:
+        return cls(spec.vcpus, spec.effective_max_vcpus, spec.memory_mib, spec.effective_max_memory_mib)
+
+
 @dataclasses.dataclass(slots=True)
 class DomainRecord:
     """One domain.
 
+    :ivar spec: what its next incarnation is made from. :ivar run: what the present one was, and was resized to.
     :ivar claim: its machine frames; None when it holds none any more (its process is gone).
     :ivar created_at: seconds since the epoch; `started_at` of the present incarnation.
     :ivar restarts: how often it was built anew.
@@ -59,6 +77,11 @@ class DomainRecord:
     pid: int = 0
     console: dict[str, Any] = dataclasses.field(default_factory=dict)
     devices: dict[str, Any] = dataclasses.field(default_factory=dict)
+    run: RunSizes = RunSizes(0, 0, 0, 0)
+
+    def __post_init__(self) -> None:
+        if not self.run.vcpus:
+            self.run = RunSizes.of(self.spec)
 
     @property
     def ended(self) -> bool:
@@ -68,6 +91,7 @@ class DomainRecord:
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         data["spec"] = self.spec.to_json()
         data["claim"] = self.claim.to_json() if self.claim else None
+        data["run"] = dataclasses.asdict(self.run)
         return {"format": FORMAT, **data}
 
     @classmethod
@@ -80,6 +104,8 @@ class DomainRecord:
         fields["phase"] = Phase(fields["phase"])
         fields["state"] = DomainState(fields["state"])
         fields["claim"] = Claim.from_json(fields["claim"]) if fields["claim"] else None
+        if "run" in fields:
+            fields["run"] = RunSizes(**fields["run"])
         fields["reason"] = ShutdownReason(fields["reason"]) if fields["reason"] else None
         return cls(**fields)
 

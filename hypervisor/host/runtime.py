@@ -111,7 +111,13 @@ class Guest(Protocol):
         """The host side signals the guest's `port`."""
 
     def stats(self) -> dict[str, Any]:
-        """At least ``cpu_time_ns``."""
+        """At least ``cpu_time_ns``; ``memory_pages`` it has and ``vcpus`` online, where that is known."""
+
+    def limit_memory(self, pages: int) -> None:
+        """Let the guest have no more RAM than that from now on; what it has it keeps."""
+
+    def set_cap(self, percent: int) -> None:
+        """Let it use no more than so much of one CPU; 0: without limit."""
 
     def link_target(self) -> LinkTarget | None:
         """What driver processes are served from; None: the guest has no devices."""

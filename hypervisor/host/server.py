@@ -19,6 +19,7 @@ from hypervisor.host.devices import HostDevices
 from hypervisor.host.ledger import PAGES_PER_MIB, Ledger
 from hypervisor.host.lifecycle import Lifecycle
 from hypervisor.host.records import RecordStore
+from hypervisor.host.resize import Resizer
 from hypervisor.host.settings import HostSettings, available_mib
 from hypervisor.host.table import DomainTable
 from hypervisor.host.verbs import Verbs
@@ -57,7 +58,9 @@ class HostProcess:
         backends = self._backends = HostBackends(settings)
         table = DomainTable()
         devices = HostDevices(settings, backends.handle, zygote, records, table)
-        life = self._life = Lifecycle(settings, records, table, Ledger(0), zygote, backends, devices.of)
+        ledger = Ledger(0)
+        resizer = Resizer(ledger, records)
+        life = self._life = Lifecycle(settings, records, table, ledger, zygote, backends, devices.of, resizer)
         self._adoption = Adoption(life)
         await self._adoption.run()
         life.ledger.total = self._total(life)
@@ -80,6 +83,7 @@ class HostProcess:
         if self._adoption is not None:
             self._adoption.stop()
         if self._life is not None:
+            self._life.resizer.stop()
             records = self._life.records
             for task in list(self._life.tasks):
                 task.cancel()

@@ -8,10 +8,11 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from hypervisor.errors import DomainExists, DomainNotFound, NameInUse, OperationTimeout, ToolstackError
 from hypervisor.host.consoles import ConsoleHub
+from hypervisor.host.ledger import PAGES_PER_MIB
 from hypervisor.host.process import ProcessHold
 from hypervisor.host.records import DomainRecord, Phase
 from hypervisor.toolstack.api import DomainEvent, DomainInfo, DomainSpec, DomainState
@@ -32,6 +33,12 @@ class Attachment(Protocol):
 
     def request_shutdown(self, reason: str) -> None:
         """Write control/shutdown."""
+
+    def set_vcpus(self, vcpus: int, max_vcpus: int) -> None:
+        """Ask the guest to have that many online."""
+
+    def set_memory_target(self, kib: int) -> None:
+        """Ask the guest's balloon driver for that."""
 
     def ended(self) -> None:
         """The guest runs no more."""
@@ -75,6 +82,7 @@ class Domain:
 
     :ivar lock: one verb at a time.
     :ivar devices: set as long as the domain is in the table.
+    :ivar stats: what its process said last.
     :ivar process: None when the domain holds nothing any more.
     :ivar lost: the process is there but has not identified itself yet: nothing can be said of its state.
     :ivar orphan: that process.
@@ -87,6 +95,7 @@ class Domain:
     process: ProcessHold | None = None
     attachment: Attachment | None = None
     devices: Devices | None = None
+    stats: dict[str, Any] = dataclasses.field(default_factory=dict)
     lost: bool = False
     orphan: Orphan | None = None
     dying: bool = False
@@ -102,7 +111,7 @@ class Domain:
         return DomainState.UNKNOWN if self.lost else self.record.state
 
     async def refresh(self) -> str:
-        """Ask the process for its CPU time; "" or why that cannot be known."""
+        """Ask the process what it knows of the guest; "" or why that cannot be known."""
         if self.lost:
             return "its process does not answer"
         if self.process is None or not self.process.alive or self.dying or self.record.phase is not Phase.MADE:
@@ -110,6 +119,7 @@ class Domain:
         try:
             stats = await self.process.request("stats", STATS_TIMEOUT)
             self.record.cpu_time_ns = int(stats["cpu_time_ns"])
+            self.stats = stats
         except (ToolstackError, KeyError, TypeError, ValueError) as exc:
             LOG.debug("stats of %s: %s", self.uuid, exc)
             return "" if self.record.ended or self.dying else "its process does not answer"
@@ -121,13 +131,15 @@ class Domain:
         state = self.state
         if silent and state in (DomainState.RUNNING, DomainState.PAUSED):
             state = DomainState.UNKNOWN
+        most = record.run.max_memory_mib * PAGES_PER_MIB
+        pages = self._told("memory_pages", record.run.memory_mib * PAGES_PER_MIB, most)
         return DomainInfo(
             uuid=spec.uuid,
             name=spec.name,
             domid=record.domid,
             state=state,
-            vcpus=spec.vcpus,
-            memory_mib=spec.memory_mib,
+            vcpus=self._told("vcpus", record.run.vcpus, record.run.max_vcpus),
+            memory_mib=-(-pages // PAGES_PER_MIB),
             owner=spec.owner,
             type=spec.type,
             cpu_time_ns=record.cpu_time_ns,
@@ -135,7 +147,15 @@ class Domain:
             created_at=record.created_at,
             detail=silent or record.detail,
             metadata=spec.metadata,
+            max_vcpus=record.run.max_vcpus,
+            memory_target_mib=record.run.memory_mib,
+            max_memory_mib=record.run.max_memory_mib,
         )
+
+    def _told(self, name: str, otherwise: int, most: int) -> int:
+        """A number that the domain process said last."""
+        value = self.stats.get(name)
+        return value if type(value) is int and 0 <= value <= most else otherwise
 
 
 class DomainTable:

@@ -14,7 +14,7 @@ from typing import Any
 from hypervisor.errors import DomainNotFound, HostFailure, ProtocolError
 from hypervisor.host import protocol
 from hypervisor.host.control import ConsolePort
-from hypervisor.host.devices import KINDS
+from hypervisor.host.devices import KINDS, with_device
 from hypervisor.host.ledger import PAGES_PER_MIB
 from hypervisor.host.lifecycle import Lifecycle
 from hypervisor.host.records import Phase
@@ -57,6 +57,11 @@ class Verbs:
             "domain.reset": Verb(self._locked(lifecycle.reset), uuid),
             "domain.destroy": Verb(self._locked(lifecycle.destroy), uuid),
             "domain.wait": Verb(self._wait, {**uuid, "states": (list,), "timeout": (int, float)}),
+            "domain.set_vcpus": Verb(self._set_vcpus, {**uuid, "vcpus": (int,)}),
+            "domain.set_memory": Verb(self._set_memory, {**uuid, "memory_mib": (int,)}),
+            "domain.set_scheduling": Verb(self._set_scheduling, {**uuid, "weight": (int,), "cap": (int,)}),
+            "domain.redefine": Verb(self._redefine, {**uuid, "spec": (dict,)}),
+            "domain.stats": Verb(self._stats, uuid),
             "device.list": Verb(self._device_list, uuid),
             "device.attach": Verb(self._device_attach, {**uuid, "kind": (str,), "spec": (dict,)}),
             "device.detach": Verb(
@@ -152,6 +157,48 @@ class Verbs:
         data = domain.console.tail(min(max_bytes, protocol.CONSOLE_LOG_MAX))
         return {"data": base64.b64encode(data).decode()}
 
+    # -- resize ---------------------------------------------------------------------------------------------------
+
+    async def _set_vcpus(self, uuid: str, vcpus: int) -> None:
+        async with self._holding(uuid) as domain:
+            self._life.check_alive(domain, "change the vCPUs of")
+            self._life.resizer.set_vcpus(domain, vcpus)
+
+    async def _set_memory(self, uuid: str, memory_mib: int) -> None:
+        async with self._holding(uuid) as domain:
+            self._life.check_alive(domain, "change the memory of")
+            await self._life.resizer.set_memory(domain, memory_mib)
+
+    async def _set_scheduling(self, uuid: str, weight: int, cap: int) -> None:
+        async with self._holding(uuid) as domain:
+            await self._life.resizer.set_scheduling(domain, weight, cap)
+
+    async def _redefine(self, uuid: str, spec: dict[str, Any]) -> None:
+        new = DomainSpec.from_json(spec)
+        async with self._holding(uuid) as domain:
+            self._life.check(new, await self._life.zygote.start())
+            self._life.resizer.redefine(domain, new)
+
+    async def _stats(self, uuid: str) -> dict[str, Any]:
+        """What is known, and what the domain process said besides."""
+        domain = await self._settled(uuid)
+        info = await domain.info()
+        told = {name: value for name, value in domain.stats.items() if isinstance(value, int | str)}
+        return {
+            **told,
+            "state": info.state,
+            "cpu_time_ns": info.cpu_time_ns,
+            "vcpus": info.vcpus,
+            "max_vcpus": info.max_vcpus,
+            "memory_mib": info.memory_mib,
+            "memory_target_mib": info.memory_target_mib,
+            "max_memory_mib": info.max_memory_mib,
+            "resident_mib": domain.process.handles.resident_bytes() >> 20 if domain.process is not None else 0,
+            "weight": domain.record.spec.weight,
+            "cap": domain.record.spec.cap,
+            "devices": [device.to_json() for device in await self._devices(domain).list()],
+        }
+
     # -- devices --------------------------------------------------------------------------------------------------
 
     async def _device_list(self, uuid: str) -> list[dict[str, Any]]:
@@ -160,7 +207,9 @@ class Verbs:
     async def _device_attach(self, uuid: str, kind: str, spec: dict[str, Any]) -> dict[str, Any]:
         device = _kind(kind).from_json(spec)
         async with self._holding(uuid) as domain:
-            return (await self._life.attach(domain, kind, device)).to_json()
+            self._life.check_alive(domain, "attach devices to")
+            self._life.check_size(with_device(domain.record.spec, device))
+            return (await self._devices(domain).attach(kind, device)).to_json()
 
     async def _device_detach(self, uuid: str, kind: str, id: str, timeout: float, force: int) -> None:
         _kind(kind)
@@ -168,11 +217,13 @@ class Verbs:
             raise ProtocolError(f"timeout of device.detach is {timeout}: give 0 to {MAX_WAIT:g} seconds")
         domain = await self._settled(uuid)
         # Not under the domain's lock: it may take as long as the guest pleases.
-        await self._life.detach(domain, kind, id, timeout, force=bool(force))
+        self._life.check_alive(domain, "detach devices from")
+        await self._devices(domain).detach(kind, id, timeout, force=bool(force))
 
     async def _device_resize(self, uuid: str, id: str, size_bytes: int) -> dict[str, Any]:
         async with self._holding(uuid) as domain:
-            return (await self._life.resize_disk(domain, id, size_bytes)).to_json()
+            self._life.check_known(domain)
+            return (await self._devices(domain).resize(id, size_bytes)).to_json()
 
     def _devices(self, domain: Domain) -> Devices:
         assert domain.devices is not None

@@ -29,7 +29,7 @@ class Reservation:
         set it.
     """
 
-    __slots__ = ("_area", "_freed", "_frames", "_left", "_stale", "_tables", "limit")
+    __slots__ = ("_area", "_frames", "_freed", "_left", "_stale", "_tables", "limit")
 
     def __init__(self, frames: FrameTable, tables: PageTables, area: XenArea) -> None:
         self._frames = frames

@@ -90,6 +90,12 @@ class ScriptedGuest:
     def notify(self, port: int) -> None:
         os.eventfd_write(self._bell, 1)
 
+    def limit_memory(self, pages: int) -> None:
+        """It does not follow."""
+
+    def set_cap(self, percent: int) -> None:
+        """It does not follow."""
+
     def link_target(self) -> None:
         """It grants nothing."""
 
