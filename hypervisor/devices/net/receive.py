@@ -116,6 +116,11 @@ class Receiver:
         for queue in self._queues:
             queue.ring.close()
 
+    def notify(self) -> None:
+        """Have the guest look at its rings."""
+        for queue in self._queues:
+            queue.event.notify()
+
     def work(self) -> None:
         """Hand the guest what has arrived. :raises DeviceBroken, LinkClosed."""
         if self._closed:

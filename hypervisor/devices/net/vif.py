@@ -116,10 +116,15 @@ class Vif:
         self._loop.call_soon(guard(self._start))
 
     def _start(self) -> None:
-        """What lies in the rings already; requests that a driver before this one had taken, too."""
+        """What lies in the rings already; requests that a driver before this one had taken, too.
+
+        That one may have been killed between publishing responses and telling of them: so the guest is told anyway.
+        """
         for transmitter in self._transmitters:
             transmitter.work()
+            transmitter.event.notify()
         self._receiver.work()
+        self._receiver.notify()
 
     def _bind(self, undo: contextlib.ExitStack, port: int) -> EventPort:
         event = self._link.bind(port)

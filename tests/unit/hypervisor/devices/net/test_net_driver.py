@@ -430,8 +430,14 @@ def test_killed_at_any_write(steps: int, monkeypatch: pytest.MonkeyPatch) -> Non
         with contextlib.suppress(SystemExit):
             rig.run()
     died = left < 0
+    for queue in rig.front.queues:
+        rig.guest.notifications(queue.tx_port)
+        rig.guest.notifications(queue.rx_port)
     rig.restart()
     rig.run()
+    for queue in rig.front.queues:
+        assert rig.guest.notifications(queue.tx_port), "the driver before may not have come to telling the guest"
+        assert rig.guest.notifications(queue.rx_port)
     sent = [data[10:] for data in rig.front.sent()]
     assert list(dict.fromkeys(sent)) == [*frames, big], "all of them, in order, no other bytes"
     assert len(sent) <= len(frames) + 2 + died
