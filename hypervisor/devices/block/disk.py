@@ -170,10 +170,11 @@ class DaemonDisk:
         async with self._lock:
             if self._daemon is None:
                 raise HostFailure(f"the storage daemon of {self._about.path} is being started again: try again")
-            await self._daemon.resize(size)
-            self.size = size
-        # An export keeps the size it was made with.
-        await self._supply(fence=False)
+            try:
+                await self._daemon.resize(size)
+                self.size = size
+            finally:
+                await self._give_connection(fence=False)
         return self.size
 
     async def close(self) -> None:
@@ -202,20 +203,24 @@ class DaemonDisk:
     async def _supply(self, *, fence: bool) -> None:
         """Give the driver a connection, if there is a driver."""
         async with self._lock:
-            control, daemon = self._control, self._daemon
-            if control is None or daemon is None:
-                return
-            try:
-                export = await daemon.connection(fence=fence, writable=not self._about.readonly)
-            except ToolstackError as exc:
-                LOG.error("disk %s: %s", self._about.path, exc)
-                # The driver waits. A daemon that does not answer is of no use: the next one may be.
-                daemon.kill()
-                return
-            message = json.dumps({"size": export.size, "flags": export.flags}).encode()
-            with contextlib.suppress(OSError):
-                socket.send_fds(control, [message], [export.sock.fileno()])
-            export.sock.close()
+            await self._give_connection(fence=fence)
+
+    async def _give_connection(self, *, fence: bool) -> None:
+        """With the lock held."""
+        control, daemon = self._control, self._daemon
+        if control is None or daemon is None:
+            return
+        try:
+            export = await daemon.connection(fence=fence, writable=not self._about.readonly)
+        except ToolstackError as exc:
+            LOG.error("disk %s: %s", self._about.path, exc)
+            # The driver waits. A daemon that does not answer is of no use: the next one may be.
+            daemon.kill()
+            return
+        message = json.dumps({"size": export.size, "flags": export.flags}).encode()
+        with contextlib.suppress(OSError):
+            socket.send_fds(control, [message], [export.sock.fileno()])
+        export.sock.close()
 
     def _daemon_exited(self) -> None:
         self._daemon = None

@@ -291,7 +291,7 @@ class Queue:
         return ERROR
 
     def _respond(self, works: list[Work]) -> None:
-        responses = [(work.request.id, work.request.operation, work.status) for work in works]
+        responses = [(work.request.id, work.request.kind, work.status) for work in works]
         self._journal.write(self.ring.done, responses)
         if self.ring.respond(responses):
             self.event.notify()

@@ -82,7 +82,8 @@ SEGMENTS_A_PAGE = PAGE // _SEGMENT.size
 class Request:
     """What a slot said; nothing of it has been checked.
 
-    :ivar operation: as to be echoed. :ivar kind: what is to be done: of an indirect request its inner operation.
+    :ivar operation: as in the slot. :ivar kind: what is to be done: of an indirect request its inner operation. That
+        is what Linux's front end wants to be echoed.
     :ivar sector: first sector on the disk; `count` of a discard, sectors.
     :ivar references: of pages that hold segments; `indirect` how many segments these are.
     """

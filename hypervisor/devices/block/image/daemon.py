@@ -1,8 +1,9 @@
 """qemu-storage-daemon: what reads and writes qcow2, one for each such disk, in a process of its own.
 
-It is given listening sockets and the image's files as open descriptors and opens nothing itself; so it needs no
-rights on paths, and what a backing file is, is said by us and not by the image. It outlives driver and host process:
-the next host process finds it at its control socket.
+It is given listening sockets and the image's files as open descriptors, which also hold our locks for as long as it
+lives. It opens those again by their number (QEMU 7.2's daemon cannot be sent descriptors) and nothing else: what a
+backing file is, is said by us and not by the image. It outlives driver and host process: the next host process finds
+it at its control socket.
 
 Each connection gets an export of its own. Before a driver's successor gets one, the exports of the driver before
 are ended, which takes until the last write of theirs is done or dropped: a write from before must not come after
@@ -60,7 +61,7 @@ class StorageDaemon:
         :raises HostFailure: not installed, or it does not start. :raises ImageInvalid: it does not take the image.
         """
         program = find_program()
-        pid = _spawn(program, folder)
+        pid = _spawn(program, folder, [file.fd for file in chain])
         pidfd = os.pidfd_open(pid)
         try:
             qmp = await Qmp.connect(str(folder), QMP_SOCKET)
@@ -139,10 +140,15 @@ class StorageDaemon:
         raise HostFailure(f"the storage daemon has no disk: see {self._folder / LOG_NAME}")
 
     async def resize(self, size: int) -> None:
-        """:param size: bytes. :raises HostFailure: it cannot."""
+        """Ends all connections: an export does not bear a change of its size. The driver waits for the next one and
+        does again what had no answer.
+
+        :param size: bytes. :raises HostFailure: it cannot.
+        """
         try:
+            await self._end_exports()
             await self._qmp.command("block_resize", {"node-name": NODE, "size": size})
-        except QmpError as exc:
+        except (QmpError, TimeoutError) as exc:
             raise HostFailure(f"the image cannot be made larger: {exc}") from exc
 
     async def stop(self) -> None:
@@ -171,13 +177,12 @@ class StorageDaemon:
         below: str | None = None
         for number in range(len(chain) - 1, -1, -1):
             file, top = chain[number], number == 0
-            await self._qmp.command("add-fd", {"fdset-id": number}, [file.fd])
             common = {"read-only": readonly or not top, "discard": "unmap", "cache": {"direct": direct and top}}
             protocol = {
                 "driver": "host_device" if file.block_device else "file",
-                "filename": f"/dev/fdset/{number}",
+                "filename": f"/proc/self/fd/{file.fd}",
                 "node-name": f"file{number}",
-                # The descriptor has our locks, on the very description that the daemon gets.
+                # Ours are there already, and would be others' to it.
                 "locking": "off",
                 **common,
             }
@@ -217,8 +222,8 @@ def find_program() -> str:
     return program
 
 
-def _spawn(program: str, folder: Path) -> int:
-    """Its pid; it gets its two sockets, listening already, and nothing else."""
+def _spawn(program: str, folder: Path, images: Sequence[int]) -> int:
+    """Its pid; it gets its two sockets, listening already, the images, and nothing else."""
     fds: list[int] = []
     try:
         for name in (QMP_SOCKET, NBD_SOCKET):
@@ -232,7 +237,7 @@ def _spawn(program: str, folder: Path) -> int:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=fds,
+                pass_fds=[*fds, *images],
                 cwd="/",
                 env={"LC_ALL": "C"},
                 start_new_session=True,

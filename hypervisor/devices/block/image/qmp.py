@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import socket
-from collections.abc import Sequence
 from typing import Any
 
 _MAX_LINE = 1 << 20
@@ -51,7 +50,7 @@ class Qmp:
             raise
         return qmp
 
-    async def command(self, name: str, arguments: dict[str, Any] | None = None, fds: Sequence[int] = ()) -> Any:
+    async def command(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
         """:raises QmpError: refused, too late, or the daemon has gone."""
         async with self._lock:
             number = next(self._numbers)
@@ -59,9 +58,6 @@ class Qmp:
             data = json.dumps(message).encode() + b"\n"
             try:
                 async with asyncio.timeout(TIMEOUT):
-                    if fds:
-                        sent = socket.send_fds(self._sock, [data], list(fds))
-                        data = data[sent:]
                     await asyncio.get_running_loop().sock_sendall(self._sock, data)
                     while True:
                         answer = await self._line()
