@@ -13,6 +13,8 @@ from hypervisor.hypercalls.registry import Continuation, Handler, hypercall
 from hypervisor.memory.layout import M2P_VIRT_START
 
 CAPABILITIES = b"xen-3.0-x86_64 "
+CAPABILITIES_32 = b"xen-3.0-x86_32p "
+"""Besides, where the engine can run 32-bit guests."""
 EXTRA_VERSION = b".0-reeve"
 MAX_CONSOLE_WRITE = 4096
 _FEATURES = (
@@ -29,7 +31,6 @@ def _fixed(text: bytes, size: int) -> bytes:
 _ANSWERS = {
     abi.XENVER_extraversion: _fixed(EXTRA_VERSION, 16),
     abi.XENVER_compile_info: _fixed(b"python", 64) + _fixed(b"reeve", 16) + _fixed(b"", 32) + _fixed(b"", 32),
-    abi.XENVER_capabilities: _fixed(CAPABILITIES, 1024),
     abi.XENVER_changeset: _fixed(b"unavailable", 64),
     abi.XENVER_platform_parameters: struct.pack("<Q", M2P_VIRT_START),
     abi.XENVER_commandline: _fixed(b"", 1024),
@@ -48,6 +49,10 @@ def xen_version(domain: Domain, command: int, argument: int, _3: int, _4: int, _
         if submap >= abi.XENFEAT_NR_SUBMAPS:
             raise XenError(errno.EINVAL, f"feature submap {submap}")
         domain.guest.write_u32(argument + 4, _FEATURES)
+        return 0
+    if command == abi.XENVER_capabilities:
+        runs_32_bit = domain.engine.runs_32_bit
+        domain.guest.write(argument, _fixed(CAPABILITIES + (CAPABILITIES_32 if runs_32_bit else b""), 1024))
         return 0
     if command == abi.XENVER_guest_handle:
         domain.guest.write(argument, _handle(domain.config.uuid))

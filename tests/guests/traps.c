@@ -11,7 +11,7 @@
 #define HOLE 0x0000123400000000UL
 #define NON_CANONICAL 0x0000800000000000UL
 
-enum { DE = 0, DB = 1, BP = 3, OF = 4, BR = 5, UD = 6, SS = 12, GP = 13, PF = 14 };
+enum { DE = 0, DB = 1, BP = 3, OF = 4, BR = 5, UD = 6, NP = 11, SS = 12, GP = 13, PF = 14 };
 enum { PF_P = 1, PF_W = 2, PF_U = 4, PF_I = 16 };
 
 static u8 *page;     /* mapped as each case likes */
@@ -55,6 +55,33 @@ static void exceptions(void)
     expect("#GP: ss from beyond the GDT", GP, 0xabcc, 0);
     PROBE("inb $0x80, %%al");
     expect("#GP: port without IOPL", GP, 0, 0);
+}
+
+/* Selectors of the guest's own table that cannot be loaded, and a call gate, which is for nobody. */
+static void segments(void)
+{
+    struct { u32 offset; u16 selector; } __attribute__((packed)) far_code = {0, 3 << 3 | 3}, gate = {0, 4 << 3 | 3};
+    u64 *table = page_alloc(), frame = va_to_mfn(table);
+
+    table[1] = 0x00cff3000000ffffUL; /* data */
+    table[2] = 0x00cf73000000ffffUL; /* data that is not present */
+    table[3] = 0x00af7b000000ffffUL; /* code that is not present */
+    table[4] = 0x0000ec00e0330000UL; /* a call gate to Xen's flat code, open to all */
+    make_readonly(table);
+    check_value("set_gdt", HC2(set_gdt, &frame, 512), 0);
+    check_value("a call gate's privilege level is the selector's from now on", table[4] >> 45 & 3, 0);
+    PROBE("movl $0xb, %%eax\n\tmovl %%eax, %%es\n\txorl %%eax, %%eax\n\tmovl %%eax, %%es");
+    check_value("traps by a good selector", trap_seen.count, 0);
+    PROBE("movl $0x13, %%eax\n\tmovl %%eax, %%es");
+    expect("#NP: es not present", NP, 0x10, 0);
+    PROBE("movl $0x13, %%eax\n\tmovl %%eax, %%ss");
+    expect("#SS: ss not present", SS, 0x10, 0);
+    PROBE("ljmp *(%0)", "r"(&far_code));
+    expect("#NP: cs not present", NP, 0x18, 0);
+    PROBE("lcall *(%0)", "r"(&gate));
+    expect("#GP: a call gate", GP, 0x20, 0);
+    check_value("no gdt", HC2(set_gdt, NULL, 0), 0);
+    make_writable(table);
 }
 
 static void frames(void)
@@ -344,6 +371,7 @@ void guest_main(void)
     readonly = page_alloc();
     make_readonly(readonly);
     exceptions();
+    segments();
     frames();
     single_step();
     page_faults();

@@ -64,6 +64,7 @@ class FakeEngine:
     """Records what is asked of it."""
 
     name = "fake"
+    runs_32_bit = False
 
     def __init__(self) -> None:
         self.regs = FakeRegisters()

@@ -25,6 +25,10 @@ PUBLIC_ONLY = {
     "FAIL #PF: write, not present",
     "FAIL #PF: write to Xen's own area",
     "FAIL user: write to an unmapped page",
+    "FAIL #NP: es not present",
+    "FAIL #SS: ss not present",
+    "FAIL #NP: cs not present",
+    "FAIL #GP: a call gate",
 }
 
 

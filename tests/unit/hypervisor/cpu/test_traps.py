@@ -27,7 +27,15 @@ def rig() -> Rig:
     made = Rig().boot()
     made.unmap(USER, GDT)
     made.fill(
-        GDT, {5: 0x00CF_F300_0000_FFFF, 6: 0x00AF_FB00_0000_FFFF, 7: 0x00CF_FB00_0000_FFFF, 8: 0x00CF_7300_0000_FFFF}
+        GDT,
+        {
+            5: 0x00CF_F300_0000_FFFF,
+            6: 0x00AF_FB00_0000_FFFF,
+            7: 0x00CF_FB00_0000_FFFF,
+            8: 0x00CF_7300_0000_FFFF,
+            9: 0x00AF_7B00_0000_FFFF,
+            10: 0x0000_8C00_E033_0000,
+        },
     )
     made.domain.set_gdt(made.domain.running, [made.mfn(GDT)], 512)
     made.tables.pin(made.mfn(made.fill(USER, {0: made.word(1, 0)})), L4)
@@ -301,6 +309,8 @@ BAD_RETURNS = [
     (USER_SS, USER_SS, HANDLER, x86.GP, 0x28, "CS is data"),
     (0x1003, USER_SS, HANDLER, x86.GP, 0x1000, "CS is not in the GDT"),
     (0x7, USER_SS, HANDLER, x86.GP, 0x4, "CS is not in the LDT"),
+    (0x4B, USER_SS, HANDLER, x86.NP, 0x48, "CS is not present"),
+    (0x53, USER_SS, HANDLER, x86.GP, 0x50, "CS is a call gate"),
     (USER_CS, 0, HANDLER, x86.GP, 0, "null SS"),
     (USER_CS, USER_CS, HANDLER, x86.GP, 0x30, "SS is code"),
     (USER_CS, 0x43, HANDLER, x86.SSF, 0x40, "SS is not present"),

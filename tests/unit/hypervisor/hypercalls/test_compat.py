@@ -174,6 +174,22 @@ def test_reservations_take_4_byte_lists(rig: Rig32) -> None:
     rig.check()
 
 
+def test_memory_without_a_list_of_its_frames(rig: Rig32) -> None:
+    """increase_reservation: a guest that does not care which frames it gets passes none."""
+    rig.unmap(40, 41)
+    back = reservation(rig, [BASE + 40, BASE + 41])
+    assert rig.call(abi.HYPERVISOR_memory_op, abi.XENMEM_decrease_reservation, back) == 2
+    pages = rig.frames.pages()
+    nobody = rig.pack(ARG, "<4IH", 0, 3, 0, 0, abi.DOMID_SELF)
+    assert rig.call(abi.HYPERVISOR_memory_op, abi.XENMEM_increase_reservation, nobody) == 2, (
+        "two, then there are no more"
+    )
+    assert rig.frames.pages() == pages + 2
+    assert rig.call(abi.HYPERVISOR_memory_op, abi.XENMEM_decrease_reservation, nobody) == 0, "these it has to name"
+    assert rig.call(abi.HYPERVISOR_memory_op, abi.XENMEM_populate_physmap, nobody) == 0
+    rig.check()
+
+
 def test_a_list_of_many_pieces(rig: Rig32) -> None:
     """More extents than are translated at a time; what is given back first can be taken again."""
     frames = list(range(BASE + 40, BASE + 60))

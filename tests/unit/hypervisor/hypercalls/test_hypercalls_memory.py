@@ -188,6 +188,9 @@ def test_xen_version(rig: Rig) -> None:
         rig.put(OUT, b"\xee" * 2048)
         assert call(rig, abi.HYPERVISOR_xen_version, command, OUT) == 0
         assert rig.get(OUT, size).startswith(start) and rig.get(OUT + size, 8) == b"\xee" * 8, command
+    rig.engine.runs_32_bit = True
+    assert call(rig, abi.HYPERVISOR_xen_version, abi.XENVER_capabilities, OUT) == 0
+    assert rig.get(OUT, 40).rstrip(b"\0") == b"xen-3.0-x86_64 xen-3.0-x86_32p "
     put(rig, "<2I", 0, 0xEEEE)
     assert call(rig, abi.HYPERVISOR_xen_version, abi.XENVER_get_features, ARG) == 0 and rig.u32(ARG + 4) & 1 << 5
     put(rig, "<2I", 1000, 0)
