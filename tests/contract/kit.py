@@ -26,6 +26,7 @@ OBEYS = "obeys"  # powers off or reboots when asked through control/shutdown
 POWEROFF = "poweroff"  # powers off by itself
 REBOOTS = "reboots"  # asks for a reboot by itself on its first boot; after that it waits
 CRASHES = "crashes"  # ends with SHUTDOWN_crash or by a fault
+FOLLOWS = "follows"  # has a balloon, and takes vCPUs on and off line
 ECHOES = "echoes"  # a line typed on its console is printed back
 
 

@@ -36,6 +36,7 @@ def make_kit(folder: Path) -> kit.Kit:
             kit.REBOOTS: guest("fake.boot=reboot"),
             kit.CRASHES: guest("fake.boot=crash"),
             kit.ECHOES: guest(),
+            kit.FOLLOWS: guest(),
         },
         line=LINE.encode(),
         memory_mib=16,
