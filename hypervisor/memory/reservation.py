@@ -8,8 +8,6 @@ memory goes back to the host then.
 
 from __future__ import annotations
 
-import numpy as np
-
 from hypervisor.abi import errno
 from hypervisor.errors import XenError
 from hypervisor.memory.frames import FREE, HELD, LEFT, NONE, STOLEN, FrameTable
@@ -91,9 +89,14 @@ class Reservation:
 
     def _return_memory(self) -> None:
         """In runs: each is a system call."""
-        freed, self._freed = np.unique(np.array(self._freed, dtype=np.int64)), []
-        for run in np.split(freed, np.flatnonzero(np.diff(freed) != 1) + 1):
-            self._tables.memory.punch(int(run[0]), len(run))
+        freed, self._freed = sorted(self._freed), []
+        first = end = freed[0]
+        for index in freed:
+            if index != end:
+                self._tables.memory.punch(first, end - first)
+                first = index
+            end = index + 1
+        self._tables.memory.punch(first, end - first)
 
     # -- taking
 
