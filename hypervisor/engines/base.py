@@ -87,6 +87,12 @@ class Engine(Protocol):
     def map_memory(self, mpa: int, size: int, address: int) -> None:
         """Back machine physical [mpa, mpa+size) by host memory at `address`. Called once, before `run`."""
 
+    def map_neighbour(self, mpa: int, size: int, address: int) -> None:
+        """Back more machine memory: another domain's, of which single frames may be mapped. From a handler, too."""
+
+    def unmap_neighbour(self, mpa: int, size: int) -> None:
+        """Take it back; no page-table entry leads there any more."""
+
     def set_handler(self, handler: TrapHandler) -> None: ...
 
     def reset_pv64(self, cr3: int, gdt_base: int, gdt_limit: int) -> None:

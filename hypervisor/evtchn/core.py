@@ -99,6 +99,10 @@ class Router(Protocol):
 
     def closed(self, peer: int, peer_port: int, local_port: int) -> None: ...
 
+    def exists(self, domid: int) -> bool:
+        """Whether there is such a domain."""
+        ...
+
 
 class EventChannels:
     """One domain's ports. Port 0 is never used.
@@ -166,9 +170,10 @@ class EventChannels:
     # -- operations
 
     def require_self(self, domid: int) -> None:
-        """A guest works on its own ports. :raises XenError: EPERM for the host's domain, ESRCH for any other."""
+        """A guest works on its own ports. :raises XenError: EPERM for another domain, ESRCH when there is none."""
         if self._resolve(domid) != self.domid:
-            raise XenError(errno.ESRCH if domid else errno.EPERM, f"event channels of domain {domid}")
+            there = domid == 0 or self.router.exists(domid)
+            raise XenError(errno.EPERM if there else errno.ESRCH, f"event channels of domain {domid}")
 
     def alloc_unbound(self, dom: int, remote: int) -> Port:
         """A port that only domain `remote` may bind to; that need not exist yet.

@@ -187,6 +187,8 @@ class ActiveGrants:
             if peer is None:
                 raise GrantError(abi.GNTST_general_error, f"grant {ref} refers to domain {target}")
             window = peer.pin_copy(target_ref, self._domid, readonly=readonly, transitive=False)
+            # A peer in another process may have been served meanwhile, with this grant, too.
+            act = self._active.get(ref)
             found = (target, target_ref, window.mfn, window.start, window.length)
             if act is not None and found != (act.target, act.target_ref, act.mfn, act.start, act.length):
                 peer.unpin_copy(target_ref, readonly=readonly)

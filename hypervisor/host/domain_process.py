@@ -35,6 +35,7 @@ from hypervisor.host import sandbox
 from hypervisor.host.channel import BadMessage, Channel, ChannelClosed, Message
 from hypervisor.host.guest_link import GuestLinks
 from hypervisor.host.handles import Handles, answer, ring
+from hypervisor.host.neighbours import Neighbours, neighbours_of
 from hypervisor.host.poller import Poller
 from hypervisor.host.runtime import BuildRequest, Ended, Guest, Runtime
 from hypervisor.toolstack.api import DomainState, ShutdownReason
@@ -72,6 +73,7 @@ class DomainProcess:
         self._listener: socket.socket | None = None
         self._poller = Poller()
         self._links: GuestLinks | None = None
+        self._neighbours: Neighbours | None = None
 
     def main(self) -> None:
         """Returns only if the domain never came to life; otherwise the process ends by a signal from the host."""
@@ -109,7 +111,9 @@ class DomainProcess:
         guest = self.runtime.build(self.request, memory, self._notify_host, lambda: sealed.append(sandbox.restrict()))
         self._guest = guest
         target = guest.link_target()
-        self._links = GuestLinks(target, self._poller) if target else None
+        if target is not None:
+            self._links = GuestLinks(target, self._poller)
+            self._neighbours = neighbours_of(target, self.handles.memory, self._poller, self._ask_for)
         self._report = sandbox.lock_down(sealed[0] if sealed else sandbox.restrict(), required=self.sandbox_required)
         return guest
 
@@ -138,8 +142,15 @@ class DomainProcess:
         if bell is not None:  # any other port of domain 0 is a driver's, and none is bound to it now
             ring(bell)
 
+    def _ask_for(self, domid: int) -> bool:
+        """Have the host introduce a neighbour; False: no host is there."""
+        self._send({"event": "neighbour", "domid": domid})
+        return self._host is not None
+
     def _finish(self, ended: Ended) -> None:
         LOG.info("guest ended: %s %s", ended.reason, ended.detail)
+        if self._neighbours is not None:
+            self._neighbours.end()
         with self._lock:
             self.ended = ended
             self.state = DomainState.CRASHED if ended.reason is ShutdownReason.CRASH else DomainState.SHUTDOWN
@@ -190,10 +201,11 @@ class DomainProcess:
             "set_cap": lambda: self._set_cap(message.get("percent")),
             "link": lambda: self._link(fds),
             "unlink": lambda: self._unlink(message.get("link")),
+            "peer": lambda: self._peer(message, fds),
         }
         try:
             verb = verbs.get(str(message.get("op")))
-            if message.get("op") != "link":
+            if message.get("op") not in ("link", "peer"):
                 channels.close_all(fds)
             if verb is None:
                 raise HostFailure(f"unknown op {message.get('op')!r}")
@@ -238,6 +250,13 @@ class DomainProcess:
             channels.close_all(fds)
             raise WrongState("this runtime serves no devices")
         return {"link": self._links.open(fds)}
+
+    def _peer(self, message: Message, fds: list[int]) -> dict[str, Any]:
+        if self._neighbours is None:
+            channels.close_all(fds)
+            raise WrongState("this runtime has no neighbours")
+        self._neighbours.introduce(message, fds)
+        return {}
 
     def _unlink(self, number: object) -> dict[str, Any]:
         if not isinstance(number, int) or number < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import logging
@@ -13,6 +14,7 @@ from hypervisor import abi
 from hypervisor.abi import errno
 from hypervisor.devices import link_wire as wire
 from hypervisor.devices.link_window import SLOTS
+from hypervisor.domain import Domain
 from hypervisor.errors import XenError
 from hypervisor.evtchn.core import ChannelState, EventChannels
 from hypervisor.evtchn.hostside import HostRouter
@@ -45,6 +47,9 @@ class LinkTarget:
 
     :ivar frames: pages of its memfd; `index` the page of a machine frame, -1 when there is none.
     :ivar post: has a function called in the run loop's thread (`Machine.post`).
+    :ivar machine: what neighbours reach; None: it has none.
+    :ivar mapped: how often driver processes have a page of the memfd mapped.
+    :ivar shared: pages that a neighbour uses; they are not in the memfd now.
     """
 
     domid: int
@@ -54,6 +59,9 @@ class LinkTarget:
     events: EventChannels
     router: HostRouter
     post: Callable[[Callable[[], None]], None]
+    machine: Domain | None = None
+    mapped: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    shared: set[int] = dataclasses.field(default_factory=set)
 
 
 @dataclasses.dataclass(slots=True)
@@ -138,10 +146,18 @@ class LinkState:
                 raise
         except GrantError as exc:
             raise Refused(exc.status, exc.why) from exc
-        return Held(ref, mfn, self._target.index(mfn), readonly)
+        held = Held(ref, mfn, self._target.index(mfn), readonly)
+        self._target.mapped[held.page] += 1
+        if held.page in self._target.shared:
+            self._unpin(held)
+            raise Refused(abi.GNTST_general_error, f"grant {ref}: another domain has the frame mapped")
+        return held
 
     def _unpin(self, held: Held) -> None:
-        grants = self._target.grants
+        mapped, grants = self._target.mapped, self._target.grants
+        mapped[held.page] -= 1
+        if not mapped[held.page]:
+            del mapped[held.page]
         grants.drop(held.mfn, writable=not held.readonly)
         grants.unpin(held.ref, held.increment, readonly=held.readonly)
 

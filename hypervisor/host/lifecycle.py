@@ -26,6 +26,7 @@ from hypervisor.host import priority
 from hypervisor.host.channel import Message
 from hypervisor.host.consoles import ConsoleHub
 from hypervisor.host.handles import Handles
+from hypervisor.host.introductions import introduce
 from hypervisor.host.ledger import PAGES_PER_MIB, Claim, Ledger
 from hypervisor.host.process import ProcessHold, describe_exit
 from hypervisor.host.records import DomainRecord, Phase, RecordStore, RunSizes
@@ -120,6 +121,7 @@ class Lifecycle:
         assert process is not None
         process.on_ended = lambda message: self.guest_ended(domain, message)
         process.on_exit = lambda code: self.process_gone(domain, code)
+        process.on_neighbour = lambda domid: introduce(self.table, domain, domid)
         process.on_unlinked = lambda: self._spawn(self.reconnect(domain, process))
 
     def guest_ended(self, domain: Domain, message: Message) -> None:

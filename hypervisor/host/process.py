@@ -28,6 +28,7 @@ class ProcessHold:
 
     :ivar on_ended: called with the ``ended`` message when the guest has ended.
     :ivar on_exit: called once with the exit code (negative for a signal, None unknown) when the process is gone.
+    :ivar on_neighbour: called when the guest wants to reach the domain of that number.
     :ivar on_unlinked: called when the channel broke though the process may live.
     """
 
@@ -43,6 +44,7 @@ class ProcessHold:
         self.handles = handles
         self.on_ended: Callable[[Message], None] = lambda message: None
         self.on_exit: Callable[[int | None], None] = lambda code: None
+        self.on_neighbour: Callable[[int], None] = lambda domid: None
         self.exit_code: int | None = None
         self._pidfd = pidfd
         self._zygote = zygote
@@ -165,6 +167,8 @@ class ProcessHold:
             self._built.set_result(message)
         elif kind == "ended":
             self.on_ended(message)
+        elif kind == "neighbour" and type(message.get("domid")) is int:
+            self.on_neighbour(message["domid"])
 
     def _unlinked(self) -> None:
         """The channel broke. If the process lives, it dropped a host that did not read: it can be called again."""

@@ -67,7 +67,7 @@ def link_target(machine: Machine) -> LinkTarget:
     assert isinstance(router, HostRouter)
     memory = domain.memory
     return LinkTarget(
-        domain.config.domid, memory.frames, memory.index, domain.grants.own, domain.events, router, machine.post
+        domain.config.domid, memory.frames, memory.index, domain.grants.own, domain.events, router, machine.post, domain
     )
 
 

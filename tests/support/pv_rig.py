@@ -74,6 +74,7 @@ class FakeEngine:
         self.written: list[int] = []
         self.segments: list[tuple[int, int, int]] = []
         self.ldt: tuple[int, int, int] = (0, 0, 0)
+        self.neighbours: dict[int, tuple[int, int]] = {}
 
     def load_cr3(self, mpa: int) -> None:
         self.regs.cr3 = mpa
@@ -88,6 +89,12 @@ class FakeEngine:
 
     def memory_written(self, mpa: int, _size: int) -> None:
         self.written.append((mpa >> 12) - BASE)
+
+    def map_neighbour(self, mpa: int, size: int, address: int) -> None:
+        self.neighbours[mpa] = (size, address)
+
+    def unmap_neighbour(self, mpa: int, size: int) -> None:
+        assert self.neighbours.pop(mpa)[0] == size
 
     def load_flat64(self, cs: int, ss: int) -> None:
         self.regs.load_flat64(cs, ss)
@@ -123,6 +130,7 @@ class Peers:
         self.bound: list[tuple[int, int, int]] = []
         self.gone: list[tuple[int, int, int]] = []
         self.refuse: int | None = None
+        self.known: set[int] = set()
 
     def send(self, peer: int, peer_port: int, local_port: int) -> None:
         self.sent.append((peer, peer_port, local_port))
@@ -134,6 +142,9 @@ class Peers:
 
     def closed(self, peer: int, peer_port: int, local_port: int) -> None:
         self.gone.append((peer, peer_port, local_port))
+
+    def exists(self, domid: int) -> bool:
+        return domid in self.known
 
 
 class Rig:

@@ -122,6 +122,12 @@ class UnicornEngine:
         self._map_base = mpa
         self._tables = TableWalk(lambda: self.regs.cr3, mpa, size, address)
 
+    def map_neighbour(self, mpa: int, size: int, address: int) -> None:
+        self._uc.mem_map_ptr(mpa, size, unicorn.UC_PROT_ALL, address)
+
+    def unmap_neighbour(self, mpa: int, size: int) -> None:
+        self._uc.mem_unmap(mpa, size)
+
     def set_handler(self, handler: TrapHandler) -> None:
         self._handler = handler
         if self._direct:

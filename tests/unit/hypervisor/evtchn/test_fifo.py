@@ -58,6 +58,9 @@ class Nobody:
     def bind(self, peer: int, peer_port: int, local_port: int) -> None: ...
     def closed(self, peer: int, peer_port: int, local_port: int) -> None: ...
 
+    def exists(self, domid: int) -> bool:
+        return False
+
 
 class TwoLevelBits:
     """The ABI before FIFO, as a set."""
