@@ -53,7 +53,7 @@ class Journal:
             raise OSError("the journal of a disk's ring could not be written whole")
 
     def recover(self, ring: BlkRing) -> bool:
-        """Push what the driver before this one had not pushed to the end; whether to notify the guest."""
+        """Push what the driver before this one had not pushed to the end; whether there was something."""
         data = os.pread(self._fd, RECORD_BYTES, self._at)
         if len(data) < _HEAD.size:
             return False

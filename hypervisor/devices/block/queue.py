@@ -110,8 +110,9 @@ class Queue:
 
     def recover(self) -> None:
         """Finish what the driver before this one was about to answer."""
-        if self._journal.recover(self.ring):
-            self.event.notify()
+        self._journal.recover(self.ring)
+        # It may have died between a response and the event for it.
+        self.event.notify()
 
     def service(self) -> None:
         """Do what is there. :raises DeviceBroken: the ring cannot be followed. :raises LinkClosed. :raises OSError."""
