@@ -282,7 +282,7 @@ HOST_CHECKS: tuple[Callable[[], Finding], ...] = (
     tool("busybox", "busybox-static"),
     tool("qemu-storage-daemon", "qemu-system-common", "qcow2 disks need it"),
     tool("qemu-img", "qemu-utils", "making and checking qcow2 images needs it"),
-    tool("passt", "passt", "networks of an ordinary user need it to reach the outside"),
+    tool("slirp4netns", "slirp4netns", "user networks need it to reach the outside"),
 )
 
 

@@ -31,7 +31,7 @@ def test_every_check_is_told_with_a_cure(reeve: Any) -> None:
     found = rows(reeve)
     assert list(found) == [
         *("python", "machine", "unicorn", "engine", "memfd", "seccomp", "landlock", "userfaultfd", "kvm", "xen"),
-        *("dpkg-deb", "apt-get", "cpio", "busybox", "qemu-storage-daemon", "qemu-img", "passt"),
+        *("dpkg-deb", "apt-get", "cpio", "busybox", "qemu-storage-daemon", "qemu-img", "slirp4netns"),
         *("grub-xen-host", "state_dir", "disk", "host_process", "broker", "agent"),
     ]
     for row in found.values():
