@@ -1,9 +1,9 @@
 """Whether a frame may come from a nic: its MAC, and its addresses if they are given.
 
 With addresses given, a guest may speak ARP, IPv4 and IPv6 from these only. Besides, what a stack says before it has
-one: DHCP requests from 0.0.0.0, ARP probes (RFC 5227), and from ``::`` what RFC 4862 and RFC 3810 want (duplicate address
-detection, router solicitation, multicast listener reports). IPv6 link-local is allowed as made of the MAC (RFC 4291,
-appendix A); another one has to be given. It must be neither DHCP server nor router to others.
+one: DHCP requests from 0.0.0.0, ARP probes (RFC 5227), and from ``::`` what RFC 4862 and RFC 3810 want (duplicate
+address detection, router solicitation, multicast listener reports). IPv6 link-local is allowed as made of the MAC
+(RFC 4291, appendix A); another one has to be given. It must be neither DHCP server nor router to others.
 """
 
 from __future__ import annotations
