@@ -26,6 +26,7 @@ from typing import Any
 
 from agent.errors import AgentError
 from agent.images import Image, build_image, load_image
+from agent.images.debian import KERNEL_META_PACKAGE, Apt, read_members
 from agent.images.errors import ImageError
 from hypervisor.errors import ToolstackError
 
@@ -225,6 +226,26 @@ def guest_image(images: Path, folder: Path) -> Image:
         return load_image(images / name)
     kernel = plain_image(images).kernel
     return _image(images, name, kernel=kernel, add=[(compile_guestbench(folder), "/bin/guestbench")])
+
+
+def packaged_image(
+    images: Path, name: str, members: Sequence[str], add: Sequence[tuple[Path, str]], folder: Path
+) -> Image:
+    """Debian's kernel and our ramdisk with files of the kernel's package under /lib/bench, and further ones.
+
+    :param members: ends of paths in the package. :raises ImageError: it cannot be made.
+    """
+    if (images / name).exists():
+        return load_image(images / name)
+    kernel = plain_image(images).kernel
+    _, package = Apt(images / ".cache").fetch(KERNEL_META_PACKAGE)
+    wanted = tuple(members)
+    added = list(add)
+    for path, content in read_members(package, lambda path: path.endswith(wanted), len(wanted)):
+        file = folder / Path(path).name
+        file.write_bytes(content)
+        added.append((file, f"/lib/bench/{file.name}"))
+    return _image(images, name, kernel=kernel, add=added)
 
 
 def _image(images: Path, name: str, **arguments: Any) -> Image:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -76,13 +76,15 @@ class Terminal:
 class QemuGuest:
     """``qemu-system-x86_64 -accel tcg`` with one processor, from its start on.
 
+    :param devices: further options for QEMU.
     :ivar started: `time.monotonic` before the process was made.
     """
 
-    def __init__(self, image: Image, memory_mib: int, binary: str = QEMU) -> None:
+    def __init__(self, image: Image, memory_mib: int, binary: str = QEMU, devices: Sequence[str] = ()) -> None:
         command = [binary, "-accel", "tcg", "-smp", "1", "-m", str(memory_mib), "-nographic", "-no-reboot"]
         command += ["-kernel", image.kernel, "-append", QEMU_COMMAND_LINE]
         command += ["-initrd", image.ramdisk] if image.ramdisk else []
+        command += devices
         self.started = time.monotonic()
         try:
             self._process = subprocess.Popen(
@@ -139,13 +141,16 @@ class Node:
     """``reeve-hypervisor`` and ``reeve-agent`` in a folder of their own, with a folder as broker.
 
     Ends both and every domain when it is left, whatever happened.
+
+    :param options: further lines of reeve-hypervisor's configuration.
     """
 
-    def __init__(self, folder: Path, images: Path, timeout: float) -> None:
+    def __init__(self, folder: Path, images: Path, timeout: float, options: str = "") -> None:
         self.folder = folder
         self.timeout = timeout
         self.toolstack = EmbeddedToolstack(folder / "hypervisor.sock")
         self._images = images.expanduser().absolute()
+        self._options = options
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._client: Client | None = None
         self._domains: dict[int, int] = {}  # pid -> pidfd
@@ -222,7 +227,9 @@ class Node:
     def _start(self) -> None:
         hypervisor, agent = self.folder / "hypervisor.conf", self.folder / "agent.conf"
         socket, broker = self.folder / "hypervisor.sock", f"filesystem://{self.folder / 'broker'}"
-        hypervisor.write_text(f"[hypervisor]\nstate_dir = {self.folder / 'hypervisor'}\nsocket = {socket}\n")
+        hypervisor.write_text(
+            f"[hypervisor]\nstate_dir = {self.folder / 'hypervisor'}\nsocket = {socket}\n{self._options}\n"
+        )
         agent.write_text(
             f"[agent]\nhost = {HOST}\nstate_dir = {self.folder / 'agent'}\n[broker]\nurl = {broker}\n"
             f"[driver]\nname = embedded\nsocket = {socket}\n[images]\ndir = {self._images}\n"
