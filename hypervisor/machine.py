@@ -19,6 +19,7 @@ from typing import Any
 
 from hypervisor import abi
 from hypervisor.cpu import time as guest_time
+from hypervisor.cpu.failsafe import reload_segments
 from hypervisor.cpu.state import Vcpu
 from hypervisor.cpu.traps32 import ModeHandler, Traps32
 from hypervisor.domain import Domain, MachineConfig
@@ -249,6 +250,7 @@ class Machine:
         vcpu.cpu = None
         domain.running = vcpu
         self._traps.set_vcpu(vcpu)
+        reload_segments(self._traps)
 
     def _woken(self, vcpu: Vcpu) -> None:
         """A vCPU can run again: let it soon, at once if the one that has the engine waits for it."""
