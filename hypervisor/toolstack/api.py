@@ -269,6 +269,7 @@ class Toolstack(Protocol):
         """Give a domain one more disk; it becomes part of its spec. Returns before the guest has taken it up.
 
         No effect if the same disk is attached. :raises SpecInvalid, DeviceExists, ImageInvalid, ImageInUse.
+        :raises WrongState: it has ended; so do the other verbs that attach and detach.
         """
 
     def attach_nic(self, uuid: str, nic: NicSpec) -> DeviceInfo:

@@ -189,6 +189,7 @@ class DeviceInfo:
     :ivar stats: counters since it was attached: ``read_bytes``, ``write_bytes``, ``read_requests``,
         ``write_requests``, ``flushes``, ``discards``, ``errors``; or ``rx_bytes``, ``tx_bytes``, ``rx_packets``,
         ``tx_packets``, ``rx_dropped``, ``tx_dropped`` (rx is what the guest receives). ``restarts`` of its driver.
+        One that is missing is 0.
     """
 
     kind: str

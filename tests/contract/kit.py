@@ -12,6 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,7 @@ class Kit:
     :ivar boot_timeout: seconds, generous, from unpause to `line` on a busy machine.
     :ivar add_foreign: makes a domain behind the driver's back, as another toolstack would; None if that cannot be.
     :ivar restart_host: kills the host process with SIGKILL and starts it again; needs capability ADOPTION.
+    :ivar image_folder: where disk images may lie; None when the kit's host has no disks of the real kind.
     :ivar no_notes: a kernel without Xen notes, for a driver whose `create` looks at them.
     """
 
@@ -52,6 +54,7 @@ class Kit:
     boot_timeout: float = 30.0
     add_foreign: Callable[[DomainSpec], None] | None = None
     restart_host: Callable[[], None] | None = None
+    image_folder: Path | None = None
     no_notes: KernelBoot | None = None
     stop: Callable[[], None] = lambda: None
     lines: dict[str, bytes] = dataclasses.field(default_factory=dict)
@@ -110,6 +113,16 @@ class Bench:
         info = self.start(guest, **fields)
         self.until(lambda: self.line(info.uuid) in self.toolstack.console_log(info.uuid), f"{guest} guest to boot")
         return info
+
+    def image(self, size: int = 1 << 20) -> str:
+        """A new raw image of zeros, where the host may use it."""
+        if self.kit.image_folder is None:
+            pytest.skip(f"the {self.kit.name} kit has no disk images")
+        self.kit.image_folder.mkdir(parents=True, exist_ok=True)
+        path = self.kit.image_folder / f"{uuid.uuid4()}.img"
+        with path.open("wb") as file:
+            file.truncate(size)
+        return str(path)
 
     def until(self, condition: Callable[[], bool], what: str, timeout: float | None = None) -> None:
         deadline = time.monotonic() + (timeout or self.kit.boot_timeout)

@@ -41,6 +41,7 @@ def make_kit(folder: Path) -> kit.Kit:
         line=LINE.encode(),
         memory_mib=16,
         boot_timeout=5.0,
+        image_folder=folder / "images",
         add_foreign=add_foreign,
         restart_host=lambda: None,  # it has no process: every verb ends with its state on disk
     )

@@ -50,6 +50,7 @@ def make_kit(folder: Path) -> kit.Kit:
         memory_mib=8,
         boot_timeout=20.0,
         restart_host=rig.restart,
+        image_folder=rig.state / "images",
         no_notes=KernelBoot(kernel=str(build_guest("hello", NO_XEN_NOTES=True))),
         stop=rig.stop,
     )

@@ -69,7 +69,7 @@ class DeviceVerbs(OptionalVerbs):
 
     def attach_disk(self, uuid: str, disk: DiskSpec) -> DeviceInfo:
         with self._verb("attach_disk"):
-            domain = self._readable(uuid)
+            domain = self._live(uuid, "attach a disk to")
             disk.validate()
             if _known(domain.spec.disks, disk, "disk"):
                 return _device(domain, "disk", disk.id)
@@ -80,7 +80,7 @@ class DeviceVerbs(OptionalVerbs):
 
     def attach_nic(self, uuid: str, nic: NicSpec) -> DeviceInfo:
         with self._verb("attach_nic"):
-            domain = self._readable(uuid)
+            domain = self._live(uuid, "attach a nic to")
             nic.validate()
             if _known(domain.spec.nics, nic, "nic"):
                 return _device(domain, "nic", str(nic.id))
@@ -108,12 +108,12 @@ class DeviceVerbs(OptionalVerbs):
     def _let_go(self, uuid: str, kind: str, ident: str, force: bool) -> bool:
         """The device is gone now; False: the guest keeps it."""
         with self.store.transaction():
-            domain = self._readable(uuid)
+            domain = self._live(uuid, "detach a device from")
             key = f"{kind}:{ident}"
             if key not in domain.devices:
                 return True
             obeys = domain.state is DomainState.RUNNING and guest.option(domain, "devices") != "keep"
-            if not (obeys or domain.ended or force):
+            if not (obeys or force):
                 return False
             del domain.devices[key]
             domain.spec = dataclasses.replace(
