@@ -58,6 +58,8 @@ blocks = st.sampled_from(kinds).flatmap(lambda kind: kind)
 scripts = st.lists(blocks, min_size=12, max_size=25).map(lambda found: [step for block in found for step in block])
 
 Events = dict[int, set[tuple[str, str]]]
+Heard = dict[str, tuple[bool, set[int]]]
+"""Changed paths: whether the watches above are concerned, and who may hear."""
 
 
 def up(path: str) -> str:
@@ -133,7 +135,7 @@ class Model:
     # -- watches: each is (path as the client wrote it, depth)
 
     def changed(self, op: Op, path: str, before: dict[str, tuple[str, str]]) -> list[tuple[str, bool]]:
-        """What a successful request changed: paths, and whether the watches above hear of it."""
+        """What a successful request changed: paths, and whether the watches above are concerned."""
         if op == Op.RM:
             return [(p, p == path) for p in before if p not in self.nodes]
         if op == Op.MKDIR and path in before:
@@ -144,13 +146,18 @@ class Model:
         now, then = self, Model(before)
         return any("r" in m.right(who, p) for m in (now, then) for p in (path, up(path)) if p in m.nodes)
 
-    def events(self, changes: list[tuple[str, bool]], before: dict[str, tuple[str, str]]) -> Events:
-        heard: Events = {who: set() for who in CLIENTS}
-        for path, above in changes:
-            for who, watches in self.watches.items():
-                if self.may_hear(who, path, before):
-                    heard[who] |= {event for w in watches for event in told(who, w, path, above)}
-        return heard
+    def note(self, heard: Heard, op: Op, path: str, before: dict[str, tuple[str, str]]) -> None:
+        """Add what a successful request changed."""
+        for changed, above in self.changed(op, path, before):
+            was_above, who = heard.get(changed, (False, set()))
+            heard[changed] = was_above or above, who | {w for w in CLIENTS if self.may_hear(w, changed, before)}
+
+    def events(self, heard: Heard) -> Events:
+        found: Events = {who: set() for who in CLIENTS}
+        for path, (above, hearers) in heard.items():
+            for who in hearers:
+                found[who] |= {event for w in self.watches[who] for event in told(who, w, path, above)}
+        return found
 
 
 def told(who: int, watch: tuple[str, str], path: str, above: bool) -> set[tuple[str, str]]:
@@ -226,7 +233,9 @@ class Run:
             answer = self.model.ask(who, op, path, extra)
             assert ask(client, op, path, extra, 0) == answer
             if answer == "OK":
-                heard = self.model.events(self.model.changed(op, path, before), before)
+                changes: Heard = {}
+                self.model.note(changes, op, path, before)
+                heard = self.model.events(changes)
         self.check(heard)
 
     def end(self, who: int, name: str, word: str) -> None:
@@ -234,7 +243,7 @@ class Run:
         if tx is None:
             return
         before = dict(self.model.nodes)
-        most: Events = {w: set() for w in CLIENTS}
+        changes: Heard = {}
         answer = self.world.clients[who].ask(Op.TRANSACTION_END, word.encode() + b"\0", tx.ident)
         if answer == b"EAGAIN":
             assert self.version != tx.version, "nobody else changed anything"
@@ -244,10 +253,10 @@ class Run:
                 step = dict(self.model.nodes)
                 assert self.model.ask(who, op, path, extra) == reply, "not as if it had run at its commit"
                 if reply == "OK":
-                    for w, events in self.model.events(self.model.changed(op, path, step), step).items():
-                        most[w] |= events
+                    self.model.note(changes, op, path, step)
         self.version += self.model.nodes != before
-        # A right that a domain had only within the transaction may or may not count.
+        # All that a transaction did to a path is one change. A right that was there only within may or may not count.
+        most = self.model.events(changes)
         heard = {w: set(self.world.clients[w].take_events()) for w in CLIENTS}
         assert heard[0] == most[0]
         assert all(heard[w] <= most[w] for w in CLIENTS)
