@@ -42,8 +42,8 @@ from hypervisor.toolstack.devices import NicSpec
 
 SOURCE = Path(__file__).resolve().parents[1] / "tests" / "guests" / "net" / "netload.c"
 MODULES = (
-    "drivers/virtio/virtio.ko",
     "drivers/virtio/virtio_ring.ko",
+    "drivers/virtio/virtio.ko",
     "drivers/virtio/virtio_pci_legacy_dev.ko",
     "drivers/virtio/virtio_pci_modern_dev.ko",
     "drivers/virtio/virtio_pci.ko",
