@@ -7,6 +7,7 @@ from then on they speak directly. A domain that nobody could introduce does not 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -88,6 +89,22 @@ class Neighbours:
             raise HostFailure(f"op peer of domain {domid} with {len(fds)} descriptors is of no use here")
         found = (base, frames, fds) if fds else None
         self._desk.put(lambda: self._meet(domid, found))
+
+    def refresh(self) -> None:
+        """Bring the domain's memfd up to date, for who reads that: frames that neighbours use lie elsewhere.
+
+        In the channel thread, while the guest is paused.
+        """
+        done = threading.Event()
+
+        def work() -> None:
+            for server in self._servers.values():
+                server.refresh()
+            done.set()
+
+        if self._servers and not self._ended:
+            self._desk.put(work)
+            done.wait(INTRODUCTION)
 
     # -- the run loop's thread
 

@@ -98,6 +98,7 @@ class PeerLink:
         self._number = 0
         self._waiting = 0  # number of the request whose answer is awaited
         self._answer: tuple[int, int, bytes] | None = None
+        self._counting = threading.Lock()
         self._unserved = 0
         self._deaf = False
 
@@ -129,16 +130,18 @@ class PeerLink:
         self._desk.wake()
 
     def _take_request(self, kind: int, number: int, body: bytes) -> None:
-        self._unserved += 1
-        if self._unserved >= MAX_INBOX and not self._deaf:
-            self._deaf = True
-            self._poller.remove(self._fd)
+        with self._counting:
+            self._unserved += 1
+            if self._unserved >= MAX_INBOX and not self._deaf:
+                self._deaf = True
+                self._poller.remove(self._fd)
         self._desk.put(lambda: self._execute(kind, number, body))
 
     def _listen_again(self) -> None:
-        if self._deaf and self.open:
-            self._deaf = False
-            self._poller.add(self._fd, self._readable)
+        with self._counting:
+            if self._deaf and self.open:
+                self._deaf = False
+                self._poller.add(self._fd, self._readable)
 
     def _close(self) -> None:
         self._poller.remove(self._fd)
@@ -157,8 +160,10 @@ class PeerLink:
     # -- the run loop's thread
 
     def _execute(self, kind: int, number: int, body: bytes) -> None:
-        self._unserved -= 1
-        if self._deaf and self._unserved <= MAX_INBOX // 2:
+        with self._counting:
+            self._unserved -= 1
+            listen = self._deaf and self._unserved <= MAX_INBOX // 2
+        if listen:
             self._poller.call(self._listen_again)
         if not self.open:
             return
@@ -167,7 +172,7 @@ class PeerLink:
         except wire.BadForm as exc:
             self.end(str(exc))
             return
-        if answer is not None:
+        if answer is not None and kind < wire.UNPIN:
             self._send(wire.HEAD.pack(kind | wire.ANSWERS, answer[0], number) + answer[1])
 
     def tell(self, kind: int, body: bytes) -> None:

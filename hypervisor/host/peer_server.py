@@ -200,6 +200,10 @@ class PeerServer:
                 events.peer_closed(port)
         return None
 
+    def refresh(self) -> None:
+        """Bring the domain's memfd up to date."""
+        self._exports.refresh()
+
     # -- the end of the neighbour
 
     def release(self) -> None:

@@ -84,9 +84,20 @@ class Exports:
             self._free[place.writable].append(place.slot)
 
     def _move(self, index: int, fd: int, page: int) -> None:
-        os.pwrite(fd, self._memory.page(index), page * PAGE_SIZE)
+        self._copy(index, fd, page)
         at = self._memory.address + index * PAGE_SIZE
         map_memory(PAGE_SIZE, _READ | _WRITE, _SHARED_FIXED, fd, page * PAGE_SIZE, at)
+
+    def _copy(self, index: int, fd: int, page: int) -> None:
+        # Not by pwrite: the limit to files (RLIMIT_FSIZE) is one to memfds, too.
+        at = map_memory(PAGE_SIZE, _READ | _WRITE, mmap.MAP_SHARED, fd, page * PAGE_SIZE)
+        view_of(at, PAGE_SIZE)[:] = self._memory.page(index)
+        unmap_memory(at, PAGE_SIZE)
+
+    def refresh(self) -> None:
+        """Bring the domain's memfd up to date, for who reads that."""
+        for index in self._places:
+            self._copy(index, self._own, index)
 
     def close(self) -> None:
         for index in list(self._places):

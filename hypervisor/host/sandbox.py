@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from hypervisor.errors import HostFailure
-from hypervisor.host import seccomp
+from hypervisor.host import seccomp, seccomp_guard
 
 LOG = logging.getLogger(__name__)
 
@@ -110,6 +110,8 @@ def probe() -> Report:
         missing.append("Landlock is not in this kernel: seccomp alone guards files")
     if reason:
         missing.append(f"seccomp: {reason}: domain processes keep the rights of the host process's user")
+    elif reason_of_guard := seccomp_guard.unavailable(libc):
+        missing.append(f"{reason_of_guard}: a driver process sees all memory of its guest")
     return Report(not reason, max(0, version), tuple(missing))
 
 

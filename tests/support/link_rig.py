@@ -22,7 +22,7 @@ from hypervisor.host.guest_link_ends import LinkEnds
 from hypervisor.host.guest_link_state import LinkTarget
 from hypervisor.host.poller import Poller
 
-__all__ = ["PERMIT", "READING", "READONLY", "WRITING", "Served"]
+__all__ = ["PERMIT", "READING", "READONLY", "WRITING", "GrantRig", "Served"]
 
 
 class Served(GrantRig):

@@ -150,6 +150,8 @@ class Peers:
 class Rig:
     """The domain and short ways to set it up. Frames are named by index: 0 is the domain's first page."""
 
+    domid, base = 7, BASE
+
     def __init__(self, pages: int = PAGES, max_pages: int | None = None, vcpus: int = 1) -> None:
         most = max_pages or pages
         self.mapping = self.new_mapping(layout.total_frames(most) * PAGE)
@@ -157,7 +159,15 @@ class Rig:
         self.peers = Peers()
         self.woken: list[tuple[int, int]] = []
         config = MachineConfig(
-            "00000000-0000-0000-0000-000000000001", "rig", 7, BASE, pages, most, vcpus, vcpus, tsc_khz=2_000_000
+            "00000000-0000-0000-0000-000000000001",
+            "rig",
+            self.domid,
+            self.base,
+            pages,
+            most,
+            vcpus,
+            vcpus,
+            tsc_khz=2_000_000,
         )
         self.domain = Domain(
             config, self.mapping, self.engine, self.peers, lambda number, port: self.woken.append((number, port))
@@ -177,7 +187,7 @@ class Rig:
     # -- frames and entries
 
     def pte(self, index: int, flags: int = RW) -> int:
-        return (BASE + index) << 12 | flags
+        return (self.base + index) << 12 | flags
 
     def word(self, index: int, slot: int) -> int:
         return int(self.memory.words[index * 512 + slot])
@@ -190,10 +200,10 @@ class Rig:
         return index
 
     def mfn(self, index: int) -> int:
-        return BASE + index
+        return self.base + index
 
     def mpa(self, index: int, offset: int = 0) -> int:
-        return (BASE + index) << 12 | offset
+        return (self.base + index) << 12 | offset
 
     # -- the guest's own address space
 

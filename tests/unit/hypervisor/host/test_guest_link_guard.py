@@ -17,7 +17,8 @@ from pv_rig import PAGE
 sys.path.insert(0, str(Path(__file__).parent))
 from test_guest_link import Served
 
-from hypervisor.host import seccomp_guard
+from hypervisor.errors import HostFailure
+from hypervisor.host import guarded_link, seccomp_guard
 from hypervisor.host.guest_link_ends import LinkEnds
 
 SUPPORT = Path(__file__).resolve().parents[3] / "support"
@@ -194,12 +195,35 @@ def test_a_driver_that_hangs_up_but_keeps_its_mapping(rig, driver):
     assert pins(rig) == 0
 
 
-def test_kernels_without_it(monkeypatch):
+def test_kernels_without_it(rig, monkeypatch):
+    """No guard: a warning that goes into the report, or a refusal."""
+
     class Old:
         def syscall(self, *_arguments: object) -> int:
             return -1
 
-    assert "user notification" in seccomp_guard.unavailable(Old())  # type: ignore[arg-type]
+    reason = seccomp_guard.unavailable(Old())  # type: ignore[arg-type]
+    assert "user notification" in reason
+    monkeypatch.setattr(seccomp_guard, "unavailable", lambda _libc: reason)
+    with pytest.raises(HostFailure, match="sandbox=auto"):
+        guarded_link.connect(-1, -1, -1, -1, required=True)
+    ends = LinkEnds.create(rig.memfd, 1 << 16)
+    rig.in_poller(lambda: rig.links.open(ends.for_domain))
+    link, missing = guarded_link.connect(*ends.for_driver, required=False)
+    assert "sees all of its guest's memory" in missing
+    rig.grant(9, 20, domid=0)
+    link.unmap(link.map([9]))
+    link.close()
+
+
+def test_more_mappings_than_a_window_has(rig, driver):
+    """A window has an end; what was mapped goes back."""
+    refs = [rig.grant(ref, 20 + ref % 8, domid=0) for ref in range(16, 116)]
+    assert driver(f"full = link.map({refs} * 80)") == "None"
+    assert driver("len(full)") == "8000"
+    assert driver(f"link.map({refs} * 2)") == "LINK 0"
+    assert driver("link.unmap(full)") == "None"
+    assert pins(rig) == 0
 
 
 def test_nothing_is_mapped_without_a_request(guarded):
