@@ -28,8 +28,17 @@ from hypervisor.types import Mfn, Port
 LOG = logging.getLogger(__name__)
 
 MAX_VCPUS = 32
-CAPABILITIES = (Capability.PV, Capability.SMP, Capability.CONSOLE, Capability.REBOOT, Capability.ADOPTION,
-    Capability.DISK, Capability.NIC, Capability.HOTPLUG, Capability.RESIZE)
+CAPABILITIES = (
+    Capability.PV,
+    Capability.SMP,
+    Capability.CONSOLE,
+    Capability.REBOOT,
+    Capability.ADOPTION,
+    Capability.DISK,
+    Capability.NIC,
+    Capability.HOTPLUG,
+    Capability.RESIZE,
+)
 DIRECT_CAPABILITIES = (Capability.PV32,)
 """What the engine's public path cannot do."""
 

@@ -17,7 +17,8 @@ LINE = "contract-guest-is-up"
 
 
 def make_kit(folder: Path) -> kit.Kit:
-    rig = HostRig(folder, memory_mib=1024).start()
+    # With the real back ends; their drivers are started when a front end comes up, which scripted guests have not.
+    rig = HostRig(folder, memory_mib=1024, device_backends="", networks="default internal").start()
 
     def guest(name: str, *words: str) -> KernelBoot:
         path = folder / f"guest-{name}"
@@ -39,5 +40,6 @@ def make_kit(folder: Path) -> kit.Kit:
         memory_mib=16,
         boot_timeout=15.0,
         restart_host=rig.restart,
+        image_folder=rig.state / "images",
         stop=rig.stop,
     )

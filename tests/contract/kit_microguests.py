@@ -31,7 +31,7 @@ def make_kit(folder: Path) -> kit.Kit:
         kit.CRASHES: guest("crashme"),
         kit.ECHOES: guest("hello"),
     }
-    rig = HostRig(folder, runtime=REAL_RUNTIME, memory_mib=256)
+    rig = HostRig(folder, runtime=REAL_RUNTIME, memory_mib=256, networks="default internal")
     try:
         rig.start()
     except BaseException:
