@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import build as guests
 from host_rig import HostRig, until
 
+from hypervisor.errors import Unsupported
 from hypervisor.host.settings import REAL_RUNTIME
 from hypervisor.toolstack.api import DomainInfo, DomainSpec, DomainState, KernelBoot, OnEvent, ShutdownReason
 from hypervisor.toolstack.drivers.embedded import EmbeddedToolstack
@@ -76,7 +77,9 @@ def host(rig: HostRig) -> Iterator[Host]:
 
 
 @PAGE
-@pytest.mark.parametrize("name", ["traps", "mmu", "tables", "hypercalls", "channels", "ticks", "memtouch", "grants"])
+@pytest.mark.parametrize(
+    "name", ["traps", "mmu", "tables", "hypercalls", "channels", "ticks", "memtouch", "grants", "cpuid"]
+)
 def test_a_guest_finds_what_it_would_on_xen(host: Host, name: str, page: bool) -> None:
     cmdline = ""
     if name == "mmu":
@@ -116,6 +119,29 @@ def test_fifo_events(host: Host, page: bool) -> None:
     """It resets all ports, the console's too, so that what it says goes nowhere: its end is its verdict."""
     info, _ = host.end(host.start("fifo", "console_io crash_if_failed", page=page))
     assert info.shutdown_reason is ShutdownReason.POWEROFF, "FAIL; tests/unit/hypervisor/evtchn says which case"
+
+
+def test_a_host_levels_the_processors_of_its_guests(tmp_path: Path) -> None:
+    rig = HostRig(tmp_path, REAL_RUNTIME, sandbox="required", cpu_policy="x86-64,+sse3")
+    try:
+        host = Host(rig, rig.start().connect())
+        info, said = host.end(host.start("cpuid", "popcnt=0"))
+        assert info.shutdown_reason is ShutdownReason.POWEROFF and "cpuid: OK" in said, said
+        host.toolstack.close()
+    finally:
+        rig.stop()
+
+
+def test_a_level_that_the_engine_does_not_have_is_refused_by_name(tmp_path: Path) -> None:
+    rig = HostRig(tmp_path, REAL_RUNTIME, cpu_policy="x86-64-v3")
+    try:
+        host = Host(rig, rig.start().connect())
+        with pytest.raises(Unsupported, match="cpu policy x86-64-v3: the engine has no .*avx2"):
+            host.start("cpuid")
+        assert host.toolstack.list_domains() == ()
+        host.toolstack.close()
+    finally:
+        rig.stop()
 
 
 def test_a_failed_case_crashes_a_guest_that_was_told_to(host: Host) -> None:
