@@ -47,6 +47,9 @@ _WRITABLE_TABLES = 1 << abi.VMASST_TYPE_writable_pagetables
 _LONGEST_WAIT_S = 3600.0
 """A guest may ask for a timer in centuries, more than a wait can take; it is looked at again then."""
 
+_EAGER_YIELDS, _NAP_S = 8, 50e-6
+"""A vCPU that yields for ever while no other one can run (GRUB does, for its disk) leaves the CPU to whom it waits for."""
+
 _REASONS = {
     abi.SHUTDOWN_poweroff: ShutdownReason.POWEROFF,
     abi.SHUTDOWN_reboot: ShutdownReason.REBOOT,
@@ -96,6 +99,7 @@ class Machine:
         self._queue = VcpuQueue(config.max_vcpus)
         self._cap = Cap()
         self._shared = config.max_vcpus > 1
+        self._yields = 0  # in a row
         self._quiet = QuietDomain(self.engine.drop_translations)
         self.engine.map_memory(
             self.domain.memory.base_mpa, self.domain.memory.frames * 4096, self.domain.memory.address
@@ -177,7 +181,10 @@ class Machine:
             self._idle(now, capped)
             return None
         if vcpu is not domain.running:
+            self._yields = 0
             self._switch(vcpu, now)
+        elif self._yields > _EAGER_YIELDS:
+            self._nap()
         if vcpu.runstate != guest_time.RUNSTATE_RUNNING:
             guest_time.account(vcpu, now, guest_time.RUNSTATE_RUNNING)
             domain.publish_runstate(vcpu)
@@ -275,12 +282,21 @@ class Machine:
             if self._posts:
                 return
             self._alarm.quiet()
+            self._yields = 0
             self._quiet.look(now, self._cpu_time_ns)
             timeout = max(0, deadline - self.domain.clock.now()) / 1e9 if deadline else _LONGEST_WAIT_S
             self._condition.wait(min(timeout, _LONGEST_WAIT_S))
 
+    def _nap(self) -> None:
+        """Let other processes have the CPU for a moment; a post or a timer needs no more than that to be seen."""
+        with self._condition:
+            if not self._posts:
+                self._condition.wait(_NAP_S)
+
     def _take_posts(self) -> None:
         posts = self._posts
+        if posts:
+            self._yields = 0
         while posts:
             posts.popleft()()
 
@@ -326,6 +342,7 @@ class Machine:
     def _give_way(self) -> None:
         """The running vCPU lets all others run before it."""
         self._queue.yielded(self.domain.running.id)
+        self._yields += 1
         self._leave()
 
     def _leave(self) -> None:

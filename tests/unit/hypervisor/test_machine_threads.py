@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,12 @@ def runs() -> Iterator[list[GuestRun]]:
     yield from harness.guest_runs()
 
 
-@pytest.mark.parametrize("name", ["hello", "spin"], ids=["a blocked guest", "a spinning guest"])
+KINDS = pytest.mark.parametrize(
+    "name", ["hello", "spin", "yields"], ids=["a blocked guest", "a spinning guest", "a yielding guest"]
+)
+
+
+@KINDS
 @pytest.mark.parametrize("public", [False, True], ids=["direct", "public"])
 def test_each_post_is_taken(runs: list[GuestRun], name: str, public: bool) -> None:
     """One after the other, each from a moment that the machine did not choose."""
@@ -48,7 +54,7 @@ class Interrupted(collections.deque[Any]):
         return some
 
 
-@pytest.mark.parametrize("name", ["hello", "spin"], ids=["a blocked guest", "a spinning guest"])
+@KINDS
 def test_a_post_at_any_moment_of_the_loop_is_taken(runs: list[GuestRun], name: str) -> None:
     guest = running(runs, name)
     guest.wait_text("ready" if name == "hello" else "spinning")
@@ -61,6 +67,16 @@ def test_a_post_at_any_moment_of_the_loop_is_taken(runs: list[GuestRun], name: s
         for _ in range(look):
             guest.call(lambda: None)  # the loop goes round, and looks
         assert taken.wait(DEADLINE), f"the post after look {look} was lost"
+
+
+def test_a_guest_that_only_yields_leaves_the_cpu_to_others(runs: list[GuestRun]) -> None:
+    guest = running(runs, "yields")
+    guest.wait_text("spinning")
+    start, used = time.monotonic(), guest.call(time.thread_time)
+    exits = guest.machine.stats()["exits"]
+    guest.wait_stats(lambda stats: stats["exits"] > exits + 400, "four hundred yields")
+    used = guest.call(time.thread_time) - used
+    assert used < 0.75 * (time.monotonic() - start)
 
 
 def test_notify_round_trips(runs: list[GuestRun]) -> None:
