@@ -48,7 +48,7 @@ _LONGEST_WAIT_S = 3600.0
 """A guest may ask for a timer in centuries, more than a wait can take; it is looked at again then."""
 
 _EAGER_YIELDS, _NAP_S = 8, 50e-6
-"""A vCPU that yields for ever while no other one can run (GRUB does, for its disk) leaves the CPU to whom it waits for."""
+"""A vCPU that yields for ever while no other can run (GRUB does, for its disk) leaves the CPU to whom it waits for."""
 
 _REASONS = {
     abi.SHUTDOWN_poweroff: ShutdownReason.POWEROFF,
