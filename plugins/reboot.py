@@ -50,9 +50,10 @@ class WaitStep(Step):
     def run(self, ctx: Context) -> JsonDict | None:
         info = ctx.poll(lambda _left: self._settled(ctx), self.seconds)
         if info is None:
+            detail = ctx.host.toolstack.get_domain(self.uuid).detail
             raise OperationTimeout(
-                f"domain {self.uuid} has not rebooted {self.seconds:g} s after its guest was asked: wait longer or "
-                "destroy and create it"
+                f"domain {self.uuid} has not rebooted {self.seconds:g} s after its guest was asked"
+                f"{f' ({detail})' if detail else ''}: wait longer or destroy and create it"
             )
         if info.domid == self.domid:
             raise WrongState(

@@ -62,13 +62,19 @@ class WaitStep(Step):
         state = ctx.poll(lambda _left: outcome(ctx, self.uuid, self.domid), self.seconds)
         if not state and not self.force:
             raise OperationTimeout(
-                f"domain {self.uuid} still runs {self.seconds:g} s after its guest was asked to power off: "
-                "wait longer, give force, or destroy it"
+                f"domain {self.uuid} still runs {self.seconds:g} s after its guest was asked to power off"
+                f"{_notice(ctx, self.uuid)}: wait longer, give force, or destroy it"
             )
         return {"state": state or ""}
 
     def check(self, ctx: Context) -> Check:
         return Check.NOT_DONE
+
+
+def _notice(ctx: Context, uuid: str) -> str:
+    """Whether the guest took the request, where the driver knows."""
+    detail = ctx.host.toolstack.get_domain(uuid).detail
+    return f" ({detail})" if detail else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,6 +100,7 @@ class DomainBackends:
         self._process: ProcessHold = domain.process
         self.domid = self._domid = domain.record.domid
         self.on_close: Callable[[], object] = lambda: None
+        self._asked = ""
         self._undo = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:
             store = _page(undo, domain, boot, "store_mfn")
@@ -119,8 +120,23 @@ class DomainBackends:
         """:raises WrongState: its nodes are gone."""
         try:
             domain_nodes.request_shutdown(self._handle, self._domid, reason)
+            self._asked = reason
         except NotFound:
             raise WrongState(f"domain {self._domain.uuid} has no control/shutdown node: destroy or reset it") from None
+
+    def request_sysrq(self, key: str) -> None:
+        """:raises WrongState: its nodes are gone."""
+        try:
+            domain_nodes.request_sysrq(self._handle, self._domid, key)
+        except NotFound:
+            raise WrongState(f"domain {self._domain.uuid} has no control/sysrq node: destroy or reset it") from None
+
+    def notice(self) -> str:
+        """A guest takes a request by emptying its node (`domain_nodes.shutdown_acknowledged`)."""
+        waiting = self._handle.read(f"{domain_path(self._domid)}/control/shutdown")
+        if waiting in domain_nodes.SHUTDOWN_REASONS:
+            return f"asked to {waiting}, and has not taken the request"
+        return f"asked to {self._asked}, and has taken the request" if self._asked and waiting == "" else ""
 
     def set_vcpus(self, vcpus: int, max_vcpus: int) -> None:
         home = domain_path(self._domid)

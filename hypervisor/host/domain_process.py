@@ -8,12 +8,14 @@ is killed: so the end of a domain is provable even if nobody looked.
 
 Messages from the host: ``{"id", "op"}`` with op ``commit``, ``pause``, ``unpause``, ``stats``, ``limit_memory``,
 ``set_cap``, ``link``, ``unlink``
-(`hypervisor.devices.link`); the answer is ``{"id", "result"}`` or ``{"id", "error"}``. Events to the host: ``built``,
-``failed``, ``ended`` and, first thing on a new connection, ``identity`` with the descriptors of `Handles`.
+(`hypervisor.devices.link`), ``hold``, ``release``, ``core`` (for core dumps); the answer is ``{"id", "result"}`` or
+``{"id", "error"}``. Events to the host: ``built``, ``failed``, ``ended`` and, first thing on a new connection,
+``identity`` with the descriptors of `Handles`.
 """
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import faulthandler
 import functools
@@ -71,6 +73,7 @@ class DomainProcess:
         self._guest: Guest | None = None
         self._report = sandbox.Report(False, 0)
         self._listener: socket.socket | None = None
+        self._held = False
         self._poller = Poller()
         self._links: GuestLinks | None = None
         self._neighbours: Neighbours | None = None
@@ -202,6 +205,9 @@ class DomainProcess:
             "link": lambda: self._link(fds),
             "unlink": lambda: self._unlink(message.get("link")),
             "peer": lambda: self._peer(message, fds),
+            "hold": self._hold,
+            "release": self._release,
+            "core": lambda: self._core(message.get("vcpu")),
         }
         try:
             verb = verbs.get(str(message.get("op")))
@@ -265,6 +271,33 @@ class DomainProcess:
             self._links.close(number)
         return {}
 
+    def _hold(self) -> dict[str, Any]:
+        """Stop the guest for a moment, until ``release`` or the end of this host's connection; its state stays."""
+        with self._lock:
+            if self.ended is None:
+                self._held = True
+                self._running_guest().pause()
+        if self._neighbours is not None:
+            self._neighbours.refresh()
+        return {}
+
+    def _release(self) -> dict[str, Any]:
+        with self._lock:
+            held, self._held = self._held, False
+            if held and self.ended is None and self.state is DomainState.RUNNING:
+                self._running_guest().unpause()
+        return {}
+
+    def _core(self, vcpu: object) -> dict[str, Any]:
+        source = self._running_guest().core()
+        if source is None:
+            raise WrongState("this runtime tells no registers")
+        if vcpu is None:
+            return source.describe()
+        if not isinstance(vcpu, int):
+            raise HostFailure(f"op core of vCPU {vcpu!r}")
+        return {"context": base64.b64encode(source.context(vcpu)).decode()}
+
     def _running_guest(self) -> Guest:
         assert self._guest is not None
         return self._guest
@@ -315,6 +348,7 @@ class DomainProcess:
 
     def _drop(self, host: Channel) -> None:
         """In the channel thread."""
+        self._release()
         self._poller.remove(host.fileno())
         host.close()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hypervisor import engines
+from hypervisor.core_state import CoreState
 from hypervisor.domain import MachineConfig
 from hypervisor.engines import unicorn
 from hypervisor.engines.tsc import measure_khz
@@ -38,6 +39,8 @@ CAPABILITIES = (
     Capability.NIC,
     Capability.HOTPLUG,
     Capability.RESIZE,
+    Capability.SYSRQ,
+    Capability.DUMP_CORE,
 )
 DIRECT_CAPABILITIES = (Capability.PV32,)
 """What the engine's public path cannot do."""
@@ -61,10 +64,15 @@ class PvGuest:
         self.stats = machine.stats
         self.limit_memory = machine.limit_memory
         self.set_cap = machine.set_cap
+        self._core = CoreState(machine)
 
     def run(self) -> Ended:
         shutdown = self._machine.run()
+        self._core.ended()
         return Ended(shutdown.reason, shutdown.detail)
+
+    def core(self) -> CoreState:
+        return self._core
 
     def link_target(self) -> LinkTarget:
         return link_target(self._machine)

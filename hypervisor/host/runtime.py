@@ -122,6 +122,19 @@ class Guest(Protocol):
     def link_target(self) -> LinkTarget | None:
         """What driver processes are served from; None: the guest has no devices."""
 
+    def core(self) -> CoreSource | None:
+        """What a core dump needs besides memory; None: it cannot be dumped."""
+
+
+class CoreSource(Protocol):
+    """Any thread, while the guest is paused or has ended."""
+
+    def describe(self) -> dict[str, Any]:
+        """JSON: see `hypervisor.core_state.CoreState.describe`."""
+
+    def context(self, number: int) -> bytes:
+        """``struct vcpu_guest_context`` of a vCPU. :raises HostFailure: there is none."""
+
 
 class Runtime(Protocol):
     def facts(self) -> RuntimeFacts: ...

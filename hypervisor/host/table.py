@@ -34,6 +34,12 @@ class Attachment(Protocol):
     def request_shutdown(self, reason: str) -> None:
         """Write control/shutdown."""
 
+    def request_sysrq(self, key: str) -> None:
+        """Write control/sysrq."""
+
+    def notice(self) -> str:
+        """What was asked of the guest and whether it has taken it; "" when nothing was."""
+
     def set_vcpus(self, vcpus: int, max_vcpus: int) -> None:
         """Ask the guest to have that many online."""
 
@@ -145,7 +151,7 @@ class Domain:
             cpu_time_ns=record.cpu_time_ns,
             shutdown_reason=record.reason if record.ended else None,
             created_at=record.created_at,
-            detail=silent or record.detail,
+            detail=silent or record.detail or (self.attachment.notice() if self.attachment is not None else ""),
             metadata=spec.metadata,
             max_vcpus=record.run.max_vcpus,
             memory_target_mib=record.run.memory_mib,

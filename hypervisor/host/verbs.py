@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from hypervisor.errors import DomainNotFound, HostFailure, ProtocolError
-from hypervisor.host import protocol
+from hypervisor.host import inside, protocol
 from hypervisor.host.control import ConsolePort
 from hypervisor.host.devices import KINDS, with_device
 from hypervisor.host.ledger import PAGES_PER_MIB
@@ -69,6 +69,8 @@ class Verbs:
                 {**uuid, "kind": (str,), "id": (str,), "timeout": (int, float), "force": (int,)},
             ),
             "device.resize": Verb(self._device_resize, {**uuid, "id": (str,), "size_bytes": (int,)}),
+            "domain.sysrq": Verb(self._sysrq, {**uuid, "key": (str,)}),
+            "domain.dump_core": Verb(self._dump_core, {**uuid, "path": (str,)}),
             "console.log": Verb(self._console_log, {**uuid, "max_bytes": (int,)}),
         }
 
@@ -156,6 +158,14 @@ class Verbs:
         domain = await self._settled(uuid)
         data = domain.console.tail(min(max_bytes, protocol.CONSOLE_LOG_MAX))
         return {"data": base64.b64encode(data).decode()}
+
+    async def _sysrq(self, uuid: str, key: str) -> None:
+        async with self._holding(uuid) as domain:
+            inside.sysrq(domain, key)
+
+    async def _dump_core(self, uuid: str, path: str) -> None:
+        async with self._holding(uuid) as domain:
+            await inside.dump_core(domain, path)
 
     # -- resize ---------------------------------------------------------------------------------------------------
 

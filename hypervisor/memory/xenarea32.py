@@ -96,6 +96,9 @@ class XenArea32(XenArea):
     def m2p(self, mfn: int) -> int:
         return self._memory.dwords[self._m2p_dwords + mfn]
 
+    def m2p_offset(self, mfn: int) -> int:
+        return (self._m2p_dwords + mfn) * 4
+
     def fill_m2p(self, pages: int) -> None:
         start = self._m2p_dwords + self._memory.base_mfn
         self._dwords[start : start + pages] = np.arange(pages, dtype=np.uint32)

@@ -18,6 +18,8 @@ from hypervisor.xenstore.path import domain_path
 
 OWNER_NODE = "reeve/owner"
 
+SHUTDOWN_REASONS = ("poweroff", "reboot", "suspend", "halt")
+
 _GUEST_OWNED = ("data", "drivers", "feature", "attr", "error")
 _GUEST_CONTROL = ("shutdown", "feature-poweroff", "feature-reboot", "feature-suspend", "sysrq")
 
@@ -95,6 +97,16 @@ def request_shutdown(handle: Handle, domid: int, reason: str) -> None:
     path = f"{domain_path(domid)}/control/shutdown"
     handle.perms(path)
     handle.write(path, reason)
+
+
+def request_sysrq(handle: Handle, domid: int, key: str) -> None:
+    """Press a SysRq key (``control/sysrq``); the guest empties the node when it takes it.
+
+    :param key: one letter or digit. :raises NotFound: there is no such domain.
+    """
+    path = f"{domain_path(domid)}/control/sysrq"
+    handle.perms(path)
+    handle.write(path, key)
 
 
 def shutdown_acknowledged(handle: Handle, domid: int) -> bool:

@@ -2,9 +2,10 @@
 
 The file begins with ``#scripted`` and holds one word a line: ``print TEXT``, ``wait`` (for ever, echoing
 typed lines and obeying control/shutdown), ``deaf`` (wait, obeying nothing), ``poweroff``, ``reboot``,
-``crash``, ``segv``, ``raise``, ``spin``, ``await`` (until the process gets SIGUSR1), ``drop-host`` (the
-channel breaks), ``try CALL`` (a system call that must be refused), ``once WORD`` (only in the domain's first
-incarnation), ``die-in-build``, ``hang-in-build``, ``store-check`` and ``store-hostile KIND`` (see `store_guests`).
+``watchdog``, ``suspend``, ``crash``, ``segv``, ``raise``, ``spin``, ``await`` (until the process gets
+SIGUSR1), ``drop-host`` (the channel breaks), ``try CALL`` (a system call that must be refused), ``once WORD``
+(only in the domain's first incarnation), ``die-in-build``, ``hang-in-build``, ``store-check`` and
+``store-hostile KIND`` (see `store_guests`).
 """
 
 from __future__ import annotations
@@ -90,6 +91,9 @@ class ScriptedGuest:
     def notify(self, port: int) -> None:
         os.eventfd_write(self._bell, 1)
 
+    def core(self) -> None:
+        """No registers, no dump."""
+
     def limit_memory(self, pages: int) -> None:
         """It does not follow."""
 
@@ -118,7 +122,7 @@ class ScriptedGuest:
         name, _, rest = word.partition(" ")
         if name == "print":
             self._print(rest.encode() + b"\r\n")
-        elif name in ("poweroff", "reboot"):
+        elif name in ("poweroff", "reboot", "watchdog", "suspend"):
             return Ended(ShutdownReason(name))
         elif name == "crash":
             return Ended(ShutdownReason.CRASH, "scripted crash")
