@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from hypervisor.devices.net import offload
+from hypervisor.devices.net.coalesce import Coalescer
 from hypervisor.devices.net.guard import Guard
-from hypervisor.devices.net.message import HEADER_BYTES, MAX_MESSAGE, VALIDATED, Header
+from hypervisor.devices.net.message import HEADER_BYTES, MAX_MESSAGE, Header
 from hypervisor.devices.net.pacing import Pace
 from hypervisor.devices.net.switch import Network
 
@@ -60,6 +61,7 @@ class BasePort:
 
     guard: Guard | None = None
     overhead = HEADER_BYTES  # of what is written there
+    budget = BUDGET
 
     def __init__(self, fd: int, network: Network, loop: Timers, limits: Mapping[str, Any] | None = None) -> None:
         self.counters = PortCounters()
@@ -91,23 +93,31 @@ class BasePort:
     # -- into the switch
 
     def _readable(self) -> None:
-        for _ in range(BUDGET):
+        for _ in range(self.budget):
             try:
                 count = self._read(self._buffer)
             except BlockingIOError:
-                return
+                break
             except OSError:
                 count = 0
             if not count:
                 self._hangup()
-                return
+                break
             self.counters.in_packets += 1
             self.counters.in_bytes += count - HEADER_BYTES
-            self._network.receive(self, self._buffer[:count])
+            self._take(self._buffer[:count])
             if self._in.limited:
                 self._in.take(count - HEADER_BYTES)
                 if self._pause():
-                    return
+                    break
+        self._taken()
+
+    def _take(self, data: memoryview) -> None:
+        """A message has come."""
+        self._network.receive(self, data)
+
+    def _taken(self) -> None:
+        """For now these were all."""
 
     def _pause(self) -> bool:
         delay = self._in.delay()
@@ -224,13 +234,24 @@ class PlainPort(BasePort):
     """slirp4netns: a SOCK_SEQPACKET socket of bare frames, of at most the network's MTU, with checksums."""
 
     overhead = 0
+    budget = 2 * BUDGET  # some 90 KiB in frames of 1500 bytes: more than fits into a large one
 
     def __init__(self, fd: int, network: Network, loop: Timers) -> None:
         network.add_uplink(self)
         self._sock = adopt(fd)
         self._sock.setblocking(False)
+        self._coalescer = Coalescer()
         super().__init__(fd, network, loop)
-        self._buffer[:HEADER_BYTES] = VALIDATED  # what it sends has come through a checked socket
+
+    def _take(self, data: memoryview) -> None:
+        self._forward(self._coalescer.add(data[HEADER_BYTES:]))
+
+    def _taken(self) -> None:
+        self._forward(self._coalescer.flush())
+
+    def _forward(self, data: bytearray | None) -> None:
+        if data is not None:
+            self._network.receive(self, memoryview(data))
 
     def deliver(self, header: Header, data: memoryview) -> None:
         frames = offload.plain(header, data[HEADER_BYTES:])

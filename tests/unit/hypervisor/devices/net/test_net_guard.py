@@ -6,7 +6,7 @@ import ipaddress
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hypervisor.devices.net.guard import Guard, link_local
@@ -156,11 +156,13 @@ def test_link_local() -> None:
     assert ip6("fe80::216:3eff:fe00:1") == LOCAL
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=0, max_size=120), st.sampled_from([0x800, 0x806, 0x86DD]))
 def test_random_packets_do_no_harm(body: bytes, kind: int) -> None:
     Guard(MAC, [OWN4, OWN6]).allows(frame(kind, body))
 
 
+@settings(deadline=None)
 @given(st.sampled_from([row[0] for row in BOUND]), st.data())
 def test_a_changed_source_is_never_let_through(sent: bytes, data: st.DataObject) -> None:
     """Whatever else a guest changes: an IP source that is not its own does not pass."""

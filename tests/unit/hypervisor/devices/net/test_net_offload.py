@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hypervisor.devices.net import headers, offload
@@ -11,6 +11,7 @@ from hypervisor.devices.net.message import GSO_TCPV4, GSO_TCPV6, NEEDS_CSUM, Hea
 from tests.support.net_frontend import checksums_right, ethernet, tcp4, tcp6, udp4, words_sum
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=3000))
 def test_sum_is_that_of_rfc_1071(data: bytes) -> None:
     assert offload.fold(offload.total(data)) == 0xFFFF - words_sum([data])
@@ -21,6 +22,7 @@ def test_known_sum() -> None:
     assert offload.fold(offload.total(bytes.fromhex("0001f203f4f5f6f7"))) == 0xFFFF - 0xDDF2
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.sampled_from(["tcp4", "tcp6", "udp4"]))
 def test_checksum_is_made(payload: bytes, kind: str) -> None:
     frame = {"tcp4": tcp4, "tcp6": tcp6, "udp4": udp4}[kind](payload)
@@ -43,6 +45,7 @@ def test_udp_checksum_zero_is_sent_as_ones() -> None:
 
 
 @pytest.mark.parametrize("make", [tcp4, tcp6])
+@settings(deadline=None)
 @given(data=st.data())
 def test_segments_come_together_again(make: object, data: st.DataObject) -> None:
     payload = data.draw(st.binary(min_size=1, max_size=5000))
@@ -82,12 +85,14 @@ def test_what_cannot_be_is_refused(header: Header, frame: bytes) -> None:
     assert offload.plain(header, frame) is None
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=14, max_size=400), st.integers(0, 255), st.integers(0, 255), st.integers(0, 65535))
 def test_random_frames_do_no_harm(frame: bytes, flags: int, gso: int, size: int) -> None:
     for kind in (b"\x08\0", b"\x86\xdd"):
         offload.plain(Header(flags, gso, 0, size), frame[:12] + kind + frame[14:])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(0, 255), st.binary(min_size=14, max_size=120))
 def test_flipped_bytes_do_no_harm(at: int, value: int, tail: bytes) -> None:
     for frame in (tcp4(tail), tcp6(tail), udp4(tail)):

@@ -144,6 +144,7 @@ def test_a_header_that_lies_is_dropped(header: Header) -> None:
     assert network.counters.malformed == 1
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=80))
 def test_random_messages_do_no_harm(data: bytes) -> None:
     network, nic = Network(Clock()), Sink(Guard(NICS[0], ["10.0.0.1"]))
