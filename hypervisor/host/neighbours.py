@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from hypervisor.grants.peer import GrantPeer
 from hypervisor.host import peer_wire as wire
 from hypervisor.host.channel import close_all
 from hypervisor.host.guest_link_state import LinkTarget
+from hypervisor.host.peer_limits import Purse
 from hypervisor.host.peer_link import Desk, PeerGone, PeerLink
 from hypervisor.host.peer_remote import RemoteDomain
 from hypervisor.host.peer_server import PeerServer
@@ -69,8 +69,7 @@ class Neighbours:
         self._servers: dict[int, PeerServer] = {}
         self._arrived: dict[int, tuple[int, int, list[int]] | None] = {}
         self._ended = False
-        self._asks = float(ASKS_AT_ONCE)
-        self._asked_at = time.monotonic()
+        self._asks = Purse(ASKS_PER_SECOND, ASKS_AT_ONCE)
         self.shared: set[int] = set() if shared is None else shared
 
     # -- from the host process, in the channel thread
@@ -126,6 +125,8 @@ class Neighbours:
             # Introduced anew: what the link before had is over.
             old.link.end("introduced again")
             self._desk.serve()
+        if len(self._peers) >= MAX_NEIGHBOURS:
+            self._make_room()
         if domid in self._peers or len(self._peers) >= MAX_NEIGHBOURS or self._overlaps(base, frames):
             LOG.warning("domain %d cannot be a neighbour now", domid)
             close_all(fds)
@@ -146,6 +147,14 @@ class Neighbours:
         self._servers[domid] = server
         peer.on_free = lambda: self._desk.put(lambda: self._forget(domid))
         self._poller.call(link.start)
+
+    def _make_room(self) -> None:
+        """Part with a neighbour that has nothing of this domain's, nor this domain of its: it may ask again."""
+        for domid, server in self._servers.items():
+            if server.idle and not self._peers[domid].in_use:
+                self._peers[domid].link.end("making room for another")
+                self._desk.serve()
+                return
 
     def _overlaps(self, base: int, frames: int) -> bool:
         """Whether the extent is in use still, by a domain that is gone but mapped."""
@@ -174,22 +183,14 @@ class Neighbours:
             if alive:
                 return None
             peer = self._peers.get(domid)
-        if peer is None and 0 < domid < abi.DOMID_FIRST_RESERVED and domid != self._domid and self._may_ask():
+        if peer is None and 0 < domid < abi.DOMID_FIRST_RESERVED and domid != self._domid and not self._ended:
+            # A guest that asks for all numbers there are slows itself down, not the host process.
+            self._asks.spend()
             self._arrived.pop(domid, None)
             if self._ask(domid):
                 self._desk.wait(lambda: True if domid in self._arrived else None, INTRODUCTION)
                 peer = self._peers.get(domid)
         return peer
-
-    def _may_ask(self) -> bool:
-        """A guest that asks for all numbers there are slows itself down, not the host process."""
-        now = time.monotonic()
-        self._asks = min(float(ASKS_AT_ONCE), self._asks + (now - self._asked_at) * ASKS_PER_SECOND)
-        self._asked_at = now
-        if self._asks < 1:
-            time.sleep(1 / ASKS_PER_SECOND)
-        self._asks = max(0.0, self._asks - 1)
-        return not self._ended
 
     def find(self, domid: int) -> GrantPeer | None:
         """For `Grants.find_peer`."""

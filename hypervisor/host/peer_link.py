@@ -100,6 +100,7 @@ class PeerLink:
         self._answer: tuple[int, int, bytes] | None = None
         self._counting = threading.Lock()
         self._unserved = 0
+        self._sends: set[bytes] = set()
         self._deaf = False
 
     def start(self) -> None:
@@ -131,6 +132,10 @@ class PeerLink:
 
     def _take_request(self, kind: int, number: int, body: bytes) -> None:
         with self._counting:
+            if kind == wire.SEND:
+                if body in self._sends:
+                    return  # one that was not served yet says the same
+                self._sends.add(body)
             self._unserved += 1
             if self._unserved >= MAX_INBOX and not self._deaf:
                 self._deaf = True
@@ -162,6 +167,8 @@ class PeerLink:
     def _execute(self, kind: int, number: int, body: bytes) -> None:
         with self._counting:
             self._unserved -= 1
+            if kind == wire.SEND:
+                self._sends.discard(body)
             listen = self._deaf and self._unserved <= MAX_INBOX // 2
         if listen:
             self._poller.call(self._listen_again)

@@ -10,12 +10,16 @@ from hypervisor import abi
 from hypervisor.errors import HypervisorBug
 from hypervisor.grants.peer import GrantError, Window
 from hypervisor.host import peer_wire as wire
-from hypervisor.host.peer_limits import SLOTS
+from hypervisor.host.peer_limits import SLOTS, Purse
 from hypervisor.host.peer_link import PeerGone, PeerLink
 from hypervisor.host.peer_shares import Imports, Place
 from hypervisor.types import PAGE_SIZE
 
 LOG = logging.getLogger(__name__)
+
+
+REFUSALS_PER_SECOND, REFUSALS_AT_ONCE = 200, 1000
+"""How often a guest may have a neighbour interrupted for nothing."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -98,6 +102,7 @@ class RemoteDomain:
         self._frames: dict[int, _Frame] = {}
         self._copies: dict[tuple[int, bool], _CopyPage] = {}
         self._pins = 0
+        self._refused = Purse(REFUSALS_PER_SECOND, REFUSALS_AT_ONCE)
         self.on_free: Callable[[], None] = lambda: None
 
     @property
@@ -116,6 +121,7 @@ class RemoteDomain:
         except PeerGone as exc:
             raise GrantError(abi.GNTST_general_error if there else abi.GNTST_bad_domain, str(exc)) from exc
         if status:
+            self._refused.spend()
             # No neighbour makes up a status of its own.
             raise GrantError(status if -13 <= status < 0 else abi.GNTST_general_error, f"domain {self.domid} refuses")
         return answer

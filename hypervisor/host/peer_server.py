@@ -49,6 +49,7 @@ class PeerServer:
         self._kept = kept
         self._pins: collections.Counter[tuple[int, int, bool]] = collections.Counter()
         self._holds: collections.Counter[tuple[int, bool]] = collections.Counter()
+        self._lingering: set[int] = set()
         self._copies: dict[tuple[int, bool], Window] = {}
 
     def execute(self, kind: int, body: bytes) -> tuple[int, bytes] | None:
@@ -129,8 +130,15 @@ class PeerServer:
         if not self._holds[mfn, writable]:
             raise wire.BadForm(f"frame {mfn:#x} is dropped more often than held")
         _less(self._holds, (mfn, writable))
+        if writable and not self._holds[mfn, True] and self._holds[mfn, False] and mfn not in self._lingering:
+            # The neighbour's process can write the frame until it is moved back: it must not become a page table.
+            self._lingering.add(mfn)
+            return
         if not self._holds[mfn, True] and not self._holds[mfn, False]:
             self._exports.unshare(self._index(mfn))
+            if mfn in self._lingering:
+                self._lingering.discard(mfn)
+                self._grants.drop(mfn, writable=True)
         self._grants.drop(mfn, writable=writable)
 
     # -- copies
@@ -200,6 +208,14 @@ class PeerServer:
                 events.peer_closed(port)
         return None
 
+    @property
+    def idle(self) -> bool:
+        """The neighbour uses nothing."""
+        channels = self._events.channels
+        return not (self._pins or self._holds or self._copies) and not any(
+            c.state is ChannelState.INTERDOMAIN and c.peer == self._domid for c in channels
+        )
+
     def refresh(self) -> None:
         """Bring the domain's memfd up to date."""
         self._exports.refresh()
@@ -216,6 +232,9 @@ class PeerServer:
             for _ in range(count):
                 self._grants.drop(mfn, writable=writable)
         self._holds.clear()
+        for mfn in self._lingering:
+            self._grants.drop(mfn, writable=True)
+        self._lingering.clear()
         for (ref, increment, readonly), count in self._pins.items():
             for _ in range(count):
                 self._grants.unpin(ref, increment, readonly=readonly)

@@ -26,7 +26,9 @@ from hypervisor.grants.peer import HOST_READ, HOST_WRITE
 from hypervisor.host import introductions, neighbours, peer_link
 from hypervisor.host import peer_wire as wire
 from hypervisor.host.neighbours import Neighbours
+from hypervisor.host.peer_limits import Purse
 from hypervisor.host.poller import Poller
+from hypervisor.memory.frames import L1
 
 VA, VA2 = 50 * PAGE, 51 * PAGE
 HOST, RO = abi.GNTMAP_host_map, abi.GNTMAP_readonly
@@ -146,12 +148,12 @@ class Street:
     def card(rig: Neighbour) -> dict[str, int]:
         return {"domid": rig.domid, "base_mfn": rig.base, "frames": rig.memory.frames}
 
-    def liar(self, domid: int = 9) -> socket.socket:
-        """The socket of a neighbour of domain 1 that says what it likes; its frames lie at 0x40000."""
+    def liar(self, domid: int = 9, base: int = 0x40000) -> socket.socket:
+        """The socket of a neighbour of domain 1 that says what it likes."""
         near, far = introductions._ends()
         for fd in far[1:]:
             os.close(fd)
-        self.domains[1].neighbours.introduce({"domid": domid, "base_mfn": 0x40000, "frames": 64}, near)
+        self.domains[1].neighbours.introduce({"domid": domid, "base_mfn": base, "frames": 64}, near)
         self.domains[1].act(lambda: None)
         sock = socket.socket(fileno=far[0])
         sock.settimeout(10)
@@ -457,8 +459,8 @@ def test_a_flood_waits_in_the_senders_socket(street):
     sock.setblocking(False)
     granter.post(lambda: granter.hung.wait(20))
     with pytest.raises(BlockingIOError):
-        for _ in range(1 << 20):
-            sock.send(request(wire.SEND, wire.PORTS_BODY.pack(1, 1), 0))
+        for number in range(1 << 20):
+            sock.send(request(wire.SEND, wire.PORTS_BODY.pack(1, number), 0))
     assert len(granter.posts) <= 2 * peer_link.MAX_INBOX
     granter.hung.set()
     sock.settimeout(10)
@@ -485,14 +487,84 @@ def test_introductions_that_make_no_sense(street):
         os.close(fd)
 
 
-def test_a_guest_cannot_make_the_host_look_all_day(street, monkeypatch):
+def test_who_does_too_much_waits():
+    now, slept = [0.0], []
+    purse = Purse(10, 3, lambda: now[0], slept.append)
+    for _ in range(5):
+        purse.spend()
+    assert slept == [0.1, 0.1]
+    now[0] = 0.25
+    purse.spend()
+    purse.spend()
+    purse.spend()
+    assert slept == [0.1] * 3
+
+
+def test_a_guest_that_is_refused_all_day_waits(two):
+    """Each time its neighbour is interrupted for nothing."""
+    _, mapper = two
+    slept: list[float] = []
+    mapper.act(lambda: mapper.map(5, HOST, VA, domid=1))
+    mapper.neighbours._peers[1]._refused = Purse(100, 2, sleep=slept.append)
+    for _ in range(4):
+        assert mapper.act(lambda: mapper.map(5, HOST, VA, domid=1))[0] == abi.GNTST_general_error
+    assert slept == [0.01] * 2
+    mapper.neighbours._asks = Purse(100, 1, sleep=slept.append)
+    for domid in (77, 78):
+        assert mapper.act(lambda domid=domid: mapper.neighbours.find(domid)) is None
+    assert len(slept) == 3
+
+
+def test_a_frame_that_was_writable_is_no_page_table_until_it_is_back(two):
+    """The neighbour's process can write it until then, though its guest only reads."""
+    granter, mapper = two
+    granter.grant(9, 20, domid=2)
+    granter.unmap_va(20 * PAGE)
+    _, reads, _ = mapper.act(lambda: mapper.map(9, HOST | RO, VA, domid=1))
+    _, writes, _ = mapper.act(lambda: mapper.map(9, HOST, VA2, domid=1))
+    assert mapper.act(lambda: mapper.unmap(writes, VA2)) == 0
+    granter.until(lambda: granter.flags(9) == READING)
+    with pytest.raises(XenError):
+        granter.act(lambda: granter.tables.pin(granter.mfn(20), L1))
+    assert mapper.act(lambda: mapper.unmap(reads, VA)) == 0
+    granter.until(lambda: not granter.neighbours.shared)
+    granter.act(lambda: granter.tables.pin(granter.mfn(20), L1))
+    granter.act(lambda: granter.tables.unpin(granter.mfn(20)))
+    granter.act(granter.check)
+
+
+def test_idle_neighbours_make_room(street, monkeypatch):
+    monkeypatch.setattr(neighbours, "MAX_NEIGHBOURS", 2)
     rig = street.domains[1]
-    monkeypatch.setattr(neighbours, "ASKS_PER_SECOND", 1000)
-    rig.neighbours._asks = 2
-    start = time.monotonic()
-    for domid in range(100, 120):
-        assert rig.act(lambda domid=domid: rig.neighbours.find(domid)) is None
-    assert time.monotonic() - start > 0.01
+    rig.grant(9, 20, domid=9)
+    busy = street.liar(9)
+    busy.send(request(wire.PIN, PIN))
+    assert wire.parse(busy.recv(100))[1] == 0
+    idle = street.liar(10, 0x50000)
+    new = street.liar(11, 0x60000)
+    assert _receive(idle) == b"" and sorted(rig.neighbours._peers) == [9, 11]
+    rig.grant(10, 21, domid=11)
+    new.send(request(wire.PIN, wire.PIN_BODY.pack(10, HOST_READ, 1)))
+    assert wire.parse(new.recv(100))[1] == 0
+    refused = street.liar(12, 0x70000)
+    assert _receive(refused) == b"" and sorted(rig.neighbours._peers) == [9, 11]
+    for sock in (busy, idle, new, refused):
+        sock.close()
+
+
+def test_events_that_say_the_same_are_one(street):
+    granter = street.domains[1]
+    sock = street.liar()
+    begun = threading.Event()
+    granter.post(lambda: (begun.set(), granter.hung.wait(20)))
+    assert begun.wait(10)
+    for _ in range(1000):
+        sock.send(request(wire.SEND, wire.PORTS_BODY.pack(1, 1), 0))
+    sock.send(request(wire.PIN, wire.PIN_BODY.pack(99, HOST_READ, 1)))
+    assert len(granter.posts) <= 3
+    granter.hung.set()
+    assert wire.parse(sock.recv(100))[1] == abi.GNTST_general_error
+    sock.close()
 
 
 def test_the_memfd_can_be_brought_up_to_date(two):
