@@ -90,3 +90,21 @@ def test_release_twice_is_a_bug() -> None:
     ledger.release(claim)
     with pytest.raises(HypervisorBug, match="not held"):
         ledger.release(claim)
+
+
+def test_a_commitment_changes_with_its_owner() -> None:
+    ledger = Ledger(1000)
+    claim, other = ledger.claim("a", 800, 100), ledger.claim("b", 800, 500)
+    grown = ledger.recommit(claim, 500)
+    assert grown.base_mfn == claim.base_mfn and ledger.free == 0
+    check(ledger)
+    with pytest.raises(InsufficientMemory, match="left"):
+        ledger.recommit(other, 501)
+    with pytest.raises(HypervisorBug):
+        ledger.recommit(claim, 10)
+    for frames in (0, -1, 801):
+        with pytest.raises(HypervisorBug):
+            ledger.recommit(grown, frames)
+    assert ledger.recommit(grown, 1).committed == 1 and ledger.free == 499
+    ledger.release(other)
+    check(ledger)

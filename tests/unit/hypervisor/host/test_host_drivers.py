@@ -1,0 +1,121 @@
+"""Pieces of driver processes: their loop, their log, when they are started again, what they may say."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+
+from hypervisor.host import driver_process
+from hypervisor.host.driver_loop import EventLoop
+from hypervisor.host.driver_process import BoundedLog, DriverOrder
+from hypervisor.host.drivers import FIRST_DELAY, GOOD_LIFE, LONGEST_DELAY, Backoff, numbers, parse_counters
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_loop_calls_in_order() -> None:
+    clock, seen = Clock(), []
+    loop = EventLoop(clock)
+    reader, writer = os.pipe()
+    loop.add_reader(reader, lambda: seen.append(os.read(reader, 10)))
+    loop.on_activity = lambda: seen.append("active")
+    loop.call_later(2.0, lambda: seen.append("late"))
+    cancel = loop.call_later(1.0, lambda: seen.append("never"))
+    loop.call_later(1.0, lambda: seen.append("soon"))
+    loop.run_once(0)
+    assert seen == []
+    cancel()
+    clock.now += 1
+    os.write(writer, b"x")
+    loop.call_soon(lambda: loop.call_soon(lambda: seen.append("next turn")))
+    loop.run_once(0)
+    assert seen == [b"x", "active", "soon"]
+    loop.run_once(None)  # does not wait: there is work
+    assert seen[3:] == ["next turn"]
+    clock.now += 1
+    loop.run_once(0)
+    assert seen[4:] == ["late"]
+    loop.remove_reader(reader)
+    loop.remove_reader(reader)
+    os.write(writer, b"y")
+    loop.run_once(0)
+    assert len(seen) == 5
+    os.close(reader)
+    os.close(writer)
+    loop.close()
+
+
+def test_a_reader_closed_by_its_owner_is_forgotten() -> None:
+    loop = EventLoop()
+    reader, writer = os.pipe()
+    loop.add_reader(reader, lambda: None)
+    os.close(reader)
+    loop.remove_reader(reader)
+    os.close(writer)
+    loop.run_once(0)
+
+
+def test_what_a_callback_raises_ends_the_loop() -> None:
+    loop = EventLoop()
+
+    def bad() -> None:
+        raise KeyError("bug")
+
+    loop.call_soon(bad)
+    with pytest.raises(KeyError):
+        loop.run()
+    loop.call_soon(loop.stop)
+    loop.run()
+
+
+def test_backoff() -> None:
+    clock = Clock()
+    backoff = Backoff(clock)
+    assert backoff.left() == 0
+    backoff.started()
+    clock.now += GOOD_LIFE
+    backoff.ended()
+    assert backoff.left() == 0, "one that lived is replaced at once"
+    waits = []
+    for _ in range(8):
+        backoff.started()
+        backoff.ended()
+        waits.append(backoff.left())
+        clock.now += backoff.left()
+    assert waits[0] == pytest.approx(FIRST_DELAY) and waits[-1] == pytest.approx(LONGEST_DELAY)
+    assert all(after >= before - 1e-9 for before, after in itertools.pairwise(waits))
+    backoff.started()
+    clock.now += LONGEST_DELAY + 0.1
+    backoff.ended()
+    assert backoff.left() == 0, "the time it lived counts"
+
+
+def test_the_log_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[bytes] = []
+    monkeypatch.setattr(driver_process.os, "write", lambda fd, data: written.append(data))
+    log = BoundedLog(10)
+    assert log.write("12345678") == 8 and log.write("abcdef") == 6 and log.write("more") == 4
+    assert b"".join(written) == b"12345678ab"
+
+
+@pytest.mark.parametrize("data", [None, [], {"x": {"a": 1}}, {"5": []}, {"5": {"a": "1", "b": True, "c": 1.5}}])
+def test_counters_that_are_none(data: object) -> None:
+    assert not any(parse_counters(data).values())
+
+
+def test_counters() -> None:
+    assert parse_counters({"51712": {"read_bytes": 3, "note": "x"}}) == {51712: {"read_bytes": 3}}
+    assert len(numbers({f"n{i}": i for i in range(1000)})) <= 40
+
+
+def test_an_order_crosses_the_channel() -> None:
+    order = DriverOrder("u", 7, "disk", "module:Driver")
+    assert DriverOrder.from_json(order.to_json()) == order
