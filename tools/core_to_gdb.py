@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hypervisor.abi import structs
-from hypervisor.toolstack.coredump import EHDR, EM_X86_64, ET_CORE, PAGE_SIZE, SHDR
+from hypervisor.toolstack.coredump import EHDR, EM_X86_64, ET_CORE, PAGE_SIZE, SHDR, copy_sparse
 
 PHDR = struct.Struct("<IIQQQQQQ")
 PT_LOAD, PT_NOTE = 1, 4
@@ -31,6 +31,9 @@ REGISTERS = (
     *("rip", "cs", "rflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
 )
 """user_regs_struct of Linux; the one without a name is orig_rax."""
+
+MAX_ALIASES = 16
+"""Addresses of one page, beyond which they are left out: Linux (espfix) maps some 65536 times."""
 
 PRESENT, LARGE = 1, 1 << 7
 ADDRESS = 0x000F_FFFF_FFFF_F000
@@ -108,7 +111,11 @@ def segments(dump: Dump) -> list[tuple[int, int, int]]:
             for address, position in mapped(dump, root >> 12):
                 pages.setdefault(address, position)
     found: list[tuple[int, int, int]] = []
+    aliases: dict[int, int] = {}
     for address, position in sorted(pages.items()):
+        aliases[position] = aliases.get(position, 0) + 1
+        if aliases[position] > MAX_ALIASES:
+            continue
         if found and found[-1][:2] == (address - found[-1][2] * PAGE_SIZE, position - found[-1][2]):
             found[-1] = (*found[-1][:2], found[-1][2] + 1)
         else:
@@ -150,10 +157,8 @@ def convert(source: Path, target: Path) -> int:
     with os.fdopen(descriptor, "wb") as out:
         out.write(ehdr + b"".join(headers) + notes)
         out.flush()
-        os.lseek(descriptor, start, os.SEEK_SET)
-        offset, end = dump.pages_at, dump.pages_at + dump.pages_size
-        while offset < end and (count := os.sendfile(descriptor, dump.fileno(), offset, end - offset)):
-            offset += count
+        copy_sparse(dump.fileno(), dump.pages_at, descriptor, start, dump.pages_size)
+        os.ftruncate(descriptor, start + dump.pages_size)
     return len(found)
 
 

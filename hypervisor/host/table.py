@@ -131,6 +131,9 @@ class Domain:
             return "" if self.record.ended or self.dying else "its process does not answer"
         return ""
 
+    def _notice(self) -> str:
+        return "" if self.record.ended or self.attachment is None else self.attachment.notice()
+
     async def info(self) -> DomainInfo:
         silent = await self.refresh()
         record, spec = self.record, self.record.spec
@@ -151,7 +154,7 @@ class Domain:
             cpu_time_ns=record.cpu_time_ns,
             shutdown_reason=record.reason if record.ended else None,
             created_at=record.created_at,
-            detail=silent or record.detail or (self.attachment.notice() if self.attachment is not None else ""),
+            detail=silent or record.detail or self._notice(),
             metadata=spec.metadata,
             max_vcpus=record.run.max_vcpus,
             memory_target_mib=record.run.memory_mib,

@@ -92,7 +92,7 @@ def write(header: CoreHeader, memory: int, out: int) -> int:
     for offset, part in zip(offsets, parts, strict=True):
         _write_at(out, offset, part)
     for position, index, count in runs(pages):
-        _copy(memory, index * PAGE_SIZE, out, start + position * PAGE_SIZE, count * PAGE_SIZE)
+        copy_sparse(memory, index * PAGE_SIZE, out, start + position * PAGE_SIZE, count * PAGE_SIZE)
     os.ftruncate(out, start + len(pages) * PAGE_SIZE)
     return len(pages)
 
@@ -178,7 +178,7 @@ def _write_at(descriptor: int, offset: int, data: bytes) -> None:
         offset += done
 
 
-def _copy(source: int, offset: int, target: int, position: int, size: int) -> None:
+def copy_sparse(source: int, offset: int, target: int, position: int, size: int) -> None:
     """Copy what is there; holes stay holes."""
     end = offset + size
     while offset < end:
