@@ -40,8 +40,8 @@ from hypervisor.toolstack.devices import DiskFormat, DiskSpec
 
 SOURCE = Path(__file__).resolve().parents[1] / "tests" / "guests" / "block" / "blockload.c"
 MODULES = (
-    "drivers/virtio/virtio.ko",
     "drivers/virtio/virtio_ring.ko",
+    "drivers/virtio/virtio.ko",
     "drivers/virtio/virtio_pci_legacy_dev.ko",
     "drivers/virtio/virtio_pci_modern_dev.ko",
     "drivers/virtio/virtio_pci.ko",
