@@ -98,8 +98,8 @@ class VcpusStep(Step):
         if not ctx.poll(lambda _left: self._followed(ctx), self.seconds):
             now = ctx.host.toolstack.get_domain(self.uuid).vcpus
             raise OperationTimeout(
-                f"domain {self.uuid} has {now} vCPUs online and not {self.vcpus} after {self.seconds:g} s: its guest "
-                "does not follow; wait longer, or look at its console log"
+                f"domain {self.uuid} has {now} vCPUs online and not {self.vcpus} after {self.seconds:g} s: wait "
+                "longer, or see that its guest brings added CPUs on line (Linux: a udev rule)"
             )
         return {"vcpus": self.vcpus}
 

@@ -4,7 +4,7 @@ What it promises: a line ``REEVE-GUEST-READY <uptime in seconds>`` on the
 console when userspace runs, then an interactive shell with the prompt ``/ # ``
 on whatever console the kernel has (hvc0 as a Xen guest, ttyS0 in QEMU).
 ``control/shutdown`` makes a Xen kernel run /sbin/poweroff or /sbin/reboot; both
-act at once.
+act at once. vCPUs that are added come on line.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ echo "{READY} $up"
 for file in /etc/init.d/*; do
     [ -x "$file" ] && "$file"
 done
+read -r cpus </sys/devices/system/cpu/possible
+if [ "$cpus" != 0 ]; then
+    /bin/busybox uevent /etc/cpu-added &
+fi
 console=console
 read -r console </sys/class/tty/console/active
 console=/dev/${{console##* }}
@@ -44,6 +48,11 @@ while :; do
         wait "$shell"
     done
 done
+"""
+
+# The kernel makes a vCPU that is added known; bringing it on line is userspace's, elsewhere a udev rule's.
+CPU_ADDED = """#!/bin/busybox sh
+[ "$ACTION$SUBSYSTEM" = addcpu ] && echo 1 >"/sys$DEVPATH/online"
 """
 
 _PROFILE = """export PS1='\\w # '
@@ -110,6 +119,7 @@ def build_initramfs(busybox: bytes, extra: Iterable[tuple[Path, str]] = ()) -> b
         archive.symlink(f"bin/{applet}", "busybox")
     for command, script in _POWER.items():
         archive.file(f"sbin/{command}", script.encode(), 0o755)
+    archive.file("etc/cpu-added", CPU_ADDED.encode(), 0o755)
     archive.file("etc/profile", _PROFILE.encode())
     archive.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
     archive.file("etc/group", b"root:x:0:\n")

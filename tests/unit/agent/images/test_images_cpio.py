@@ -95,6 +95,7 @@ def test_initramfs_has_what_a_boot_needs(tmp_path: Path) -> None:
     found = entries(build_initramfs(b"BUSYBOX", [(program, "/bin/prog")]))
     assert found["bin/busybox"].data == b"BUSYBOX" and found["bin/busybox"].mode & 0o111
     assert found["init"].data.decode() == INIT and found["init"].mode & 0o100
+    assert found["etc/cpu-added"].mode & 0o100
     assert READY in INIT
     assert found["dev/console"].rdev == (5, 1)
     assert found["bin/sh"].data == b"busybox"
