@@ -36,7 +36,7 @@ from hypervisor.xenstore.errors import XenstoreError
 
 LOG = logging.getLogger(__name__)
 
-LOOKS_PER_SECOND, LOOKS_AT_ONCE = 10.0, 50.0
+LOOKS_PER_SECOND, LOOKS_AT_ONCE = 5.0, 50.0
 """How often one front end can make the host process look at it."""
 RETRY_AFTER = 0.5
 STATS_TIMEOUT = 1.0

@@ -116,7 +116,15 @@ class DomainDevices:
             device.begin()
 
     def adopt(self) -> None:
-        """Go on with the devices of a domain that lives, in the background."""
+        """Go on with the devices of a domain that lives: they are there at once, and served soon."""
+        record = self._domain.record
+        try:
+            for spec in specs_of(record.spec):
+                memory = DeviceMemory.from_json(record.devices.get(_key(spec), {}))
+                self._devices[_key(spec)] = self._make(spec, memory)
+        except ToolstackError as exc:
+            LOG.error("devices of domain %s: %s", self._domain.uuid, exc)
+            return
         self._adopting = asyncio.get_running_loop().create_task(self._adopt())
 
     def guest_ended(self) -> None:
@@ -257,23 +265,19 @@ class DomainDevices:
         """What a driver of the host process before this one counted is kept; the driver is replaced."""
         record = self._domain.record
         counted: Counters = {}
-        specs = specs_of(record.spec)
-        for kind in {kind_of(spec) for spec in specs}:
+        for kind in {device.kind for device in self._devices.values()}:
             try:
                 counted |= await self._driver(kind).clear()
             except ToolstackError as exc:  # its device is tried again until it is gone
                 LOG.error("domain %s: %s", self._domain.uuid, exc)
-        for spec in specs:
-            memory = DeviceMemory.from_json(record.devices.get(_key(spec), {}))
-            device = self._make(spec, memory)
-            self._devices[_key(spec)] = device
+        for device in list(self._devices.values()):
             device.driver_died(counted.get(device.devid, {}))
             try:
-                device.opened = await device.backend.open(self._domain.uuid, record.domid, spec)
+                device.opened = await device.backend.open(self._domain.uuid, record.domid, device.spec)
                 device.begin()
             except ToolstackError as exc:
                 LOG.error("domain %s: %s %s: %s", self._domain.uuid, device.kind, device.id, exc)
-                if self._bus(spec).is_laid_out():
+                if self._bus(device.spec).is_laid_out():
                     device.begin()
             if record.ended:
                 device.guest_ended()
