@@ -1,7 +1,10 @@
 """xenstored's state on disk: a snapshot and the records since, in one file.
 
 The first line is the JSON of `Server.save`, each further one a list of
-records, one line per step of the server. A step is written before anything of
+records, one line per step of the server. When the records have outgrown the
+snapshot a new file is begun. It is written a piece at each step, so that
+however much guests have stored no step waits for all of it: first a snapshot without
+nodes, then the nodes of that moment as records, then the steps since. A step is written before anything of
 it is seen outside, with one ``write``, so the end of the process at any point
 loses nothing that a client was told; the machine's end does not matter, for
 it ends the domains too. A last line without its newline was never told
@@ -21,17 +24,60 @@ from typing import Any
 from hypervisor.xenstore.errors import XenstoreError
 from hypervisor.xenstore.quota import Limits
 from hypervisor.xenstore.server import STATE_VERSION, Record, Server
+from hypervisor.xenstore.store import Node, node_to_json
 
 LOG = logging.getLogger(__name__)
 
 COMPACT_AT = 1 << 20
 """Bytes of records after which a new snapshot is worth its time."""
 
+NODES_PER_STEP = 32
+"""Nodes that are written to the new file with each step."""
+
 _MAX_FILE = 1 << 30
 
 
 class StateDamaged(Exception):
     """The state file cannot be used; the message says where and what to do."""
+
+
+class _NewFile:
+    """The file that is to take the place of another, while it is written.
+
+    :param nodes: those of the moment when it was begun; `since` the lines of the steps after that.
+    """
+
+    def __init__(self, path: Path, first: bytes, nodes: list[tuple[str, Node]]) -> None:
+        self.path = path
+        self.since: list[bytes] = []
+        self.size = 0
+        self._nodes = nodes
+        self._at = 0
+        self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            self._write(first)
+        except OSError:
+            self.give_up()
+            raise
+
+    def go_on(self) -> bool:
+        """Write some more. :returns: whether all is written."""
+        some = self._nodes[self._at : self._at + NODES_PER_STEP]
+        self._at += len(some)
+        if some:
+            self._write(_line([["n", path, node_to_json(node)] for path, node in some]))
+            return False
+        for line in self.since:
+            self._write(line)
+        return True
+
+    def give_up(self) -> None:
+        os.close(self.fd)
+        self.path.unlink(missing_ok=True)
+
+    def _write(self, data: bytes) -> None:
+        _write_all(self.fd, data)
+        self.size += len(data)
 
 
 class FileJournal:
@@ -43,6 +89,7 @@ class FileJournal:
         self._records_size = 0
         self._snapshot_size = 0
         self._behind = False
+        self._next: _NewFile | None = None
         self.server: Server | None = None
 
     def append(self, records: list[Record]) -> None:
@@ -55,33 +102,60 @@ class FileJournal:
             line = _line(records)
             _write_all(self._fd, line)
             self._records_size += len(line)
-            if self._records_size > max(COMPACT_AT, 2 * self._snapshot_size):
-                self.compact()
+            if self._next is not None:
+                self._next.since.append(line)
+            self._renew()
         except OSError as exc:
             if not self._behind:
                 LOG.error("xenstore state cannot be kept in %s until its disk is mended: %s", self._path, exc)
             self._behind = True
 
-    def compact(self) -> None:
-        """Replace the file by one with a new snapshot only."""
-        assert self.server is not None
-        temporary = self._path.with_name(self._path.name + ".new")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        line = _line(self.server.save())
+    def _renew(self) -> None:
+        """Begin a new file when it is time, or go on with the one that is begun. The old one is good until the end."""
         try:
-            _write_all(fd, line)
-            os.replace(temporary, self._path)
+            if self._next is None:
+                if self._records_size > max(COMPACT_AT, 2 * self._snapshot_size):
+                    self._next = self._begin(nodes=False)
+            elif self._next.go_on():
+                self._finish(self._next)
+        except OSError as exc:
+            LOG.warning("xenstore state %s is not made smaller for now: %s", self._path, exc)
+            self._give_up()
+            self._records_size = 0
+
+    def compact(self) -> None:
+        """Replace the file at once by one with a new snapshot only."""
+        self._give_up()
+        self._finish(self._begin(nodes=True))
+
+    def _begin(self, *, nodes: bool) -> _NewFile:
+        """:param nodes: True for a snapshot that is complete."""
+        assert self.server is not None
+        rest = [] if nodes else self.server.store.snapshot()
+        return _NewFile(self._path.with_name(self._path.name + ".new"), _line(self.server.save(nodes=nodes)), rest)
+
+    def _finish(self, new: _NewFile) -> None:
+        try:
+            os.replace(new.path, self._path)
         except OSError:
-            os.close(fd)
+            self._next = None
+            new.give_up()
             raise
         if self._fd >= 0:
             os.close(self._fd)
-        self._fd = fd
-        self._snapshot_size = len(line)
-        self._records_size = 0
+        self._fd = new.fd
+        self._records_size = sum(map(len, new.since))
+        self._snapshot_size = new.size - self._records_size
+        self._next = None
         self._behind = False
 
+    def _give_up(self) -> None:
+        if self._next is not None:
+            self._next.give_up()
+            self._next = None
+
     def close(self) -> None:
+        self._give_up()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -309,11 +309,11 @@ class Server:
 
     # -- persistence --------------------------------------------------------------------------------------
 
-    def save(self) -> dict[str, Any]:
+    def save(self, *, nodes: bool = True) -> dict[str, Any]:
         """JSON form of everything but the tools' connections, which end with the process."""
         domains = {str(domid): self._save_domain(domid, conn) for domid, conn in sorted(self._domains.items())}
         quota = dict(self._quota)
-        return {"version": STATE_VERSION, "store": self.store.save(), "domains": domains, "quota": quota}
+        return {"version": STATE_VERSION, "store": self.store.save(nodes=nodes), "domains": domains, "quota": quota}
 
     @classmethod
     def restore(

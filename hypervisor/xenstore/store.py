@@ -132,10 +132,14 @@ class Store:
         found = [(p, n) for p, n in self._nodes.items() if any(e.domid == domid for e in n.acl.entries)]
         return sorted(found, key=lambda item: item[0].count("/"))
 
-    def save(self) -> dict[str, Any]:
-        """JSON form. Lists of children are not in it: the paths say them."""
-        nodes = {path: node_to_json(node) for path, node in self._nodes.items()}
-        return {"generation": self.generation, "nodes": nodes}
+    def snapshot(self) -> list[tuple[str, Node]]:
+        """All nodes as they are now; later changes do not touch it."""
+        return list(self._nodes.items())
+
+    def save(self, *, nodes: bool = True) -> dict[str, Any]:
+        """JSON form. Lists of children are not in it: the paths say them. :param nodes: False leaves all nodes out."""
+        found = {path: node_to_json(node) for path, node in self._nodes.items()} if nodes else {}
+        return {"generation": self.generation, "nodes": found}
 
     @classmethod
     def restore(cls, data: dict[str, Any]) -> Store:

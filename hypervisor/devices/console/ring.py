@@ -73,8 +73,10 @@ class ConsoleRing:
         if state is not None:
             self._typed += str(state["typed"]).encode("latin-1")[:INPUT_MAX]
         page[_CONNECTION] = _CONNECTED
-        # What was printed or typed while nobody listened.
+        # What was printed or typed while nobody listened. The guest is told too: a host process before this one may
+        # have ended between a change of the ring and the event that tells of it.
         self._wake_in(0.0)
+        notify()
 
     @property
     def broken(self) -> bool:

@@ -162,6 +162,7 @@ def test_killed_at_any_record_each_request_happens_once(tmp_path: Path, monkeypa
 
     host = Host(tmp_path / "state")
     monkeypatch.setattr(journal_module, "COMPACT_AT", 2000)
+    monkeypatch.setattr(journal_module, "NODES_PER_STEP", 1)
     # Each answer tells whether a request was lost, repeated or answered twice: removal and creation alternate.
     wanted: list[bytes] = []
     stream = b""
@@ -313,6 +314,66 @@ def test_the_file_stays_small(tmp_path: Path, monkeypatch) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
     state = load(path)
     assert state is not None and state["store"]["nodes"]["/a"][0] == "499"
+
+
+def test_no_step_waits_for_all_of_a_large_store(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "state"
+    server = open_server(path)
+    handle = Handle(server)
+    for number in range(2000):
+        handle.write(f"/n/{number}", "x" * 500)
+    whole = len(json.dumps(server.save()))
+    written: list[int] = []
+    real = journal_module._write_all
+
+    def counting(fd: int, data: bytes) -> None:
+        written[-1] += len(data)
+        real(fd, data)
+
+    monkeypatch.setattr(journal_module, "_write_all", counting)
+    inode = path.stat().st_ino
+    for number in range(20000):
+        written.append(0)
+        # The file is written anew under changes of what is written already, and of what is not yet.
+        handle.write(f"/n/{number * 7 % 2000}", f"{number} " * 80)
+        if number % 50 == 0:
+            handle.remove(f"/n/{number * 3 % 2000}")
+        if path.stat().st_ino != inode:
+            break
+    else:
+        pytest.fail("the file was never made anew")
+    assert max(written) < whole / 10
+    assert load(path) == json.loads(json.dumps(server.save()))
+    assert not path.with_name("state.new").exists()
+
+
+def test_a_new_file_that_cannot_be_written_is_given_up(tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(journal_module, "COMPACT_AT", 4096)
+    path = tmp_path / "state"
+    server = open_server(path)
+    handle = Handle(server)
+    real = journal_module._write_all
+    fds = len(os.listdir("/proc/self/fd"))
+
+    def full(fd: int, data: bytes) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(".new"):
+            raise OSError(28, "No space left on device")
+        real(fd, data)
+
+    monkeypatch.setattr(journal_module, "_write_all", full)
+    for number in range(300):
+        handle.write("/a", str(number))
+    assert "is not made smaller" in caplog.text and "cannot be kept" not in caplog.text
+    assert len(os.listdir("/proc/self/fd")) == fds
+    assert Handle(open_server_elsewhere(path, tmp_path, monkeypatch, real)).read("/a") == "299"
+
+
+def open_server_elsewhere(path: Path, folder: Path, monkeypatch: Any, write: Any) -> Server:
+    """What the file says, without touching it."""
+    monkeypatch.setattr(journal_module, "_write_all", write)
+    copy = folder / "copy"
+    copy.write_bytes(path.read_bytes())
+    return open_server(copy)
 
 
 def test_a_full_disk_stops_nobody_and_is_made_good(tmp_path: Path, monkeypatch, caplog) -> None:
