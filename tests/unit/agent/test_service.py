@@ -63,6 +63,24 @@ def test_the_same_id_gets_the_same_answer(client: Client, tmp_path: Path) -> Non
     assert listed is not None and len(listed["domains"]) == 1
 
 
+def test_a_step_s_progress_is_reported(
+    service: Service, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Report] = []
+    monkeypatch.setattr(service.reporter, "_publish", told.append)
+    args = {"name": "web", "memory_mib": 64, "max_memory_mib": 128, "kernel": kernel(tmp_path)}
+    made = client.call("create", args | {"cmdline": "fake.memory=slow"}, timeout=20).result
+    assert made is not None
+    uuid = made["domain"]["uuid"]
+    ident = client.send("resize", {"uuid": uuid, "memory_mib": 128})
+    assert client.wait(ident, 20).ok
+    progress = [report for report in told if report.kind == "progress"]
+    assert progress and progress[-1].routing_key == "progress.node1"
+    assert progress[-1].data | {"done": 64} == {
+        "instruction": ident, "verb": "resize", "uuid": uuid, "done": 64, "total": 64, "unit": "MiB",
+    }  # fmt: skip
+
+
 BAD = [
     (b"this is not JSON", "message.not_json"),
     (b"[" * 10000, "message.too_deep"),
