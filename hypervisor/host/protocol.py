@@ -25,7 +25,7 @@ from typing import Any
 
 from hypervisor.errors import HostUnavailable, ProtocolError
 
-VERSION = (1, 0)
+VERSION = (1, 1)
 """Major: both sides must be equal. Minor: grows with what is added."""
 
 REQUEST_MAX = 256 * 1024

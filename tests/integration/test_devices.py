@@ -391,3 +391,22 @@ def test_devices_of_a_guest_that_has_ended(make: Make, toolstack: EmbeddedToolst
     assert disk.notes()[-1]["what"] == "disconnect"
     with pytest.raises(WrongState):
         toolstack.detach_device(disk.uuid, "disk", "xvda", 1)
+
+
+def test_replacing_drivers_leaves_nothing_behind(rig: HostRig, make: Make, toolstack: EmbeddedToolstack) -> None:
+    disk = make()
+    disk.connect()
+    disk.until_state(DeviceState.CONNECTED)
+    zygote = int(dict(toolstack.host_info().detail)["zygote_pid"])
+
+    def descriptors() -> list[int]:
+        return [len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (rig.pid, zygote, rig.process_of(disk.uuid))]
+
+    before, children = descriptors(), len(rig.children(zygote))
+    for number in range(1, 7):
+        kill_process(disk.pid())
+        until(lambda n=number: len(disk.notes()) == n + 1, "the next driver")
+    disk.until_state(DeviceState.CONNECTED)
+    until(lambda: descriptors() == before, f"as many descriptors as before: {before}, {descriptors()}")
+    assert len(rig.children(zygote)) == children
+    assert disk.info().stats["restarts"] == 6
