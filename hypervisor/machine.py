@@ -219,7 +219,7 @@ class Machine:
         if not self._shared:
             return vcpus[0] if self._can_run(0, now) else None
         hold = running.state.kernel_mode and self.domain.memory.bytes[running.state.vcpu_info + _EVENTS_MASKED]
-        number = self._queue.pick(time.thread_time_ns(), lambda n: self._can_run(n, now), hold=bool(hold))
+        number = self._queue.pick(now, lambda n: self._can_run(n, now), hold=bool(hold))
         if number is None:
             return None
         if not any(v.id != number and v.up and not v.blocked for v in vcpus):
@@ -262,8 +262,8 @@ class Machine:
     def _woken(self, vcpu: Vcpu) -> None:
         """A vCPU can run again: let it soon, at once if the one that has the engine waits for it."""
         if self._shared:
-            self._queue.woken(vcpu.id, time.thread_time_ns())
-            self._due_at(self._slice_end())
+            self._queue.woken(vcpu.id, self.domain.clock.now())
+            self._due_at(self._queue.slice_end)
             self.engine.watch_pauses(True)
 
     def _idle(self, now: int, capped: int) -> None:
@@ -302,17 +302,12 @@ class Machine:
 
     def _set_alarm(self, now: int) -> None:
         deadline = self._timers.next()
-        for end in (self._slice_end(), self._cap.run_until(now)):
+        for end in (self._queue.slice_end, self._cap.run_until(now)):
             if end and (not deadline or end < deadline):
                 deadline = end
         self._alarm.set(deadline + self.domain.clock.base if deadline else 0)
         if self._posts:
             self._alarm.now()
-
-    def _slice_end(self) -> int:
-        """System time of the end of the slice, if the host lets us run until then; 0: it has none."""
-        end = self._queue.slice_end
-        return self.domain.clock.now() + max(0, end - time.thread_time_ns()) if end else 0
 
     def _due_at(self, deadline: int) -> None:
         """Something new is due at system time `deadline` (ns). What was taken away may still ring, once."""

@@ -7,8 +7,9 @@ credit schedulers have their rate limit of 1 ms for it). After `BOOST_LIMIT`
 such steps in a row the round goes on: two vCPUs that wake each other cannot
 starve a third. Who was interrupted by them has the rest of its turn left.
 
-Times are CPU time of the thread that runs the guest: where the host has more
-to do than it has CPUs for, a turn is not over before it was had.
+A turn is system time, had or not. With CPU time a round of 32 vCPUs takes
+seconds on a host that has far more to do than CPUs, and a kernel that calls
+its CPUs one by one then believes that one is stuck.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ BOOST_LIMIT = 4
 
 
 class VcpuQueue:
-    """Times are nanoseconds of CPU time.
+    """Times are system time in nanoseconds.
 
     :param count: number of vCPUs.
     :ivar slice_end: until when the vCPU picked last may run; 0: no end, nobody else could.
