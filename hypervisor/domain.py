@@ -51,6 +51,7 @@ class MachineConfig:
     :ivar tsc_khz: frequency of the time stamp counter, kHz.
     :ivar bits: word size of the guest: 64 or 32.
     :ivar max_event_port: highest event channel port, up to 131071; the 2-level ABI ends at 4095.
+    :ivar lazy_nx: see `PageTables.lazy_nx`: for guests that map all their memory executable and do not look at it.
     :ivar cpu_policy: a level and features in words, or a policy that was saved (`hypervisor.cpu.policy`).
     """
 
@@ -66,6 +67,7 @@ class MachineConfig:
     linear_page_tables: bool = False
     bits: int = 64
     max_event_port: int = DEFAULT_MAX_PORT
+    lazy_nx: bool = False
     cpu_policy: str | dict[str, Any] = policy.DEFAULT
 
     def to_json(self) -> dict[str, Any]:
@@ -106,6 +108,7 @@ class Domain:
         self.area.fill_m2p(config.nr_pages)
         self.tables = self.TABLES(self.memory, self.frames, engine, self.area.slots)
         self.tables.linear.allowed = config.linear_page_tables
+        self.tables.lazy_nx = config.lazy_nx
         self.reservation = Reservation(self.frames, self.tables, self.area)
         self.guest = self.GUEST(self.memory, lambda: engine.regs.cr3, self.tables.code)
         self.scale = TscScale.from_khz(config.tsc_khz)

@@ -47,6 +47,7 @@ _WRITABLE_TABLES = 1 << abi.VMASST_TYPE_writable_pagetables
 _LONGEST_WAIT_S = 3600.0
 """A guest may ask for a timer in centuries, more than a wait can take; it is looked at again then."""
 
+_FETCH = x86.PF_PRESENT | x86.PF_FETCH
 _EAGER_YIELDS, _NAP_S = 8, 50e-6
 """A vCPU that yields for ever while no other can run (GRUB does, for its disk) leaves the CPU to whom it waits for."""
 
@@ -360,7 +361,9 @@ class Machine:
             traps.software_interrupt(vector, self._interrupt_length(vector))
         elif vector == x86.PF:
             writes_table = error_code & 3 == 3 and traps.state.kernel_mode and self.domain.vm_assist & _WRITABLE_TABLES
-            if not (writes_table and self.domain.table_writes.emulate(traps.regs.cr2)):
+            if writes_table and self.domain.table_writes.emulate(traps.regs.cr2):
+                pass
+            elif error_code & _FETCH != _FETCH or not self._allow_execution(traps.regs.cr2):
                 traps.inject(x86.PF, error_code)
         elif vector == x86.GP:
             if not self.domain.privileged.emulate():
@@ -376,6 +379,9 @@ class Machine:
             raise GuestFault(f"unexpected vector {vector}")
         if not self._leaving:
             traps.deliver_event()
+
+    def _allow_execution(self, va: int) -> bool:
+        return self.domain.tables.allow_execution(self.domain.guest.l1_slot(va))
 
     def _interrupt_length(self, vector: int) -> int:
         """Bytes of the interrupt instruction before RIP: `int3` and `into` have one, `int n` two."""

@@ -29,6 +29,8 @@ from hypervisor.types import Mfn, Port
 LOG = logging.getLogger(__name__)
 
 MAX_VCPUS = 32
+_LOADERS = ("GRUB",)
+"""They map all memory executable, and start kernels that inherit this."""
 CAPABILITIES = (
     Capability.PV,
     Capability.SMP,
@@ -122,6 +124,7 @@ class PvRuntime:
             max_vcpus=request.spec.effective_max_vcpus,
             tsc_khz=self._tsc_khz,
             linear_page_tables=request.linear_page_tables,
+            lazy_nx=kernel.notes.guest_os in _LOADERS,
             cpu_policy=request.cpu_policy,
             bits=kernel.bits,
         )

@@ -33,6 +33,9 @@ DISALLOW = 0x198  # PWT, PCD, PSE or PAT, global
 L1_DISALLOW = 0x098 | 1 << 62  # the global bit is tolerated; bit 62 is _PAGE_GNTTAB
 GUEST_KERNEL = 1 << 52  # _PAGE_GUEST_KERNEL: marks entries to which Xen added the user bit
 USER_BITS = GUEST_KERNEL | PTE_US
+LAZY_NX = 1 << 53 | PTE_NX
+"""Not executable because nothing was executed there yet, and not because the guest wants that; bit 53 is the guest's to
+use, and nobody's."""
 
 # A change confined to these needs no new validation (FASTPATH_FLAG_WHITELIST).
 SAME = ~(PTE_NX | 0x7FF << 52 | 0xE00 | 0x100 | 0x60 | PTE_US) & (1 << 64) - 1
@@ -42,6 +45,7 @@ XEN_SLOT_FIRST, XEN_SLOT_LAST = 256, 271
 
 _NP_P, _NP_RW, _NP_US = np.uint64(PTE_P), np.uint64(PTE_RW), np.uint64(PTE_US)
 _NP_ADDR, _NP_USER_BITS = np.uint64(PTE_ADDR), np.uint64(USER_BITS)
+_NP_RW_NX, _NP_LAZY_NX = np.uint64(PTE_RW | PTE_NX), np.uint64(LAZY_NX)
 _NP_L1_DISALLOW, _NP_12, _NP_63 = np.uint64(L1_DISALLOW), np.uint64(12), np.uint64(63)
 
 
@@ -58,6 +62,8 @@ class PageTables:
     """The page tables of one domain.
 
     :param xen_slots: L4 slot → entry that the hypervisor puts there.
+    :ivar lazy_nx: writable L1 entries without NX are stored with `LAZY_NX`. An engine that translates code is slow on
+        stores through executable pages; a guest that maps all its memory so (a boot loader) would crawl.
     """
 
     TABLES = frozenset((L1, L2, L3, L4))
@@ -72,6 +78,7 @@ class PageTables:
         self.foreign = ForeignFrames()
         self.words = memory.words
         self.base = memory.base_mfn
+        self.lazy_nx = False
 
     # -- references
 
@@ -205,8 +212,11 @@ class PageTables:
         np.add.at(frames.refs_np, targets, 1)
         frames.kind_np[writable] = WRITABLE
         np.add.at(frames.count_np, writable, 1)
+        entries = self._adjusted_l1(entries)
+        if self.lazy_nx:
+            entries = np.where((entries & _NP_RW_NX) == _NP_RW, entries | _NP_LAZY_NX, entries)
         self.code.mapped_executable_many(targets[(entries >> _NP_63) == 0])
-        table[present] = self._adjusted_l1(entries)
+        table[present] = entries
 
     def _adjusted_l1(self, entries: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Present L1 entries as they are stored: a 64-bit PV kernel runs in ring 3, so each is for users."""
@@ -314,6 +324,8 @@ class PageTables:
                 raise XenError(errno.EINVAL, f"bad L1 flags in {new:#x}")
             if not new & PTE_US:
                 new |= USER_BITS
+            if self.lazy_nx and new & (PTE_RW | PTE_NX) == PTE_RW:
+                new |= LAZY_NX
             if old & PTE_P and not (old ^ new) & SAME:
                 words[at] = new
                 if (old & ~new) & PTE_NX:
@@ -323,6 +335,15 @@ class PageTables:
         words[at] = new
         if old & PTE_P:
             self._put_leaf(old)
+
+    def allow_execution(self, at: int) -> bool:
+        """The guest executes through the L1 entry at word offset `at` (-1: there is none), which is present: whether it
+        may, and only `LAZY_NX` was in the way."""
+        if at < 0 or (entry := self.words[at]) & LAZY_NX != LAZY_NX:
+            return False
+        self.words[at] = entry & ~LAZY_NX
+        self.code.mapped_executable(((entry & PTE_ADDR) >> 12) - self.base)
+        return True
 
     def _update_upper(self, at: int, slot: int, new: int, kind: int) -> None:
         if kind == L4 and XEN_SLOT_FIRST <= slot <= XEN_SLOT_LAST:

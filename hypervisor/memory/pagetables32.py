@@ -15,7 +15,7 @@ from hypervisor.abi import errno
 from hypervisor.engines.x86 import PTE_A, PTE_ADDR, PTE_NX, PTE_P, PTE_RW, PTE_US
 from hypervisor.errors import XenError
 from hypervisor.memory.frames import L1, L2, L2_XEN, L3, L4, SEGDESC
-from hypervisor.memory.pagetables import DISALLOW, L1_DISALLOW, SAME, PageTables
+from hypervisor.memory.pagetables import DISALLOW, L1_DISALLOW, LAZY_NX, SAME, PageTables
 from hypervisor.memory.segdesc import validate_segdesc_page
 from hypervisor.memory.segdesc32 import check_descriptor
 from hypervisor.memory.xenarea32 import FIRST_XEN_L2_SLOT
@@ -130,6 +130,8 @@ class PaeTables(PageTables):
         if new & PTE_P:
             if new & L1_DISALLOW:
                 raise XenError(errno.EINVAL, f"bad L1 flags in {new:#x}")
+            if self.lazy_nx and new & (PTE_RW | PTE_NX) == PTE_RW:
+                new |= LAZY_NX
             if old & PTE_P and not (old ^ new) & SAME:
                 words[at] = new
                 if (old & ~new) & PTE_NX:

@@ -10,6 +10,7 @@ from pv_rig import BASE, FIRST_FREE, NX, PAGES, RO, ROOT, ROOT_L1, ROOT_L2, ROOT
 from hypervisor.engines import x86
 from hypervisor.memory import layout
 from hypervisor.memory.frames import L1, L2, L3, L4, NONE, SEGDESC, WRITABLE
+from hypervisor.memory.pagetables import LAZY_NX
 
 A, B, C, D, EXTRA = range(FIRST_FREE, FIRST_FREE + 5)
 
@@ -319,3 +320,30 @@ def test_recount_notices_each_kind_of_error() -> None:
         rig.check()
         spoil(rig)
         assert any(word in line for line in rig.domain.recount()), word
+
+
+def test_a_writable_executable_entry_waits_for_its_first_execution(rig: Rig) -> None:
+    rig.tables.lazy_nx = True
+    rig.fill(A, {3: rig.pte(EXTRA), 4: rig.pte(EXTRA, RO), 5: rig.pte(EXTRA) | NX})
+    rig.tables.pin(rig.mfn(A), L1)
+    words, at = rig.tables.words, A * 512
+    assert [words[at + slot] & LAZY_NX for slot in (3, 4, 5)] == [LAZY_NX, 0, NX]
+    rig.tables.update(A, 6, rig.pte(EXTRA))
+    assert words[at + 6] & LAZY_NX == LAZY_NX
+    assert not rig.tables.allow_execution(at + 4), "nothing was in the way"
+    assert not rig.tables.allow_execution(at + 5), "the guest forbids it"
+    assert not rig.tables.allow_execution(at + 7), "not present"
+    assert not rig.tables.allow_execution(-1)
+    assert not rig.frames.executed[EXTRA] or words[at + 4] & NX == 0
+    assert rig.tables.allow_execution(at + 6)
+    assert words[at + 6] & LAZY_NX == 0
+    assert rig.frames.executed[EXTRA]
+    assert words[at + 3] & LAZY_NX == LAZY_NX, "another mapping of the frame is not concerned"
+    rig.check()
+
+
+def test_without_lazy_nx_entries_are_stored_as_they_are(rig: Rig) -> None:
+    rig.fill(A, {3: rig.pte(EXTRA)})
+    rig.tables.pin(rig.mfn(A), L1)
+    rig.tables.update(A, 4, rig.pte(EXTRA))
+    assert [rig.tables.words[A * 512 + slot] & LAZY_NX for slot in (3, 4)] == [0, 0]
