@@ -2,8 +2,8 @@
 
 ::
 
-    server: {"hello": {"protocol": [1, 0], "version": "0.1.0"}}
-    client: {"id": 1, "verb": "hello", "args": {"protocol": [1, 0]}}
+    server: {"hello": {"protocol": [1, 1], "version": "0.1.0"}}
+    client: {"id": 1, "verb": "hello", "args": {"protocol": [1, 1]}}
     client: {"id": 2, "verb": "domain.pause", "args": {"uuid": "…"}}
     server: {"id": 2, "result": null}
     server: {"id": 3, "error": {"code": "domain.not_found", "message": "…", "retryable": false}}

@@ -97,9 +97,9 @@ def serve(folder: Path, body: Body, *, greet: bool = True, max_clients: int = 4)
             sock = channels.connect(path, socket.SOCK_STREAM)
             client = Client(*await asyncio.open_connection(sock=sock))
             if greet:
-                assert (await client.receive())["hello"]["protocol"] == [1, 0]
+                assert (await client.receive())["hello"]["protocol"] == list(protocol.VERSION)
                 await client.send(HELLO)
-                assert (await client.receive())["result"] == {"protocol": [1, 0]}
+                assert (await client.receive())["result"] == {"protocol": list(protocol.VERSION)}
             return client
 
         try:
