@@ -135,7 +135,7 @@ class BlockBackend:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as exc:
             raise HostFailure(f"{folder} cannot be made: {exc.strerror}") from exc
-        journal = open_journal(folder, MAX_QUEUES)
+        journal = open_journal(folder)
         try:
             hold = await self._hold(folder, journal, chain, domid, spec)
         except BaseException:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from hypervisor.devices.block.image.daemon import StorageDaemon
 from hypervisor.devices.block.image.files import ImageFile
-from hypervisor.devices.block.journal import RECORD_BYTES
+from hypervisor.devices.block.journal import JOURNAL_BYTES
 from hypervisor.devices.block.ring import SECTOR
 from hypervisor.errors import HostFailure, ImageInvalid, ToolstackError
 
@@ -66,7 +66,7 @@ class DiskHold(Protocol):
     async def close(self) -> None: ...
 
 
-def open_journal(folder: Path, queues: int) -> int:
+def open_journal(folder: Path) -> int:
     """The file of `hypervisor.devices.block.journal`, its room taken now, for later a full disk would stop the ring.
 
     :raises HostFailure: the disk is full.
@@ -74,7 +74,7 @@ def open_journal(folder: Path, queues: int) -> int:
     try:
         fd = os.open(folder / JOURNAL_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            os.posix_fallocate(fd, 0, queues * RECORD_BYTES)
+            os.posix_fallocate(fd, 0, JOURNAL_BYTES)
         except BaseException:
             os.close(fd)
             raise
@@ -132,6 +132,8 @@ class DaemonDisk:
         self._about = about
         self._daemon: StorageDaemon | None = None
         self._control: socket.socket | None = None
+        # Its daemon ended with what it held, and no driver has been told of it yet.
+        self._fresh = False
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -149,6 +151,7 @@ class DaemonDisk:
             disk._daemon = found
             disk.size = await found.size()
             return disk
+        disk._fresh = about.matches(folder)  # the guest went on while its daemon did not
         try:
             await disk._start()
         except BaseException:
@@ -217,13 +220,15 @@ class DaemonDisk:
             # The driver waits. A daemon that does not answer is of no use: the next one may be.
             daemon.kill()
             return
-        message = json.dumps({"size": export.size, "flags": export.flags}).encode()
+        message = {"size": export.size, "flags": export.flags, "fresh": self._fresh}
         with contextlib.suppress(OSError):
-            socket.send_fds(control, [message], [export.sock.fileno()])
+            socket.send_fds(control, [json.dumps(message).encode()], [export.sock.fileno()])
+            self._fresh = False
         export.sock.close()
 
     def _daemon_exited(self) -> None:
         self._daemon = None
+        self._fresh = True
         if not self._closed:
             LOG.error("disk %s: its storage daemon has ended, the guest waits", self._about.path)
             self._task(self._restart())

@@ -17,7 +17,7 @@ from hypervisor.devices.block.grants import Access, CopiedPages, MappedPages
 from hypervisor.devices.block.image.base import Image
 from hypervisor.devices.block.image.nbd import NbdImage
 from hypervisor.devices.block.image.raw import RawImage
-from hypervisor.devices.block.journal import Journal, connection_key
+from hypervisor.devices.block.journal import Journal, connection_key, is_lost, note_lost
 from hypervisor.devices.block.limits import Throttle
 from hypervisor.devices.block.queue import Counters, Queue
 from hypervisor.devices.block.ring import LAYOUTS, MAX_INDIRECT, BlkRing
@@ -42,6 +42,8 @@ class Disk:
         self.devid = devid
         self.image: Image | None = None
         self.counters = Counters()
+        self.unflushed: bool | None = None  # None: what a driver before this one left is not known
+        self.lost = False
         self.queues: list[Queue] = []
         self.pages: list[Page] = []
         self.access: Access | None = None
@@ -72,6 +74,11 @@ class Disk:
             self.image = None
         self._report(self.devid, "warning", f"the image's daemon has ended, requests wait for another: {why}")
 
+    def flush_failed(self) -> None:
+        """The guest has been told: it knows that nothing since its last flush is sure."""
+        self.lost = False
+        note_lost(self.journal_fd, False)
+
     def failed(self, what: str, error: int) -> None:
         """At most one line in ten seconds: the guest can ask for more errors than anybody wants to read."""
         now = time.monotonic()
@@ -98,6 +105,7 @@ class BlockDriver:
         device = config["device"]
         disk = Disk(devid, device, self._report)
         disk.journal_fd = fds[1]
+        disk.lost = is_lost(fds[1])
         try:
             if device["kind"] == "raw":
                 disk.image = RawImage(fds[0], direct=bool(device["direct"]))
@@ -263,6 +271,10 @@ class BlockDriver:
         if disk.image is not None:
             disk.image.close()
         disk.image = NbdImage(fd, flags=int(message["flags"]))
+        if message["fresh"] and disk.unflushed is not False:
+            # A daemon's write-back cache went with it. The guest must not be told that a flush was done.
+            disk.lost = True
+            note_lost(disk.journal_fd, True)
         LOG.info("disk %d: connection to its image", disk.devid)
         self._go_on(disk)
 

@@ -23,7 +23,20 @@ RECORD_BYTES = 16384
 _HEAD = struct.Struct("<I16sII")  # checksum of the rest, key, index of the first response, how many
 _RESPONSE = struct.Struct("<QBxh4x")
 
+_LOST_AT = 4 * RECORD_BYTES
+JOURNAL_BYTES = _LOST_AT + 1
+
 Response = tuple[int, int, int]
+
+
+def note_lost(fd: int, lost: bool) -> None:
+    """Write down that writes which the guest was told to be done may be lost: the next flush must fail."""
+    os.pwrite(fd, b"L" if lost else b"\0", _LOST_AT)
+
+
+def is_lost(fd: int) -> bool:
+    """What `note_lost` said."""
+    return os.pread(fd, 1, _LOST_AT) == b"L"
 
 
 def connection_key(*parts: object) -> bytes:

@@ -56,6 +56,8 @@ class DiskView(Protocol):
 
     :ivar image: None: it is away, and everything waits.
     :ivar sectors: of 512 bytes.
+    :ivar unflushed: something was written since the last flush; None: perhaps.
+    :ivar lost: of that, something may be gone: the next flush fails.
     """
 
     image: Image | None
@@ -65,7 +67,12 @@ class DiskView(Protocol):
     throttle: Throttle
     counters: Counters
 
+    unflushed: bool | None
+    lost: bool
+
     def image_gone(self, why: str) -> None: ...
+
+    def flush_failed(self) -> None: ...
 
     def failed(self, what: str, error: int) -> None: ...
 
@@ -255,12 +262,24 @@ class Queue:
         except ImageGone as exc:
             self._disk.image_gone(str(exc))
             return False
+        self._note_flushes(operations)
         reads = [t for t in transfers if t.to_guest and not t.failed]
         if reads:
             self._access.finish(reads)
         for work in works:
             self._count(work)
         return True
+
+    def _note_flushes(self, operations: list[Operation]) -> None:
+        disk = self._disk
+        for operation in operations:
+            if operation.action == Action.WRITE:
+                disk.unflushed = True
+            elif operation.action == Action.FLUSH and not operation.error:
+                if disk.lost:
+                    operation.error = errno.EIO
+                    disk.flush_failed()
+                disk.unflushed = False
 
     def _count(self, work: Work) -> None:
         counters, kind = self._disk.counters, work.request.kind
