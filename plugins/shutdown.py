@@ -73,8 +73,10 @@ class WaitStep(Step):
 
 def _notice(ctx: Context, uuid: str) -> str:
     """Whether the guest took the request, where the driver knows."""
-    detail = ctx.host.toolstack.get_domain(uuid).detail
-    return f" ({detail})" if detail else ""
+    with contextlib.suppress(DomainNotFound):  # just now
+        detail = ctx.host.toolstack.get_domain(uuid).detail
+        return f" ({detail})" if detail else ""
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from agent_rig import Rig
 
 from agent.journal import StepState
 from hypervisor.errors import HostUnavailable
-from hypervisor.toolstack.api import DomainState
+from hypervisor.toolstack.api import DomainInfo, DomainState
 
 NOBODY = "00000000-0000-0000-0000-000000000001"
 CHANGING = ["destroy", "pause", "unpause", "shutdown", "reboot"]
@@ -95,6 +97,19 @@ def test_a_guest_that_does_not_listen(rig: Rig) -> None:
     assert rig.toolstack.get_domain(uuid).state is DomainState.RUNNING
     result = rig.ok("shutdown", {"uuid": uuid, "wait_seconds": 0.1, "force": True})
     assert result == {"domain": {"uuid": uuid, "state": "gone"}, "forced": True}
+
+
+@pytest.mark.parametrize("verb", ["shutdown", "reboot"])
+def test_whether_the_guest_took_the_request_is_told(rig: Rig, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    uuid = rig.create(cmdline="fake.shutdown=ignore")
+    look = rig.toolstack.get_domain
+
+    def told(uuid: str) -> DomainInfo:
+        return dataclasses.replace(look(uuid), detail="asked to poweroff, and has not taken the request")
+
+    monkeypatch.setattr(rig.toolstack, "get_domain", told)
+    error = rig.refused("domain.timeout", verb, {"uuid": uuid, "wait_seconds": 0.1})
+    assert "asked" in error["message"] and "(asked to poweroff, and has not taken the request)" in error["message"]
 
 
 def test_force_is_not_used_when_the_guest_obeys(rig: Rig) -> None:
