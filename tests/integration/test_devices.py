@@ -410,3 +410,18 @@ def test_replacing_drivers_leaves_nothing_behind(rig: HostRig, make: Make, tools
     until(lambda: descriptors() == before, f"as many descriptors as before: {before}, {descriptors()}")
     assert len(rig.children(zygote)) == children
     assert disk.info().stats["restarts"] == 6
+
+
+def test_a_driver_without_its_zygote(make: Make, toolstack: EmbeddedToolstack) -> None:
+    disk = make()
+    disk.connect()
+    disk.until_state(DeviceState.CONNECTED)
+    zygote = int(dict(toolstack.host_info().detail)["zygote_pid"])
+    kill_process(zygote)
+    first = disk.pid()
+    assert alive(first)
+    kill_process(first)
+    until(lambda: len(disk.notes()) == 2, "a driver of another zygote")
+    disk.until_state(DeviceState.CONNECTED)
+    assert int(dict(toolstack.host_info().detail)["zygote_pid"]) != zygote
+    until(lambda: not Path(f"/proc/{first}").exists(), "the dead driver to be reaped")

@@ -172,7 +172,10 @@ def test_vcpus_up_and_down(guest: Guest) -> None:
 
 def test_a_cap_holds(guest: Guest) -> None:
     toolstack = guest.toolstack
-    toolstack.set_scheduling(guest.uuid, 256, 20)
+    toolstack.set_scheduling(guest.uuid, 128, 20)
+    autogroups = Path("/proc/sys/kernel/sched_autogroup_enabled")
+    if autogroups.exists() and autogroups.read_text().strip() == "1":
+        assert Path(f"/proc/{guest.rig.process_of(guest.uuid)}/autogroup").read_text().endswith("nice 3\n")
     guest.run("while :; do :; done & echo started")
     used, begun = toolstack.stats(guest.uuid)["cpu_time_ns"], time.monotonic_ns()
     until(lambda: time.monotonic_ns() - begun > 5_000_000_000, "five seconds to pass")

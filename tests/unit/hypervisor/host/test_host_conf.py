@@ -22,6 +22,16 @@ def settings(*words: str) -> HostSettings:
     return options.settings(conf)
 
 
+def test_devices_of_the_host(tmp_path: Path) -> None:
+    made = settings("--state-dir", str(tmp_path))
+    assert made.driver_log_kib == 4096 and made.device_backends == ()
+    file = tmp_path / "conf"
+    file.write_text("[hypervisor]\ndriver_log_kib = 64\ndevice_backends = disk:module:Toy,nic:module:Nics\n")
+    made = settings("--config-file", str(file))
+    assert made.driver_log_kib == 64
+    assert dict(made.device_backends) == {"disk": "module:Toy", "nic": "module:Nics"}
+
+
 def test_the_sample_is_what_the_options_say(tmp_path: Path) -> None:
     made = tmp_path / "sample"
     command = [sys.executable, "-m", "oslo_config.generator", "--namespace", "reeve.hypervisor", "--output-file"]

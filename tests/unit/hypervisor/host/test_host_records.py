@@ -7,7 +7,7 @@ import pytest
 
 from hypervisor.errors import HostFailure
 from hypervisor.host.ledger import Claim
-from hypervisor.host.records import DomainRecord, Phase, RecordStore, write_atomically
+from hypervisor.host.records import DomainRecord, Phase, RecordStore, RunSizes, write_atomically
 from hypervisor.toolstack.api import DomainSpec, DomainState, KernelBoot, ShutdownReason
 from hypervisor.types import Mfn
 
@@ -31,12 +31,21 @@ def test_a_record_goes_to_disk_and_back(tmp_path: Path) -> None:
         created_at=1.5,
         restarts=2,
         console={"typed": "x"},
+        devices={"disk/xvda": {"front": {"ring": 8}, "restarts": 2}},
+        run=RunSizes(1, 2, 48, 128),
     )
     store.save(made)
     assert list(store.load()) == [made]
     assert made.ended
     store.remove(UUID)
     assert list(store.load()) == []
+
+
+def test_a_record_of_an_earlier_release_runs_what_its_spec_says() -> None:
+    data = record().to_json()
+    del data["run"], data["devices"]
+    made = DomainRecord.from_json(data)
+    assert made.run == RunSizes(1, 1, 64, 64) and made.devices == {}
 
 
 def test_a_folder_without_record_is_a_create_cut_short(tmp_path: Path) -> None:
