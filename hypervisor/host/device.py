@@ -36,9 +36,10 @@ from hypervisor.xenstore.errors import XenstoreError
 
 LOG = logging.getLogger(__name__)
 
-LOOKS_PER_SECOND, LOOKS_AT_ONCE = 5.0, 50.0
+LOOKS_PER_SECOND, LOOKS_AT_ONCE = 2.0, 50.0
 """How often one front end can make the host process look at it."""
-RETRY_AFTER = 0.5
+RETRY_AFTER, LONGEST_RETRY = 0.2, 5.0
+"""Seconds before what did not work is tried again, doubled each time."""
 STATS_TIMEOUT = 1.0
 
 _WANTS = (XenbusState.INITIALISED, XenbusState.CONNECTED)
@@ -212,6 +213,7 @@ class Device:
     # -- its task -------------------------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
+        retry = RETRY_AFTER
         while not self.closed.is_set():
             await self._wake.wait()
             if not self._force:
@@ -220,14 +222,18 @@ class Device:
             self._wake.clear()
             try:
                 await self._look()
+                self._problem, retry = "", RETRY_AFTER
+                continue
             except (ToolstackError, XenstoreError, OSError) as exc:
+                again = self._problem == printable(str(exc))
                 self._problem = printable(str(exc))
-                LOG.warning("%s %s: %s; trying again", self.kind, self._bus.paths.backend, exc)
-                await asyncio.sleep(RETRY_AFTER)
+                level = logging.DEBUG if again else logging.WARNING
+                LOG.log(level, "%s %s: %s; trying again", self.kind, self._bus.paths.backend, exc)
                 self._wake.set()
             except Exception:
                 LOG.exception("%s %s", self.kind, self._bus.paths.backend)
-                await asyncio.sleep(RETRY_AFTER)
+            await asyncio.sleep(retry)
+            retry = min(LONGEST_RETRY, retry * 2)
 
     async def _look(self) -> None:
         """Take the step that is due."""
@@ -294,7 +300,7 @@ class Device:
             memory.front = None
             self._refuse(str(answer["broken"]))
             return
-        self._generation, self._problem = generation, ""
+        self._generation = generation
         fresh = memory.front is None
         memory.front = config
         self._save()

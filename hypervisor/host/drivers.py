@@ -34,6 +34,8 @@ FIRST_DELAY, LONGEST_DELAY = 0.1, 2.0
 GOOD_LIFE = 5.0
 """A driver that lived so many seconds is started at once when it dies."""
 
+MAX_COUNTERS = 40
+
 Counters = dict[int, dict[str, int]]
 
 
@@ -246,6 +248,9 @@ class DriverHold:
         devid = message.get("devid")
         if message["event"] == "ready" and not ready.done():
             ready.set_result(None)
+            report = message.get("sandbox")
+            for line in report.get("missing", ())[:8] if isinstance(report, dict) else ():
+                LOG.warning("%s driver of domain %s: %s", self.order.kind, self.order.uuid, str(line)[:200])
         elif message["event"] == "report" and isinstance(devid, int):
             self.on_report(devid, str(message.get("what")), str(message.get("detail"))[:500])
 
@@ -299,7 +304,10 @@ async def end_stranger(folder: Path, kind: str) -> None:
 
 
 def parse_counters(data: object) -> Counters:
-    """What a driver process says of its devices; what is no number is left out."""
+    """What a driver process says of its devices; what is no counter is left out.
+
+    :raises ValueError: a number of thousands of digits.
+    """
     if not isinstance(data, dict):
         return {}
     return {int(devid): numbers(found) for devid, found in data.items() if str(devid).isdecimal()}
@@ -308,7 +316,8 @@ def parse_counters(data: object) -> Counters:
 def numbers(data: object) -> dict[str, int]:
     if not isinstance(data, dict):
         return {}
-    return {str(name)[:40]: value for name, value in list(data.items())[:40] if type(value) is int}
+    found = list(data.items())[:MAX_COUNTERS]
+    return {str(name)[:40]: value for name, value in found if type(value) is int and 0 <= value < 1 << 63}
 
 
 def _signal(pidfd: int) -> None:
