@@ -209,7 +209,7 @@ def test_full_disk_under_the_image(rig: HostRig, debian: Guest, kind: str) -> No
     if os.geteuid() != 0:
         pytest.skip("a small file system can only be mounted by root")
     small = rig.state / "images" / "small"
-    small.mkdir()
+    small.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "reeve-test", str(small)], check=True)
     try:
         path = small / "disk"
@@ -394,12 +394,12 @@ def spec(image: Image, *disks: DiskSpec) -> DomainSpec:
 def test_bad_images_are_refused_with_cause_and_cure(rig: HostRig, image: Image, tmp_path: Path) -> None:
     toolstack = rig.connect()
     folder = rig.state / "images"
+    raw = new_disk(rig, 1)
     outside = tmp_path / "outside.img"
     outside.write_bytes(bytes(MIB))
     (folder / "link").symlink_to(outside)
     os.mkfifo(folder / "pipe")
     (folder / "empty").touch()
-    raw = new_disk(rig, 1)
     bad = [
         (DiskSpec("xvda", str(folder / "missing.img")), ImageInvalid, "cannot be opened"),
         (DiskSpec("xvda", str(outside)), ImageInvalid, "outside of the allowed folders"),
