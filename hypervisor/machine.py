@@ -35,6 +35,7 @@ from hypervisor.hypercalls.dispatch import Dispatcher
 from hypervisor.sched.alarm import Alarm
 from hypervisor.sched.cap import Cap
 from hypervisor.sched.quiet import QuietDomain
+from hypervisor.sched.spins import Spins
 from hypervisor.sched.timers import Timers
 from hypervisor.sched.vcpus import VcpuQueue
 from hypervisor.toolstack.api import ShutdownReason
@@ -98,6 +99,7 @@ class Machine:
         self.domain.vcpus_changed = self._woken
         self._timers = Timers(self.domain.vcpus, self.domain.events, self.domain.watchdogs, self._watchdog_over)
         self._queue = VcpuQueue(config.max_vcpus)
+        self._spins = Spins(config.max_vcpus)
         self._cap = Cap()
         self._shared = config.max_vcpus > 1
         self._yields = 0  # in a row
@@ -192,7 +194,8 @@ class Machine:
         domain.refresh_time(vcpu, now)
         if self._shared:
             # While others wait for the engine nothing that a vCPU spins for can happen.
-            self.engine.watch_pauses(self._queue.slice_end != 0)
+            watched = not self._spins.unwatched_until(vcpu.id, now)
+            self.engine.watch_pauses(watched and self._queue.slice_end != 0)
         self._traps.deliver_event()
         domain.preempt = False
         self._leaving = False
@@ -263,9 +266,10 @@ class Machine:
     def _woken(self, vcpu: Vcpu) -> None:
         """A vCPU can run again: let it soon, at once if the one that has the engine waits for it."""
         if self._shared:
-            self._queue.woken(vcpu.id, self.domain.clock.now())
+            now = self.domain.clock.now()
+            self._queue.woken(vcpu.id, now)
             self._due_at(self._queue.slice_end)
-            self.engine.watch_pauses(True)
+            self.engine.watch_pauses(not self._spins.unwatched_until(self.domain.running.id, now))
 
     def _idle(self, now: int, capped: int) -> None:
         """Wait for a post or the next deadline; the guest costs nothing meanwhile.
@@ -303,7 +307,8 @@ class Machine:
 
     def _set_alarm(self, now: int) -> None:
         deadline = self._timers.next()
-        for end in (self._queue.slice_end, self._cap.run_until(now)):
+        spins = self._spins.unwatched_until(self.domain.running.id, now)
+        for end in (self._queue.slice_end, self._cap.run_until(now), spins):
             if end and (not deadline or end < deadline):
                 deadline = end
         self._alarm.set(deadline + self.domain.clock.base if deadline else 0)
@@ -397,6 +402,7 @@ class Machine:
             self._traps.deliver_event()
 
     def spinning(self) -> None:
+        self._spins.gave_way(self.domain.running.id)
         self._give_way()
 
     def cpuid(self) -> None:
