@@ -93,6 +93,7 @@ def _verbs() -> Mapping[str, Verb]:
 def make_rig(folder: Path, toolstack: FakeToolstack | None = None, **options: Any) -> Rig:
     toolstack = toolstack or FakeToolstack(None)
     journal = Journal(folder / "journal.sqlite")
+    journal._db.execute("PRAGMA synchronous=OFF")  # no test cuts the power, and a sync takes longer than most tests
     verbs = dict(_verbs())
     claims = ResourceClaims(toolstack, journal)
     kernel = folder / "vmlinuz"
