@@ -179,15 +179,23 @@ def test_raw_bytes_are_not_probed(rig: HostRig, debian: Guest) -> None:
         detach(debian)
 
 
-def test_discard_punches_holes(rig: HostRig, debian: Guest) -> None:
-    path = new_disk(rig, 16)
-    attach(debian, path)
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_discard_gives_room_back(rig: HostRig, debian: Guest, kind: str) -> None:
+    path = make(rig, kind, 16)
+    attach(debian, path, kind)
     try:
         debian.run("dd if=/dev/urandom of=/dev/xvdb bs=1M count=16 conv=fsync")
         before = path.stat().st_blocks
-        said = debian.run("cat /sys/block/xvdb/queue/discard_max_bytes")
-        assert "\n0\n" not in said
         assert before >= 16 * MIB // 512
+        assert "BLOCK OK" in debian.run("blockload discard /dev/xvdb; sync")
+        assert path.stat().st_blocks < before // 8
+        assert debian.device("xvdb").stats["discards"] > 0
+        assert "OK" in debian.run("dd if=/dev/xvdb bs=1M count=16 | tr -d '\\0' | wc -c | grep -x 0 && echo OK")
+    finally:
+        detach(debian)
+    attach(debian, path, kind, discard=False)
+    try:
+        assert "BLOCK FAIL BLKDISCARD" in debian.run("blockload discard /dev/xvdb")
     finally:
         detach(debian)
 

@@ -3,6 +3,7 @@
  *
  *   blockload verify DEVICE SECONDS WORKERS      writes records with checksums, flushes, reads them back
  *   blockload check DEVICE WORKERS               reads what `verify` left, and tells the newest record of each worker
+ *   blockload discard DEVICE                     gives all of it back
  *   blockload bench DEVICE seq|rand read|write DEPTH SECONDS   O_DIRECT by Linux's own asynchronous I/O
  *
  * Each worker of `verify` has an equal part of the disk, divided into records of 4096 bytes. Record n goes to place
@@ -181,6 +182,15 @@ static int check(const char *path, int workers) {
     return 0;
 }
 
+static int discard(const char *path) {
+    int fd = open_disk(path, O_RDWR);
+    uint64_t range[2] = {0, disk_bytes};
+    if (ioctl(fd, BLKDISCARD, range) < 0)
+        fail("BLKDISCARD");
+    say("BLOCK OK discarded\n");
+    return 0;
+}
+
 /* -- measuring */
 
 static long io_setup(unsigned count, aio_context_t *context) { return syscall(SYS_io_setup, count, context); }
@@ -252,6 +262,8 @@ static int bench(const char *path, int sequential, int writing, int depth, doubl
 int main(int count, char **words) {
     if (count == 5 && !strcmp(words[1], "verify"))
         return verify(words[2], atof(words[3]), atoi(words[4]));
+    if (count == 3 && !strcmp(words[1], "discard"))
+        return discard(words[2]);
     if (count == 4 && !strcmp(words[1], "check"))
         return check(words[2], atoi(words[3]));
     if (count == 7 && !strcmp(words[1], "bench"))
