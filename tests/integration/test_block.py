@@ -27,7 +27,7 @@ from host_rig import HostRig, until
 
 from agent.images import Image
 from hypervisor.devices.block.image import overlay
-from hypervisor.errors import ImageInUse, ImageInvalid, SpecInvalid, WrongState
+from hypervisor.errors import ImageInUse, ImageInvalid, SpecInvalid
 from hypervisor.host.settings import REAL_RUNTIME
 from hypervisor.toolstack.api import DomainSpec, KernelBoot
 from hypervisor.toolstack.devices import DeviceState, DiskFormat, DiskSpec, Limits
@@ -110,7 +110,7 @@ def test_data_and_growth(rig: HostRig, debian: Guest, kind: str) -> None:
         said = debian.run("dd if=/tmp/r of=/dev/xvdb bs=1M seek=40 conv=fsync; echo 3 >/proc/sys/vm/drop_caches; "
                           "dd if=/dev/xvdb bs=1M skip=40 count=4 | sha256sum")  # fmt: skip
         assert expected[1] in said, said
-        with pytest.raises(WrongState, match="cannot shrink"):
+        with pytest.raises(SpecInvalid, match="smaller"):
             debian.toolstack.resize_disk(debian.uuid, "xvdb", 32 * MIB)
         with pytest.raises(SpecInvalid):
             debian.toolstack.resize_disk(debian.uuid, "xvdb", 48 * MIB + 1)
