@@ -1,0 +1,286 @@
+"""A Debian disk as a cloud has it: boots by PV-GRUB with its own kernel, configures itself from its config drive,
+answers SSH from the host, reboots, grows and shrinks while it works.
+
+Needs Debian's mirror, mmdebstrap, qemu-utils, slirp4netns, grub-xen-host and an SSH client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from root_image import RootImageMissing, overlay, root_image
+
+from agent.configdrive import ConfigDriveFormat, FirstBoot, GuestNetwork, documents, write_iso
+from hypervisor.toolstack.api import DomainSpec, DomainState, KernelBoot, Toolstack
+from hypervisor.toolstack.devices import DeviceState, DiskFormat, DiskSpec, NicSpec
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+from run_xtf import _connect, _stop  # the same start and stop as the other guests' host
+
+GRUB = Path("/usr/lib/grub-xen/grub-x86_64-xen.bin")
+BOOT_SECONDS = 900.0
+STEP_SECONDS = 240.0
+MAC = "00:16:3e:aa:00:01"
+# What a first boot does for a general cloud and takes minutes here: keys of all kinds, locales, package sources.
+USER_DATA = """#cloud-config
+ssh_genkeytypes: [ed25519]
+locale: false
+cloud_init_modules: [migrator, seed_random, set_hostname, update_hostname, users_groups, ssh]
+cloud_config_modules: [runcmd]
+cloud_final_modules: [scripts_user]
+growpart: {mode: 'off'}
+users: [default]
+runcmd: [[touch, /var/lib/first-boot-is-over]]
+"""
+
+pytestmark = pytest.mark.timeout(2400)
+
+
+def missing(text: str) -> None:
+    if os.environ.get("CI") == "true":
+        pytest.fail(text)
+    pytest.skip(text)
+
+
+@dataclasses.dataclass
+class Guest:
+    """A domain that answers SSH."""
+
+    toolstack: Toolstack
+    spec: DomainSpec
+    key: Path
+    port: int
+
+    def ssh(self, command: str, seconds: float = 60.0) -> str:
+        """What a command in the guest prints. :raises subprocess.SubprocessError: it failed, or SSH did."""
+        return subprocess.run(
+            [*self._client(), command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=True,
+        ).stdout
+
+    def start(self, command: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*self._client(), command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def _client(self) -> list[str]:
+        options = ("BatchMode=yes", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "ConnectTimeout=10")
+        flags = [part for option in options for part in ("-o", option)]
+        return ["ssh", "-q", *flags, "-i", str(self.key), "-p", str(self.port), "debian@127.0.0.1"]
+
+    def answers(self) -> bool:
+        try:
+            return self.ssh("true", 30) == ""
+        except subprocess.SubprocessError:
+            return False
+
+    def wait(self, what: str, ready: Callable[[], object], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not ready():
+            state = self.toolstack.get_domain(self.spec.uuid).state
+            log = self.toolstack.console_log(self.spec.uuid, 8000).decode(errors="replace")
+            assert state not in (DomainState.CRASHED, DomainState.SHUTDOWN), f"{state}\n{log}"
+            assert time.monotonic() < end, f"not within {seconds:g} s: {what}\n{log}"
+            time.sleep(0.5)  # a poll with a deadline
+
+    def number(self, command: str) -> int:
+        try:
+            return int(self.ssh(command))
+        except (subprocess.SubprocessError, ValueError):
+            return -1
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def base() -> Path:
+    for tool, package in (("ssh", "openssh-client"), ("slirp4netns", "slirp4netns")):
+        if shutil.which(tool) is None:
+            missing(f"{tool} is not installed: apt-get install {package}")
+    if not GRUB.is_file():
+        missing("no GRUB for PV guests: apt-get install grub-xen-host")
+    try:
+        return root_image()
+    except RootImageMissing as exc:
+        missing(f"no Debian root image: {exc}")
+        raise
+
+
+@contextlib.contextmanager
+def host(folder: Path, images: list[Path], port: int) -> Iterator[Toolstack]:
+    """A host process whose user network leads `port` of the loopback address to the guest's SSH."""
+    config, sock, log = folder / "hypervisor.conf", folder / "sock", folder / "host.log"
+    config.write_text(
+        f"[hypervisor]\ncpus = 8\nimage_folders = {','.join(map(str, images))}\n"
+        f"networks = default user forward=tcp:127.0.0.1:{port}-10.0.2.15:22\n"
+    )
+    program = shutil.which("reeve-hypervisor")
+    assert program
+    command = [program, "--config-file", str(config), "--state-dir", str(folder / "state"), "--socket", str(sock)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--memory-mib", "2048"], stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+    toolstack: Toolstack = _connect(sock, process, log)
+    try:
+        yield toolstack
+    finally:
+        for info in toolstack.list_domains():
+            toolstack.destroy(info.uuid)
+        toolstack.close()
+        _stop(process)
+
+
+@pytest.fixture(scope="module")
+def guest(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
+    folder = tmp_path_factory.mktemp("disk")
+    images = folder / "images"
+    images.mkdir()
+    key = folder / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True, timeout=60)
+    ident = str(uuid.uuid4())
+    network = GuestNetwork(MAC, ("10.0.2.15/24",), "10.0.2.2", ("10.0.2.3",))
+    first = FirstBoot(ident, "web", (key.with_suffix(".pub").read_text().strip(),), USER_DATA, (network,))
+    form = ConfigDriveFormat.NOCLOUD
+    write_iso(images / "seed.iso", form.label, documents(first, form))
+    spec = DomainSpec(
+        uuid=ident,
+        name="web",
+        boot=KernelBoot(str(GRUB)),
+        memory_mib=256,
+        max_memory_mib=768,
+        vcpus=1,
+        max_vcpus=4,
+        disks=(
+            DiskSpec("xvda", str(overlay(base, images / "root.qcow2")), DiskFormat.QCOW2),
+            DiskSpec("xvdp", str(images / "seed.iso"), readonly=True),
+        ),
+        nics=(NicSpec(0, MAC, addresses=("10.0.2.15",)),),
+        owner="tests",
+    )
+    port = free_port()
+    with host(folder, [images, base.parent], port) as toolstack:
+        toolstack.create(spec)
+        toolstack.unpause(ident)
+        found = Guest(toolstack, spec, key, port)
+        found.wait("an answer by SSH", found.answers, BOOT_SECONDS)
+        yield found
+
+
+def test_it_configured_itself(guest: Guest) -> None:
+    assert guest.ssh("hostname").strip() == "web"
+    assert "10.0.2.15/24" in guest.ssh("ip -4 -br address show dev eth0")
+    assert guest.ssh("findmnt -no SOURCE /").strip() == "/dev/xvda"
+    assert guest.ssh("cat /sys/hypervisor/uuid").strip() == guest.spec.uuid
+    guest.wait("the end of the first boot", lambda: guest.number("ls /var/lib/first-boot-is-over | wc -l") == 1, 300)
+    assert b"web login:" in guest.toolstack.console_log(guest.spec.uuid, 1 << 20)
+
+
+def test_it_grows_and_shrinks_at_work(guest: Guest) -> None:
+    tools, ident = guest.toolstack, guest.spec.uuid
+    load = guest.start("stress --cpu 1 --vm 1 --vm-bytes 48M --timeout 3600")
+    try:
+        before = guest.number("awk '/MemTotal/ {print $2}' /proc/meminfo")
+        tools.set_vcpus(ident, 4)
+        guest.wait("four vCPUs", lambda: guest.number("nproc") == 4, STEP_SECONDS)
+        tools.set_memory(ident, 768)
+        enough = before + 480 * 1024
+        guest.wait(
+            "more memory", lambda: guest.number("awk '/MemTotal/ {print $2}' /proc/meminfo") >= enough, STEP_SECONDS
+        )
+        tools.set_memory(ident, 256)
+        less = before + 16 * 1024
+        guest.wait(
+            "memory given back",
+            lambda: 0 < guest.number("awk '/MemTotal/ {print $2}' /proc/meminfo") <= less,
+            STEP_SECONDS,
+        )
+        guest.wait("what the host sees", lambda: tools.get_domain(ident).memory_mib <= 260, STEP_SECONDS)
+        tools.set_vcpus(ident, 1)
+        guest.wait("one vCPU", lambda: guest.number("nproc") == 1, STEP_SECONDS)
+        assert load.poll() is None, load.communicate()
+    finally:
+        load.send_signal(signal.SIGTERM)
+        load.communicate(timeout=60)
+    guest.ssh("sudo pkill -x stress || true")
+    trouble = guest.ssh("sudo dmesg --level=emerg,alert,crit,err,warn | grep -E 'WARNING|BUG|Oops|stall' || true")
+    assert trouble == ""
+
+
+def test_its_disk_grows(guest: Guest) -> None:
+    size = 2 << 30
+    guest.toolstack.resize_disk(guest.spec.uuid, "xvda", size)
+    guest.wait("the new size", lambda: guest.number("cat /sys/block/xvda/size") * 512 == size, STEP_SECONDS)
+    guest.ssh("sudo resize2fs /dev/xvda", STEP_SECONDS)
+    assert guest.number("df --output=size -B1M / | tail -1") > 1800
+
+
+def driver_process(guest: Guest) -> int | None:
+    """Of the guest's disks: known by its name and its log."""
+    name = f"reeve-disk{guest.toolstack.get_domain(guest.spec.uuid).domid}"
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (folder / "comm").read_text().strip() == name and guest.spec.uuid in os.readlink(folder / "fd/1"):
+                return int(folder.name)
+    return None
+
+
+def restarts(guest: Guest) -> int:
+    disk = next(item for item in guest.toolstack.list_devices(guest.spec.uuid) if item.id == "xvda")
+    return disk.stats["restarts"] if disk.state is DeviceState.CONNECTED else -1
+
+
+def test_checksums_hold_while_its_disk_driver_is_killed(guest: Guest) -> None:
+    """fio verifies what it wrote, while the driver process is killed again and again."""
+    wanted = int(os.environ.get("REEVE_KILLS") or 10)
+    job = (
+        "sudo fio --name=check --filename=/var/tmp/fio --size=32M --bs=16k --rw=randwrite --direct=1 --ioengine=libaio "
+        "--iodepth=8 --verify=crc32c --verify_fatal=1 --do_verify=1 --loops=2 --output-format=terse"
+    )
+    before, killed = restarts(guest), 0
+    while killed < wanted:
+        load = guest.start(job)
+        while load.poll() is None and killed < wanted:
+            guest.wait("the driver's return", lambda done=killed: restarts(guest) == before + done, STEP_SECONDS)
+            pid = driver_process(guest)
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+        out, err = load.communicate(timeout=STEP_SECONDS)
+        assert load.returncode == 0, out + err
+    assert "error" not in guest.ssh("sudo dmesg | grep -i xvda || true")
+
+
+def test_it_survives_a_reboot(guest: Guest) -> None:
+    domid = guest.toolstack.get_domain(guest.spec.uuid).domid
+    boot = guest.ssh("cat /proc/sys/kernel/random/boot_id")
+    with contextlib.suppress(subprocess.SubprocessError):
+        guest.ssh("sudo systemctl reboot")
+    guest.wait("a new domid", lambda: guest.toolstack.get_domain(guest.spec.uuid).domid != domid, STEP_SECONDS)
+    guest.wait("an answer by SSH", guest.answers, BOOT_SECONDS)
+    assert guest.ssh("cat /proc/sys/kernel/random/boot_id") != boot
