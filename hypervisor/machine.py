@@ -24,8 +24,8 @@ from hypervisor.cpu.state import Vcpu
 from hypervisor.cpu.traps32 import ModeHandler, Traps32
 from hypervisor.domain import Domain, MachineConfig
 from hypervisor.domain32 import Domain32
+from hypervisor.ending import REASONS, Shutdown
 from hypervisor.engines import unicorn as unicorn_engine
-from hypervisor.engines import x86
 from hypervisor.engines.base import EngineError
 from hypervisor.engines.tsc import measure_khz
 from hypervisor.errors import GuestFault, HypervisorBug
@@ -40,36 +40,19 @@ from hypervisor.sched.timers import Timers
 from hypervisor.sched.vcpus import VcpuQueue
 from hypervisor.toolstack.api import ShutdownReason
 from hypervisor.toolstack.builder.state import BootState
+from hypervisor.trapping import Trapping
 
 LOG = logging.getLogger(__name__)
 
 _EVENTS_MASKED = abi.VCPU_INFO_EVTCHN_UPCALL_MASK
-_WRITABLE_TABLES = 1 << abi.VMASST_TYPE_writable_pagetables
 _LONGEST_WAIT_S = 3600.0
 """A guest may ask for a timer in centuries, more than a wait can take; it is looked at again then."""
 
-_FETCH = x86.PF_PRESENT | x86.PF_FETCH
 _EAGER_YIELDS, _NAP_S = 8, 50e-6
 """A vCPU that yields for ever while no other can run (GRUB does, for its disk) leaves the CPU to whom it waits for."""
 
-_REASONS = {
-    abi.SHUTDOWN_poweroff: ShutdownReason.POWEROFF,
-    abi.SHUTDOWN_reboot: ShutdownReason.REBOOT,
-    abi.SHUTDOWN_suspend: ShutdownReason.SUSPEND,
-    abi.SHUTDOWN_crash: ShutdownReason.CRASH,
-    abi.SHUTDOWN_watchdog: ShutdownReason.WATCHDOG,
-}
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Shutdown:
-    """Why a machine does not run any more."""
-
-    reason: ShutdownReason
-    detail: str = ""
-
-
-class Machine:
+class Machine(Trapping):
     """One PV domain with its engine.
 
     :param memory: maps the domain's whole extent (`hypervisor.memory.layout.total_frames` pages).
@@ -177,7 +160,7 @@ class Machine:
         now = domain.clock.now()
         self._timers.fire(now)
         if domain.shutdown_code is not None:
-            return Shutdown(_REASONS.get(domain.shutdown_code, ShutdownReason.CRASH))
+            return Shutdown(REASONS.get(domain.shutdown_code, ShutdownReason.CRASH))
         capped = self._cap.wait_until(now)
         vcpu = None if self._paused or capped else self._choose(now)
         if vcpu is None:
@@ -350,63 +333,9 @@ class Machine:
         self._leaving = True
         self.engine.stop()
 
-    # -- traps, called by the engine
-
-    def syscall(self) -> None:
-        if self._traps.state.kernel_mode:
-            self._dispatcher.hypercall()
-        else:
-            self._traps.user_syscall()
-        if not self._leaving:
-            self._traps.deliver_event()
-
-    def exception(self, vector: int, error_code: int, software: bool) -> None:
-        traps = self._traps
-        if software:
-            traps.software_interrupt(vector, self._interrupt_length(vector))
-        elif vector == x86.PF:
-            writes_table = error_code & 3 == 3 and traps.state.kernel_mode and self.domain.vm_assist & _WRITABLE_TABLES
-            if writes_table and self.domain.table_writes.emulate(traps.regs.cr2):
-                pass
-            elif error_code & _FETCH != _FETCH or not self._allow_execution(traps.regs.cr2):
-                traps.inject(x86.PF, error_code)
-        elif vector == x86.GP:
-            if not self.domain.privileged.emulate():
-                traps.inject(x86.GP, error_code)
-        elif vector < 32:
-            if vector == x86.NM:
-                # Xen clears TS before it tells the guest (do_device_not_available).
-                traps.regs.task_switched = False
-            elif vector == x86.DB and traps.regs.rflags & x86.FLAG_TF:
-                traps.vcpu.debug_registers[6] |= x86.DR6_BS
-            traps.inject(vector, error_code)
-        else:
-            raise GuestFault(f"unexpected vector {vector}")
-        if not self._leaving:
-            traps.deliver_event()
-
-    def _allow_execution(self, va: int) -> bool:
-        return self.domain.tables.allow_execution(self.domain.guest.l1_slot(va))
-
-    def _interrupt_length(self, vector: int) -> int:
-        """Bytes of the interrupt instruction before RIP: `int3` and `into` have one, `int n` two."""
-        if vector not in (x86.BP, x86.OF):
-            return 2
-        at = self.domain.guest.translate((self.engine.regs.rip - 1) & x86.MASK64)
-        return 1 if at >= 0 and self.domain.memory.bytes[at] in (0xCC, 0xCE) else 2
-
-    def invalid_opcode(self) -> None:
-        if not self.domain.privileged.forced_cpuid():
-            self._traps.inject(x86.UD)
-        if not self._leaving:
-            self._traps.deliver_event()
-
     def spinning(self) -> None:
         self._spins.gave_way(self.domain.running.id)
         self._give_way()
-
-    def cpuid(self) -> None:
-        self.domain.privileged.answer_cpuid()
 
     # -- from other threads
 

@@ -16,16 +16,12 @@ Messages from the host: ``{"id", "op"}`` with op ``commit``, ``pause``, ``unpaus
 from __future__ import annotations
 
 import base64
-import ctypes
-import faulthandler
 import functools
 import gc
 import logging
 import mmap
 import os
-import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -40,12 +36,12 @@ from hypervisor.host.handles import Handles, answer, ring
 from hypervisor.host.neighbours import Neighbours, neighbours_of
 from hypervisor.host.poller import Poller
 from hypervisor.host.runtime import BuildRequest, Ended, Guest, Runtime
+from hypervisor.host.surroundings import own_surroundings
 from hypervisor.toolstack.api import DomainState, ShutdownReason
 
 LOG = logging.getLogger(__name__)
 
 SOCKET_NAME = "sock"
-_PR_SET_NAME = 15
 
 
 class DomainProcess:
@@ -396,25 +392,6 @@ def run_child(
         LOG.exception("domain process failed")
     finally:
         os._exit(code)
-
-
-def own_surroundings(name: str, log_fd: int, log_level: int) -> None:
-    """Own session, own log, default signals. :param name: for people; the kernel keeps 15 bytes."""
-    os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    os.dup2(null, 0)
-    os.dup2(log_fd, 1)
-    os.dup2(log_fd, 2)
-    os.close(null)
-    logging.raiseExceptions = False  # a full log (RLIMIT_FSIZE) is no reason to stop a guest
-    logging.basicConfig(
-        level=log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
-    faulthandler.enable(2)
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
 
 
 def _ended_json(ended: Ended) -> dict[str, Any]:

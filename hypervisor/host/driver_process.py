@@ -32,8 +32,8 @@ from hypervisor.errors import HostFailure
 from hypervisor.host import channel as channels
 from hypervisor.host import guarded_link, sandbox
 from hypervisor.host.channel import BadMessage, Channel, ChannelClosed, Message
-from hypervisor.host.domain_process import own_surroundings
 from hypervisor.host.driver_loop import EventLoop
+from hypervisor.host.surroundings import own_surroundings
 
 LOG = logging.getLogger(__name__)
 

@@ -20,8 +20,9 @@ import harness
 from hypervisor.cpu.traps32 import HYPERCALL_VECTOR
 from hypervisor.domain import Domain, MachineConfig
 from hypervisor.domain32 import Domain32
+from hypervisor.ending import Shutdown
 from hypervisor.engines.tsc import measure_khz
-from hypervisor.machine import Machine, Shutdown
+from hypervisor.machine import Machine
 from hypervisor.toolstack import builder
 from hypervisor.types import Mfn
 

@@ -20,8 +20,9 @@ from typing import Any
 
 from hypervisor.devices.console import ConsoleRing
 from hypervisor.domain import MachineConfig
+from hypervisor.ending import Shutdown
 from hypervisor.engines.tsc import measure_khz
-from hypervisor.machine import Machine, Shutdown
+from hypervisor.machine import Machine
 from hypervisor.memory import layout
 from hypervisor.toolstack import builder
 from hypervisor.toolstack.api import ShutdownReason

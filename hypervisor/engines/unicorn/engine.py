@@ -10,7 +10,6 @@ uses public calls alone.
 from __future__ import annotations
 
 import ctypes
-import logging
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,11 +21,11 @@ from hypervisor.engines.unicorn.codebuffer import CodeBuffer, executable_areas
 from hypervisor.engines.unicorn.direct import DirectRegisters
 from hypervisor.engines.unicorn.features import find, hide
 from hypervisor.engines.unicorn.library import uc_const, uc_x86, unicorn
+from hypervisor.engines.unicorn.ports import PORT_IN_CB, port_in
 from hypervisor.engines.unicorn.private import EXIT_PAUSE, LIBRARY_PATH, Layout, handle_of
 from hypervisor.engines.unicorn.public import PublicRegisters
+from hypervisor.engines.unicorn.segments import Segments
 from hypervisor.engines.unicorn.tablewalk import TableWalk
-
-LOG = logging.getLogger(__name__)
 
 _PTR = ctypes.c_void_p
 _INTR_CB = ctypes.CFUNCTYPE(None, _PTR, ctypes.c_uint32, _PTR)
@@ -34,27 +33,18 @@ _INVALID_CB = ctypes.CFUNCTYPE(ctypes.c_bool, _PTR, _PTR)
 _INSN_CB = ctypes.CFUNCTYPE(None, _PTR, _PTR)
 _BLOCK_CB = ctypes.CFUNCTYPE(None, _PTR, ctypes.c_uint64, ctypes.c_uint32, _PTR)
 _CPUID_CB = ctypes.CFUNCTYPE(ctypes.c_int, _PTR, _PTR)
-_PORT_IN_CB = ctypes.CFUNCTYPE(ctypes.c_uint32, _PTR, ctypes.c_uint32, ctypes.c_int, _PTR)
 _KICK_CB = ctypes.CFUNCTYPE(None, _PTR)
 
-# uc_ctl control words (public unicorn.h: UC_CTL_WRITE(type, number of arguments)).
-_CTL_WRITE = 1 << 30
-_CTL_TLB_FLUSH = _CTL_WRITE | uc_const.UC_CTL_TLB_FLUSH
+_CTL_TLB_FLUSH = 1 << 30 | uc_const.UC_CTL_TLB_FLUSH  # public unicorn.h: UC_CTL_WRITE(type, number of arguments)
 
 # Westmere: no XSAVE, AVX or FSGSBASE, which the engine cannot do, and a baseline that real hosts can offer too.
 CPU_MODEL = uc_x86.UC_CPU_X86_WESTMERE
 
 _TRAMPOLINE = 0x2_0000  # machine frames below layout.FIRST_MFN belong to nobody
 _FLAT_CS, _FLAT_SS = 0xE033, 0xE02B  # Xen's flat ring-3 selectors (public/arch-x86/xen-x86_64.h)
-_SLOT_LDT, _SLOT_GDT = 6, 8
 
 
-def _port_in(_uc: int, _port: int, _size: int, _data: int) -> int:
-    """Nothing answers at any port: all ones, as an empty bus reads. (The library never checks IOPL for `in`, `out`.)"""
-    return 0xFFFF_FFFF
-
-
-class UnicornEngine:
+class UnicornEngine(Segments):
     """See `hypervisor.engines.base.Engine`.
 
     :param layout: verified private layout, or None for the public path.
@@ -142,7 +132,7 @@ class UnicornEngine:
         # Behind the hook of `syscall`: the library walks one list for all instructions and leaves it when a stop was
         # requested meanwhile, so a hook before it would lose system calls.
         self._add_hook(unicorn.UC_HOOK_INSN, _CPUID_CB, self._cpuid_instruction, uc_x86.UC_X86_INS_CPUID)
-        self._add_hook(unicorn.UC_HOOK_INSN, _PORT_IN_CB, _port_in, uc_x86.UC_X86_INS_IN)
+        self._add_hook(unicorn.UC_HOOK_INSN, PORT_IN_CB, port_in, uc_x86.UC_X86_INS_IN)
 
     def _add_hook(self, kind: int, prototype: Any, function: Callable[..., Any], *extra: int) -> None:
         callback = prototype(function)
@@ -379,24 +369,6 @@ class UnicornEngine:
         """Forget all translated code and give its memory back. Not during a run."""
         self._uc.ctl_flush_tb()
         self._code_buffer.release()
-
-    # -- segments
-
-    def load_flat64(self, cs: int, ss: int) -> None:
-        self.regs.load_flat64(cs, ss)
-
-    def load_segment(self, index: int, selector: int, descriptor: int) -> None:
-        self.regs.load_segment(index, selector, descriptor)
-
-    def set_gdt(self, base: int, limit: int) -> None:
-        self._uc.reg_write(uc_x86.UC_X86_REG_GDTR, (0, base, limit, 0))
-
-    def set_ldt(self, selector: int, base: int, limit: int) -> None:
-        attributes = 0x8200 if selector else 0
-        if self._direct:
-            self._direct.set_hidden(_SLOT_LDT, selector, base, limit, attributes)
-        else:
-            self._uc.reg_write(uc_x86.UC_X86_REG_LDTR, (selector, base, limit, attributes))
 
     # -- identification, whole state
 
