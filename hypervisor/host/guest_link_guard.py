@@ -89,7 +89,9 @@ class Guard:
 
     def answer(self) -> None:
         """Take and decide one call, if one waits. :raises OSError: the listener is none."""
-        if not select.select([self.listener], [], [], 0)[0]:
+        poll = select.poll()
+        poll.register(self.listener, select.POLLIN)
+        if not poll.poll(0):
             return
         call = seccomp_guard.receive(self.listener)
         if call is None:

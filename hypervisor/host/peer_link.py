@@ -213,7 +213,9 @@ class PeerLink:
                     return
                 # It may wait for us to read what it sends.
                 self._desk.serve()
-                select.select([], [self._fd], [], _SEND_TURN_MS / 1000)
+                poll = select.poll()
+                poll.register(self._fd, select.POLLOUT)
+                poll.poll(_SEND_TURN_MS)
             except OSError as exc:
                 self.end(str(exc))
                 return

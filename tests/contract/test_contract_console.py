@@ -65,9 +65,11 @@ def test_fileno_polls(bench: Bench) -> None:
     info = bench.toolstack.create(bench.spec())
     console = bench.toolstack.open_console(info.uuid)
     try:
-        assert select.select([console.fileno()], [], [], 0)[0] == []
+        poll = select.poll()
+        poll.register(console.fileno(), select.POLLIN)
+        assert poll.poll(0) == []
         bench.toolstack.unpause(info.uuid)
-        assert select.select([console.fileno()], [], [], bench.kit.boot_timeout)[0] == [console.fileno()]
+        assert poll.poll(bench.kit.boot_timeout * 1000) == [(console.fileno(), select.POLLIN)]
         assert console.read(timeout=0.2) != b""
     finally:
         console.close()

@@ -32,8 +32,9 @@ class FakeConsole:
         self._thread.start()
 
     def read(self, size: int = 65536, timeout: float | None = None) -> bytes:
-        ready, _, _ = select.select([self._ours], [], [], timeout)
-        if not ready:
+        poll = select.poll()
+        poll.register(self._ours, select.POLLIN)
+        if not poll.poll(None if timeout is None else timeout * 1000):
             return b""
         data = self._ours.recv(size)
         if not data:

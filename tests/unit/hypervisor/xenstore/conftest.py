@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+from descriptors import as_the_kernel_does
 
 from hypervisor.xenstore.connection import Connection
 from hypervisor.xenstore.quota import Limits
 from hypervisor.xenstore.server import Journal, Server
 from hypervisor.xenstore.wire import Op, Packet, Parser
+
+
+@pytest.fixture(autouse=True)
+def closed_descriptors() -> Iterator[None]:
+    yield from as_the_kernel_does()
 
 
 class Clock:

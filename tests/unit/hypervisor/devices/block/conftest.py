@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[4] / "support"))
+
+from descriptors import as_the_kernel_does
+
+
+@pytest.fixture(autouse=True)
+def closed_descriptors() -> Iterator[None]:
+    yield from as_the_kernel_does()
