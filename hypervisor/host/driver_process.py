@@ -152,6 +152,8 @@ class DriverProcess:
 
     def _connect(self, devid: int, config: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         self._the_driver().connect(devid, config, fds)
+        # What the file says of this number is an earlier device's.
+        self._note_stats()
         return {}
 
     def _update(self, devid: int, device: dict[str, Any]) -> dict[str, Any]:
@@ -163,6 +165,7 @@ class DriverProcess:
         driver = self._the_driver()
         counters = driver.stats().get(devid, {})
         driver.disconnect(devid)
+        self._note_stats()  # told here, and not once more when this process dies
         return {"stats": counters}
 
     def _stats(self) -> dict[str, Any]:
@@ -176,10 +179,13 @@ class DriverProcess:
         """An idle driver wakes for nothing."""
         if not self._noting:
             self._noting = True
-            self._loop.call_later(STATS_EVERY, self._note_stats)
+            self._loop.call_later(STATS_EVERY, self._note_stats_now)
+
+    def _note_stats_now(self) -> None:
+        self._noting = False
+        self._note_stats()
 
     def _note_stats(self) -> None:
-        self._noting = False
         text = json.dumps(self._stats()["stats"], separators=(",", ":")).encode()
         if len(text) <= STATS_BYTES:
             os.pwrite(self._stats_fd, text.ljust(STATS_BYTES), 0)

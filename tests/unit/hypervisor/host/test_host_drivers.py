@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
+from hypervisor.host import channel as channels
 from hypervisor.host import driver_process
 from hypervisor.host.driver_loop import EventLoop
-from hypervisor.host.driver_process import BoundedLog, DriverOrder
+from hypervisor.host.driver_process import BoundedLog, DriverOrder, DriverProcess
 from hypervisor.host.drivers import FIRST_DELAY, GOOD_LIFE, LONGEST_DELAY, Backoff, numbers, parse_counters
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "support"))
+
+import toy_device
 
 
 class Clock:
@@ -119,3 +127,27 @@ def test_counters() -> None:
 def test_an_order_crosses_the_channel() -> None:
     order = DriverOrder("u", 7, "disk", "module:Driver")
     assert DriverOrder.from_json(order.to_json()) == order
+
+
+def test_noted_counters_are_of_the_device_that_is_served(tmp_path: Path) -> None:
+    """A number is used again: who is killed before the next note must not leave an earlier device's counters."""
+    near, far = channels.pair()
+    noted = os.open(tmp_path / "stats", os.O_RDWR | os.O_CREAT)
+    loop = EventLoop()
+    process = DriverProcess(near, toy_device.NoLink(), loop, noted)
+    process._driver = toy_device.ToyDriver(toy_device.NoLink(), loop, lambda *_: None)
+
+    def tell(op: str, **fields: object) -> dict[str, object]:
+        disk = [os.open(tmp_path / "disk", os.O_WRONLY | os.O_CREAT)] if op == "connect" else []
+        answer = process._answer({"op": op, "devid": 51728, **fields}, disk)
+        return {"answer": answer["result"], "noted": json.loads(os.pread(noted, 1000, 0))}
+
+    config = {"frontend": {"ring": "1"}, "device": {}}
+    assert tell("connect", config=config)["noted"] == {"51728": {"read_requests": 3}}
+    process._driver.stats()[51728]["errors"] = 9
+    assert tell("disconnect") == {"answer": {"stats": {"read_requests": 3, "errors": 9}}, "noted": {}}
+    assert tell("connect", config=config)["noted"] == {"51728": {"read_requests": 3}}
+    loop.close()
+    os.close(noted)
+    near.close()
+    far.close()
