@@ -48,8 +48,9 @@ _EVENTS_MASKED = abi.VCPU_INFO_EVTCHN_UPCALL_MASK
 _LONGEST_WAIT_S = 3600.0
 """A guest may ask for a timer in centuries, more than a wait can take; it is looked at again then."""
 
-_EAGER_YIELDS, _NAP_S = 8, 50e-6
-"""A vCPU that yields for ever while no other can run (GRUB does, for its disk) leaves the CPU to whom it waits for."""
+_EAGER_YIELDS, _NAP_S, _LONGEST_NAP_S = 8, 50e-6, 1e-3
+"""A vCPU that yields for ever while no other can run (GRUB does, for its disk) leaves the CPU to whom it waits for:
+after so many yields it naps, twice as long after each 32 more."""
 
 
 class Machine(Trapping):
@@ -170,7 +171,7 @@ class Machine(Trapping):
             self._yields = 0
             self._switch(vcpu, now)
         elif self._yields > _EAGER_YIELDS:
-            self._nap()
+            self._nap(now)
         if vcpu.runstate != guest_time.RUNSTATE_RUNNING:
             guest_time.account(vcpu, now, guest_time.RUNSTATE_RUNNING)
             domain.publish_runstate(vcpu)
@@ -275,11 +276,14 @@ class Machine(Trapping):
             timeout = max(0, deadline - self.domain.clock.now()) / 1e9 if deadline else _LONGEST_WAIT_S
             self._condition.wait(min(timeout, _LONGEST_WAIT_S))
 
-    def _nap(self) -> None:
-        """Let other processes have the CPU for a moment; a post or a timer needs no more than that to be seen."""
+    def _nap(self, now: int) -> None:
+        """Let other processes have the CPU for a moment; a post or a timer ends it."""
+        seconds = min(_LONGEST_NAP_S, _NAP_S * (1 << min(self._yields >> 5, 8)))
+        if deadline := self._timers.next():
+            seconds = min(seconds, max(0, deadline - now) / 1e9)
         with self._condition:
             if not self._posts:
-                self._condition.wait(_NAP_S)
+                self._condition.wait(seconds)
 
     def _take_posts(self) -> None:
         posts = self._posts
