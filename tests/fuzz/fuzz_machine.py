@@ -200,10 +200,8 @@ class FuzzMachine:
         self.beats += 1
         started = time.thread_time_ns()
         try:
-            self.where = self._read_box()
+            self._read_box()
             self.faults += self.check(self)
-            self._streak = self._streak + 1 if self.where["broken"] != self._broken else 0
-            self._broken = self.where["broken"]
             broken = self._streak > MOST_BROKEN
             go_on = not self.faults and not broken and self._next(self)
         except Exception as exc:
@@ -216,10 +214,13 @@ class FuzzMachine:
 
     # -- the box
 
-    def _read_box(self) -> dict[str, int]:
+    def _read_box(self) -> None:
+        """Addresses are read once: what the guest does later may go over its box, too."""
         at = self._box + 16 + 48 + 512
-        values = struct.unpack_from(f"<{len(_FIELDS)}Q", self.memory, at)
-        return dict(zip(_FIELDS, values, strict=True))
+        values = dict(zip(_FIELDS, struct.unpack_from(f"<{len(_FIELDS)}Q", self.memory, at), strict=True))
+        self._streak = self._streak + 1 if values["broken"] != self._broken else 0
+        self._broken = values["broken"]
+        self.where = self.where or values
 
     def image(self, number: int) -> int:
         """Guest address of the image of call `number`."""
