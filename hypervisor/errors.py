@@ -28,6 +28,15 @@
          ├─ Unsupported            driver.unsupported  this driver cannot do that (see its capabilities)
          ├─ HostUnavailable        host.unavailable    retryable; the host process does not answer
          ├─ OperationTimeout       domain.timeout      retryable
+         ├─ StreamInvalid          stream.invalid      a saved image or a stream is damaged, cut short, or none at all
+         │   └─ StreamUnsupported  stream.unsupported  of another version, byte order or kind of guest
+         ├─ CpuIncompatible        cpu.incompatible    the guest saw CPU features that this host lacks
+         ├─ MigrationNotFound      migration.not_found
+         ├─ MigrationRefused       migration.refused   the target says no, or the stream is for no migration it knows
+         │   └─ MigrationNotTransparent  migration.not_transparent  possible, but not unnoticed by the guest
+         ├─ MigrationFailed        migration.failed    retryable; before the point of no return: the source runs on
+         ├─ MigrationCancelled     migration.cancelled
+         ├─ MigrationUnresolved    migration.unresolved  paused on both sides until an operator decides
          ├─ ProtocolError          protocol.invalid    what was said on the control socket is not of its protocol
          └─ HostFailure            host.failure        anything else that went wrong on the host
 
@@ -159,6 +168,43 @@ class HostUnavailable(ToolstackError):
 class OperationTimeout(ToolstackError):
     code = "domain.timeout"
     retryable = True
+
+
+class StreamInvalid(ToolstackError):
+    code = "stream.invalid"
+
+
+class StreamUnsupported(StreamInvalid):
+    code = "stream.unsupported"
+
+
+class CpuIncompatible(ToolstackError):
+    code = "cpu.incompatible"
+
+
+class MigrationNotFound(ToolstackError):
+    code = "migration.not_found"
+
+
+class MigrationRefused(ToolstackError):
+    code = "migration.refused"
+
+
+class MigrationNotTransparent(MigrationRefused):
+    code = "migration.not_transparent"
+
+
+class MigrationFailed(ToolstackError):
+    code = "migration.failed"
+    retryable = True
+
+
+class MigrationCancelled(ToolstackError):
+    code = "migration.cancelled"
+
+
+class MigrationUnresolved(ToolstackError):
+    code = "migration.unresolved"
 
 
 class ProtocolError(ToolstackError):

@@ -17,12 +17,29 @@ Rules every driver keeps (``tests/contract`` runs them against each one):
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec
+from hypervisor.toolstack.info import (
+    Capability,
+    Console,
+    DomainEvent,
+    DomainInfo,
+    DomainState,
+    HostInfo,
+    ShutdownReason,
+)
+from hypervisor.toolstack.migration import (
+    MigrationMode,
+    MigrationOffer,
+    MigrationOptions,
+    MigrationPhase,
+    MigrationRole,
+    MigrationStatus,
+    MigrationTicket,
+    SaveInfo,
+)
 from hypervisor.toolstack.spec import (
     MAX_NAME,
     MAX_VCPUS,
@@ -46,163 +63,21 @@ __all__ = [
     "DomainType",
     "HostInfo",
     "KernelBoot",
+    "MigrationMode",
+    "MigrationOffer",
+    "MigrationOptions",
+    "MigrationPhase",
+    "MigrationRole",
+    "MigrationStatus",
+    "MigrationTicket",
     "OnEvent",
+    "SaveInfo",
     "ShutdownReason",
     "Toolstack",
     "check_scheduling",
 ]
 
-API_VERSION = (1, 1)
-
-
-class DomainState(enum.StrEnum):
-    RUNNING = "running"
-    PAUSED = "paused"
-    SHUTDOWN = "shutdown"  # ended by itself, still holds its resources until destroyed
-    CRASHED = "crashed"  # ended by a fault of its own, likewise
-    DYING = "dying"
-    UNKNOWN = "unknown"  # exists, but cannot be read just now
-
-
-class ShutdownReason(enum.StrEnum):
-    """SCHEDOP_shutdown reasons (public/sched.h)."""
-
-    POWEROFF = "poweroff"
-    REBOOT = "reboot"
-    SUSPEND = "suspend"
-    CRASH = "crash"
-    WATCHDOG = "watchdog"
-
-
-class Capability(enum.StrEnum):
-    """What a driver can do beyond create, destroy, list, pause, unpause, shutdown."""
-
-    PV = "pv"
-    PV32 = "pv32"
-    PVH = "pvh"
-    HVM = "hvm"
-    SMP = "smp"
-    CONSOLE = "console"
-    REBOOT = "reboot"
-    DISK = "disk"
-    NIC = "nic"
-    HOTPLUG = "hotplug"  # devices attached and detached while the domain runs
-    RESIZE = "resize"  # vCPUs, memory and disks while the domain runs
-    SYSRQ = "sysrq"
-    DUMP_CORE = "dump-core"
-    SAVE = "save"
-    LIVE_MIGRATION = "live-migration"
-    ADOPTION = "adoption"  # domains survive a restart of the host process
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class DomainInfo:
-    """What is known of a domain now: of the present run, where its spec was changed for the next one.
-
-    :ivar cpu_time_ns: CPU time used by its vCPUs, nanoseconds.
-    :ivar vcpus: vCPUs that are online, of `max_vcpus` (0: not known).
-    :ivar memory_mib: memory it has now; `memory_target_mib` what it is asked to have, `max_memory_mib` its static
-        maximum (0: not known).
-    :ivar shutdown_reason: set when state is SHUTDOWN or CRASHED.
-    :ivar created_at: seconds since the epoch.
-    :ivar detail: one line for a human, for example why it crashed.
-    """
-
-    uuid: str
-    name: str
-    domid: int
-    state: DomainState
-    vcpus: int
-    memory_mib: int
-    owner: str = ""
-    type: DomainType = DomainType.PV
-    cpu_time_ns: int = 0
-    shutdown_reason: ShutdownReason | None = None
-    created_at: float = 0.0
-    detail: str = ""
-    metadata: tuple[tuple[str, str], ...] = ()
-    max_vcpus: int = 0
-    memory_target_mib: int = 0
-    max_memory_mib: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        data = dataclasses.asdict(self)
-        data["metadata"] = dict(self.metadata)
-        return data
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> DomainInfo:
-        fields = dict(data)
-        fields["state"] = DomainState(fields["state"])
-        fields["type"] = DomainType(fields.get("type", DomainType.PV))
-        reason = fields.get("shutdown_reason")
-        fields["shutdown_reason"] = ShutdownReason(reason) if reason else None
-        fields["metadata"] = tuple(sorted(dict(fields.get("metadata", {})).items()))
-        return cls(**fields)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class HostInfo:
-    """The node's capacity.
-
-    :ivar memory_total_mib: what domains may use altogether, MiB.
-    :ivar memory_free_mib: of that, not yet given out.
-    :ivar cpus: host CPUs that vCPUs may run on.
-    """
-
-    hostname: str
-    driver: str
-    driver_version: str
-    cpus: int
-    memory_total_mib: int
-    memory_free_mib: int
-    domains: int
-    capabilities: tuple[str, ...] = ()
-    detail: tuple[tuple[str, str], ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        data = dataclasses.asdict(self)
-        data["detail"] = dict(self.detail)
-        data["capabilities"] = list(self.capabilities)
-        return data
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> HostInfo:
-        fields = dict(data)
-        fields["capabilities"] = tuple(fields.get("capabilities", ()))
-        fields["detail"] = tuple(sorted(dict(fields.get("detail", {})).items()))
-        return cls(**fields)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class DomainEvent:
-    """A state change, as it happened.
-
-    :ivar kind: ``created``, ``paused``, ``unpaused``, ``shutdown``, ``crashed``, ``rebooted``, ``destroyed``.
-    :ivar time: seconds since the epoch.
-    """
-
-    kind: str
-    uuid: str
-    time: float
-    detail: str = ""
-
-
-class Console(Protocol):
-    """An attached guest console (hvc0): bytes in both directions."""
-
-    def read(self, size: int = 65536, timeout: float | None = None) -> bytes:
-        """Bytes the guest printed; ``b""`` when `timeout` seconds passed without any.
-
-        :raises EOFError: the domain is gone.
-        """
-
-    def write(self, data: bytes) -> None: ...
-
-    def fileno(self) -> int:
-        """A descriptor that polls readable when `read` would return bytes."""
-
-    def close(self) -> None: ...
+API_VERSION = (1, 2)
 
 
 @runtime_checkable
@@ -340,6 +215,81 @@ class Toolstack(Protocol):
         The file appears when it is whole (written under another name beside it), with mode 0600.
         :raises SpecInvalid: the path is not absolute, or something is there already. :raises HostFailure: no space.
         """
+
+    # -- save, restore: `Capability.SAVE`
+
+    def save(self, uuid: str, path: str, *, keep_running: bool = False, timeout: float = 60.0) -> SaveInfo:
+        """Have the guest suspend and write it to a new file on the host; then the domain is gone.
+
+        The file appears when it is whole (written under another name beside it), with mode 0600. What fails leaves
+        the domain running and no file.
+        :param keep_running: a checkpoint: the guest goes on afterwards (to it the suspend was cancelled).
+        :param timeout: seconds the guest has to suspend.
+        :raises SpecInvalid: the path is not absolute, or something is there already. :raises WrongState: it has ended,
+            or is paused. :raises OperationTimeout: the guest did not suspend. :raises HostFailure: no space.
+        """
+
+    def restore(self, path: str, *, owner: str, name: str = "", uuid: str = "") -> DomainInfo:
+        """Build a domain from a saved image, paused and marked; otherwise as `create`.
+
+        :param name, uuid: ``""`` keeps what the image says.
+        :raises SpecInvalid: the path is not absolute or no file. :raises StreamInvalid, CpuIncompatible.
+        """
+
+    # -- migration: `Capability.LIVE_MIGRATION`; idents are UUIDs, tokens secrets that both sides were told
+    #
+    # While a domain is in the hands of a migration, every verb that would change it raises `WrongState`, naming the
+    # migration. The half on a target is not listed before phase COMPLETE, but its UUID, name, memory, MACs and images
+    # count as taken; from COMPLETE on it is listed, paused, its `detail` saying why.
+
+    def migration_offer(self, uuid: str) -> MigrationOffer:
+        """Source: what a target must know; changes nothing. :raises WrongState: it has ended, or is on its way."""
+
+    def migration_prepare(
+        self,
+        offer: MigrationOffer,
+        *,
+        ident: str,
+        token: str,
+        owner: str,
+        mode: MigrationMode = MigrationMode.LIVE,
+    ) -> MigrationTicket:
+        """Target: check everything, set aside what it needs, listen. The same ident again gives the same ticket.
+
+        :param owner: marker that the domain will have here.
+        :param mode: LIVE refuses with `MigrationNotTransparent` what can only be moved as an IMAGE.
+        :raises MigrationRefused, MigrationNotTransparent, CpuIncompatible, and what `create` raises: nothing is left.
+        """
+
+    def migration_start(
+        self, uuid: str, *, ident: str, token: str, ticket: MigrationTicket, options: MigrationOptions
+    ) -> None:
+        """Source: begin, and go on in the background; quiet when that ident was begun.
+
+        :raises WrongState: it has ended, or another migration has it. :raises SpecInvalid: the ticket or options.
+        """
+
+    def migration_status(self, ident: str) -> MigrationStatus:
+        """:raises MigrationNotFound: this host knows of none with that ident, or was told to forget it."""
+
+    def migration_list(self) -> list[MigrationStatus]:
+        """Every half that this host keeps a record of, oldest first."""
+
+    def migration_cancel(self, ident: str) -> None:
+        """Source: end it before the point of no return, the guest runs on. Target: drop what is not COMPLETE yet.
+
+        Quiet when it has ended that way already. :raises WrongState: it is too late, or needs `migration_resolve`.
+        """
+
+    def migration_resolve(self, ident: str, *, keep: bool) -> None:
+        """Decide for a half in phase COMPLETE or UNRESOLVED; quiet when it is so already. The other half must agree!
+
+        :param keep: True: it runs here (or stays paused, if that is what was offered). False: it is dropped here.
+        :raises WrongState: in another phase.
+        """
+
+    def migration_forget(self, ident: str) -> None:
+        """Remove an ended half's record; quiet when there is none. :raises WrongState: it has not ended."""
 
     def subscribe(self, listener: Callable[[DomainEvent], None]) -> Callable[[], None]:
         """Call `listener` (in a thread of the driver) for each event; returns the unsubscribe function."""

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from hypervisor.errors import Unsupported
-from hypervisor.toolstack.api import Capability, DomainSpec
+from hypervisor.errors import MigrationNotFound, Unsupported
+from hypervisor.toolstack.api import (
+    Capability,
+    DomainInfo,
+    DomainSpec,
+    MigrationMode,
+    MigrationOffer,
+    MigrationOptions,
+    MigrationStatus,
+    MigrationTicket,
+    SaveInfo,
+)
 from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec
 
 
@@ -52,3 +62,43 @@ class OptionalVerbs:
 
     def dump_core(self, uuid: str, path: str) -> None:
         self._lacks(Capability.DUMP_CORE)
+
+    def save(self, uuid: str, path: str, *, keep_running: bool = False, timeout: float = 60.0) -> SaveInfo:
+        self._lacks(Capability.SAVE)
+
+    def restore(self, path: str, *, owner: str, name: str = "", uuid: str = "") -> DomainInfo:
+        self._lacks(Capability.SAVE)
+
+    def migration_offer(self, uuid: str) -> MigrationOffer:
+        self._lacks(Capability.LIVE_MIGRATION)
+
+    def migration_prepare(
+        self,
+        offer: MigrationOffer,
+        *,
+        ident: str,
+        token: str,
+        owner: str,
+        mode: MigrationMode = MigrationMode.LIVE,
+    ) -> MigrationTicket:
+        self._lacks(Capability.LIVE_MIGRATION)
+
+    def migration_start(
+        self, uuid: str, *, ident: str, token: str, ticket: MigrationTicket, options: MigrationOptions
+    ) -> None:
+        self._lacks(Capability.LIVE_MIGRATION)
+
+    def migration_status(self, ident: str) -> MigrationStatus:
+        raise MigrationNotFound(f"no migration {ident} on this host: the {self.name} driver has none")
+
+    def migration_list(self) -> list[MigrationStatus]:
+        return []
+
+    def migration_cancel(self, ident: str) -> None:
+        self.migration_status(ident)
+
+    def migration_resolve(self, ident: str, *, keep: bool) -> None:
+        self.migration_status(ident)
+
+    def migration_forget(self, ident: str) -> None:
+        """There is none."""

@@ -22,6 +22,12 @@ from hypervisor.toolstack.api import (
     DomainSpec,
     DomainState,
     HostInfo,
+    MigrationMode,
+    MigrationOffer,
+    MigrationOptions,
+    MigrationStatus,
+    MigrationTicket,
+    SaveInfo,
 )
 from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec
 from hypervisor.toolstack.drivers._embedded_client import Client, SocketConsole
@@ -33,6 +39,9 @@ QUICK = 20.0
 
 BUILD = 180.0
 """Seconds for one that builds a domain."""
+
+STREAM = 1800.0
+"""Seconds for one that writes or reads all of a domain's memory."""
 
 _SETTINGS = {"socket"}
 
@@ -157,6 +166,56 @@ class EmbeddedToolstack:
 
     def dump_core(self, uuid: str, path: str) -> None:
         self._client.call("domain.dump_core", {"uuid": uuid, "path": path}, 10 * BUILD)
+
+    # -- save, restore, migration
+
+    def save(self, uuid: str, path: str, *, keep_running: bool = False, timeout: float = 60.0) -> SaveInfo:
+        args = {"uuid": uuid, "path": path, "keep_running": int(keep_running), "timeout": float(timeout)}
+        return SaveInfo.from_json(self._client.call("domain.save", args, timeout + STREAM))
+
+    def restore(self, path: str, *, owner: str, name: str = "", uuid: str = "") -> DomainInfo:
+        args = {"path": path, "owner": owner, "name": name, "uuid": uuid}
+        return DomainInfo.from_json(self._client.call("domain.restore", args, STREAM))
+
+    def migration_offer(self, uuid: str) -> MigrationOffer:
+        return MigrationOffer.from_json(self._look("migration.offer", BUILD, uuid=uuid))
+
+    def migration_prepare(
+        self,
+        offer: MigrationOffer,
+        *,
+        ident: str,
+        token: str,
+        owner: str,
+        mode: MigrationMode = MigrationMode.LIVE,
+    ) -> MigrationTicket:
+        # Asked again like what only looks: it is idempotent by its ident.
+        answer = self._look(
+            "migration.prepare", BUILD, offer=offer.to_json(), ident=ident, token=token, owner=owner, mode=mode.value
+        )
+        return MigrationTicket.from_json(answer)
+
+    def migration_start(
+        self, uuid: str, *, ident: str, token: str, ticket: MigrationTicket, options: MigrationOptions
+    ) -> None:
+        options.validate()
+        given = {"ticket": ticket.to_json(), "options": options.to_json()}
+        self._client.call("migration.start", {"uuid": uuid, "ident": ident, "token": token, **given}, BUILD)
+
+    def migration_status(self, ident: str) -> MigrationStatus:
+        return MigrationStatus.from_json(self._look("migration.status", ident=ident))
+
+    def migration_list(self) -> list[MigrationStatus]:
+        return [MigrationStatus.from_json(item) for item in self._look("migration.list")]
+
+    def migration_cancel(self, ident: str) -> None:
+        self._client.call("migration.cancel", {"ident": ident}, BUILD)
+
+    def migration_resolve(self, ident: str, *, keep: bool) -> None:
+        self._client.call("migration.resolve", {"ident": ident, "keep": int(keep)}, BUILD)
+
+    def migration_forget(self, ident: str) -> None:
+        self._client.call("migration.forget", {"ident": ident}, BUILD)
 
     def subscribe(self, listener: Callable[[DomainEvent], None]) -> Callable[[], None]:
         return self._client.subscribe(listener)
