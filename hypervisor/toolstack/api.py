@@ -253,19 +253,29 @@ class Toolstack(Protocol):
         token: str,
         owner: str,
         mode: MigrationMode = MigrationMode.LIVE,
+        peer: str = "",
     ) -> MigrationTicket:
         """Target: check everything, set aside what it needs, listen. The same ident again gives the same ticket.
 
         :param owner: marker that the domain will have here.
+        :param peer: the source's name, kept for `MigrationStatus`.
         :param mode: LIVE refuses with `MigrationNotTransparent` what can only be moved as an IMAGE.
         :raises MigrationRefused, MigrationNotTransparent, CpuIncompatible, and what `create` raises: nothing is left.
         """
 
     def migration_start(
-        self, uuid: str, *, ident: str, token: str, ticket: MigrationTicket, options: MigrationOptions
+        self,
+        uuid: str,
+        *,
+        ident: str,
+        token: str,
+        ticket: MigrationTicket,
+        options: MigrationOptions,
+        peer: str = "",
     ) -> None:
         """Source: begin, and go on in the background; quiet when that ident was begun.
 
+        :param peer: the target's name, kept for `MigrationStatus`.
         :raises WrongState: it has ended, or another migration has it. :raises SpecInvalid: the ticket or options.
         """
 

@@ -204,6 +204,9 @@ class MigrationOptions:
 class MigrationStatus:
     """One half of a migration as it is now. The target knows of the figures what it has counted itself.
 
+    :ivar peer: the other host's name as agents address it, as it was told; only kept and given back.
+    :ivar name: of the domain.
+    :ivar memory_mib: what this half holds or set aside, MiB; `vcpus` likewise. 0 when it has ended.
     :ivar rounds: rounds of copying begun.
     :ivar pages_sent: guest pages that went over, each time counted; `bytes_sent` what the network carried.
     :ivar pages_total: pages of the guest; `dirty_pages` those still to be sent.
@@ -219,6 +222,10 @@ class MigrationStatus:
     role: MigrationRole
     phase: MigrationPhase
     mode: MigrationMode = MigrationMode.LIVE
+    peer: str = ""
+    name: str = ""
+    memory_mib: int = 0
+    vcpus: int = 0
     rounds: int = 0
     pages_sent: int = 0
     bytes_sent: int = 0

@@ -80,11 +80,19 @@ class OptionalVerbs:
         token: str,
         owner: str,
         mode: MigrationMode = MigrationMode.LIVE,
+        peer: str = "",
     ) -> MigrationTicket:
         self._lacks(Capability.LIVE_MIGRATION)
 
     def migration_start(
-        self, uuid: str, *, ident: str, token: str, ticket: MigrationTicket, options: MigrationOptions
+        self,
+        uuid: str,
+        *,
+        ident: str,
+        token: str,
+        ticket: MigrationTicket,
+        options: MigrationOptions,
+        peer: str = "",
     ) -> None:
         self._lacks(Capability.LIVE_MIGRATION)
 

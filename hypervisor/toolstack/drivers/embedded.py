@@ -188,18 +188,24 @@ class EmbeddedToolstack:
         token: str,
         owner: str,
         mode: MigrationMode = MigrationMode.LIVE,
+        peer: str = "",
     ) -> MigrationTicket:
         # Asked again like what only looks: it is idempotent by its ident.
-        answer = self._look(
-            "migration.prepare", BUILD, offer=offer.to_json(), ident=ident, token=token, owner=owner, mode=mode.value
-        )
-        return MigrationTicket.from_json(answer)
+        about = {"ident": ident, "token": token, "owner": owner, "mode": mode.value, "peer": peer}
+        return MigrationTicket.from_json(self._look("migration.prepare", BUILD, offer=offer.to_json(), **about))
 
     def migration_start(
-        self, uuid: str, *, ident: str, token: str, ticket: MigrationTicket, options: MigrationOptions
+        self,
+        uuid: str,
+        *,
+        ident: str,
+        token: str,
+        ticket: MigrationTicket,
+        options: MigrationOptions,
+        peer: str = "",
     ) -> None:
         options.validate()
-        given = {"ticket": ticket.to_json(), "options": options.to_json()}
+        given = {"ticket": ticket.to_json(), "options": options.to_json(), "peer": peer}
         self._client.call("migration.start", {"uuid": uuid, "ident": ident, "token": token, **given}, BUILD)
 
     def migration_status(self, ident: str) -> MigrationStatus:
