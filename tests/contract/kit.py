@@ -29,6 +29,8 @@ REBOOTS = "reboots"  # asks for a reboot by itself on its first boot; after that
 CRASHES = "crashes"  # ends with SHUTDOWN_crash or by a fault
 FOLLOWS = "follows"  # has a balloon, and takes vCPUs on and off line
 ECHOES = "echoes"  # a line typed on its console is printed back
+SUSPENDS = "suspends"  # suspends when asked, and echoes; can be saved, restored, and moved live
+RESTLESS = "restless"  # never stands still long enough to be moved live; can be cancelled at leisure
 
 
 @dataclasses.dataclass(slots=True)
@@ -43,6 +45,10 @@ class Kit:
     :ivar add_foreign: makes a domain behind the driver's back, as another toolstack would; None if that cannot be.
     :ivar restart_host: kills the host process with SIGKILL and starts it again; needs capability ADOPTION.
     :ivar image_folder: where disk images may lie; None when the kit's host has no disks of the real kind.
+    :ivar peer: a connection to a second host, to which domains can move; needs capability LIVE_MIGRATION. Both see the
+        same files.
+    :ivar restart_peer: as `restart_host`, of the second host.
+    :ivar save_folder: where images of memory may be saved; needs capability SAVE.
     :ivar no_notes: a kernel without Xen notes, for a driver whose `create` looks at them.
     """
 
@@ -55,6 +61,9 @@ class Kit:
     add_foreign: Callable[[DomainSpec], None] | None = None
     restart_host: Callable[[], None] | None = None
     image_folder: Path | None = None
+    peer: Callable[[], Toolstack] | None = None
+    restart_peer: Callable[[], None] | None = None
+    save_folder: Path | None = None
     no_notes: KernelBoot | None = None
     stop: Callable[[], None] = lambda: None
     lines: dict[str, bytes] = dataclasses.field(default_factory=dict)
@@ -123,6 +132,24 @@ class Bench:
         with path.open("wb") as file:
             file.truncate(size)
         return str(path)
+
+    def save_path(self) -> str:
+        """A place for a saved image, where nothing is yet."""
+        if self.kit.save_folder is None:
+            pytest.skip(f"the {self.kit.name} kit has nowhere to save to")
+        self.kit.save_folder.mkdir(parents=True, exist_ok=True)
+        return str(self.kit.save_folder / f"{uuid.uuid4()}.save")
+
+    def answers(self, uuid_text: str, toolstack: Toolstack | None = None) -> None:
+        """The guest, one that echoes, is alive: it prints back what is typed."""
+        host = toolstack or self.toolstack
+        word = f"alive-{uuid.uuid4().hex[:8]}"
+        console = host.open_console(uuid_text)
+        try:
+            console.write(f"echo {word}\n".encode())
+            self.until(lambda: word.encode() in host.console_log(uuid_text), f"{word} from the guest")
+        finally:
+            console.close()
 
     def until(self, condition: Callable[[], bool], what: str, timeout: float | None = None) -> None:
         deadline = time.monotonic() + (timeout or self.kit.boot_timeout)

@@ -17,6 +17,7 @@ def make_kit(folder: Path) -> kit.Kit:
     kernel = folder / "kernel"
     kernel.write_bytes(b"\x7fELF" + bytes(2000))
     settings = {"state_dir": str(folder / "state"), "cpus": "4", "memory_mib": "1024"}
+    second = {**settings, "state_dir": str(folder / "second"), "first_domid": "1000000", "memory_mib": "256"}
 
     def guest(words: str = "") -> KernelBoot:
         return KernelBoot(kernel=str(kernel), cmdline=f"fake.print={LINE} {words}".strip())
@@ -37,11 +38,16 @@ def make_kit(folder: Path) -> kit.Kit:
             kit.CRASHES: guest("fake.boot=crash"),
             kit.ECHOES: guest(),
             kit.FOLLOWS: guest(),
+            kit.SUSPENDS: guest(),
+            kit.RESTLESS: guest("fake.rounds=never"),
         },
         line=LINE.encode(),
         memory_mib=16,
         boot_timeout=5.0,
         image_folder=folder / "images",
         add_foreign=add_foreign,
+        peer=lambda: load("fake", second),
+        restart_peer=lambda: None,
+        save_folder=folder / "saved",
         restart_host=lambda: None,  # it has no process: every verb ends with its state on disk
     )

@@ -258,7 +258,7 @@ class DeviceVerbs(OptionalVerbs):
             if not path.startswith("/") or "\0" in path or os.path.lexists(path):
                 raise SpecInvalid(f"core file {path!r}: give a full path where nothing is yet")
             try:
-                with _appearing(path) as file:
+                with appearing(path) as file:
                     file.write(json.dumps({"fake core of": domain.uuid, "memory_mib": domain.memory_mib}))
             except OSError as exc:
                 raise HostFailure(f"core file {path} cannot be written: {exc.strerror}") from exc
@@ -339,7 +339,7 @@ def _same_file(one: str, other: str) -> bool:
 
 
 @contextlib.contextmanager
-def _appearing(path: str) -> Iterator[Any]:
+def appearing(path: str) -> Iterator[Any]:
     """A new file that is there when it is whole."""
     part = f"{path}.part"
     try:

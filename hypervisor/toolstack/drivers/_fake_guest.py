@@ -4,7 +4,8 @@ Words of the kernel command line steer it: ``fake.shutdown=ignore`` (no answer t
 reboot request), ``fake.boot=poweroff|reboot|crash`` (does so by itself right after its first boot),
 ``fake.print=TEXT`` (prints TEXT as a line while booting), ``fake.memory=keep`` (gives no memory back) or ``slow``
 (`SLOW_MIB` each time somebody looks), ``fake.min=MIB`` (says that it needs so much), ``fake.vcpus=ignore`` (their
-number stays), ``fake.devices=keep`` (does not let go of a device) or ``ignore`` (does not take one up).
+number stays), ``fake.rounds=N`` (so many rounds of copying until it can be moved) or ``never``,
+``fake.devices=keep`` (does not let go of a device) or ``ignore`` (does not take one up).
 """
 
 from __future__ import annotations

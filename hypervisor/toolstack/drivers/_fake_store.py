@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -36,7 +37,8 @@ CREATE TABLE IF NOT EXISTS console (uuid TEXT PRIMARY KEY, log BLOB NOT NULL, to
 CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT, uuid TEXT, time REAL, detail TEXT);
 CREATE TABLE IF NOT EXISTS faults (id INTEGER PRIMARY KEY AUTOINCREMENT, verb TEXT, doc TEXT);
 CREATE TABLE IF NOT EXISTS host (key TEXT PRIMARY KEY, value INTEGER);
-INSERT OR IGNORE INTO host VALUES ('next_domid', 1);
+CREATE TABLE IF NOT EXISTS migrations (seq INTEGER PRIMARY KEY AUTOINCREMENT, ident TEXT NOT NULL UNIQUE,
+    doc TEXT NOT NULL);
 """
 
 
@@ -50,6 +52,8 @@ class FakeDomain:
     :ivar online: vCPUs online now, `wanted_vcpus` asked for, of `max_vcpus`.
     :ivar memory_mib: what it has, `target_mib` what it was asked to have, MiB.
     :ivar max_vcpus, max_memory_mib: of the present run; the spec may say otherwise for the next one.
+    :ivar migration: ident of the migration in whose hands it is, or "".
+    :ivar hidden: memory and names are set aside for it, it is not here yet.
     :ivar devices: of each device (``disk:xvda``, ``nic:0``) its ``state``, ``size_bytes`` and ``stats``.
     """
 
@@ -70,6 +74,8 @@ class FakeDomain:
     max_vcpus: int = 0
     max_memory_mib: int = 0
     devices: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    migration: str = ""
+    hidden: bool = False
 
     def __post_init__(self) -> None:
         if not self.max_vcpus:
@@ -136,7 +142,7 @@ class FakeDomain:
 class Store:
     """The database and the condition that tells waiters of changes. All methods may be called from any thread."""
 
-    def __init__(self, state_dir: str | None, memory_mib: int = 0) -> None:
+    def __init__(self, state_dir: str | None, memory_mib: int = 0, first_domid: int = 1) -> None:
         self.memory_mib = memory_mib  # of the host
         self.shared = state_dir is not None
         self.changed = threading.Condition(threading.RLock())
@@ -150,6 +156,7 @@ class Store:
             with self.transaction():
                 for statement in _SCHEMA.split(";"):
                     self._db.execute(statement)
+                self._db.execute("INSERT OR IGNORE INTO host VALUES ('next_domid', ?)", (first_domid,))
         except (OSError, sqlite3.Error) as exc:
             raise HostUnavailable(f"fake driver: state directory {state_dir!r} is not usable: {exc}") from exc
 
@@ -204,13 +211,16 @@ class Store:
     # domains
 
     def domains(self) -> list[FakeDomain]:
+        """Those that are hidden too."""
         return [
             FakeDomain.from_json(json.loads(doc)) for (doc,) in self._rows("SELECT doc FROM domains ORDER BY domid")
         ]
 
     def find(self, uuid: str) -> FakeDomain | None:
+        """Not one that is hidden."""
         rows = self._rows("SELECT doc FROM domains WHERE uuid = ?", (uuid,))
-        return FakeDomain.from_json(json.loads(rows[0][0])) if rows else None
+        found = FakeDomain.from_json(json.loads(rows[0][0])) if rows else None
+        return None if found is None or found.hidden else found
 
     def get(self, uuid: str) -> FakeDomain:
         domain = self.find(uuid)
@@ -237,9 +247,31 @@ class Store:
         self._rows("DELETE FROM console WHERE uuid = ?", (uuid,))
 
     def next_domid(self) -> int:
-        ((domid,),) = self._rows("SELECT value FROM host WHERE key = 'next_domid'")
-        self._rows("UPDATE host SET value = value + 1 WHERE key = 'next_domid'")
-        return int(domid)
+        """One that no domain has: those that moved here brought their own."""
+        used = {int(domid) for (domid,) in self._rows("SELECT domid FROM domains")}
+        ((value,),) = self._rows("SELECT value FROM host WHERE key = 'next_domid'")
+        domid = next(number for number in itertools.count(int(value)) if number not in used)
+        self._rows("UPDATE host SET value = ? WHERE key = 'next_domid'", (domid + 1,))
+        return domid
+
+    # migrations
+
+    def migrations(self) -> list[dict[str, Any]]:
+        """Their documents, oldest first."""
+        return [dict(json.loads(doc)) for (doc,) in self._rows("SELECT doc FROM migrations ORDER BY seq")]
+
+    def migration(self, ident: str) -> dict[str, Any] | None:
+        rows = self._rows("SELECT doc FROM migrations WHERE ident = ?", (ident,))
+        return dict(json.loads(rows[0][0])) if rows else None
+
+    def put_migration(self, ident: str, doc: dict[str, Any]) -> None:
+        self._rows(
+            "INSERT INTO migrations (ident, doc) VALUES (?, ?) ON CONFLICT (ident) DO UPDATE SET doc = excluded.doc",
+            (ident, json.dumps(doc)),
+        )
+
+    def forget_migration(self, ident: str) -> None:
+        self._rows("DELETE FROM migrations WHERE ident = ?", (ident,))
 
     # console
 
@@ -247,6 +279,9 @@ class Store:
         """The kept output and how many bytes were ever printed; None when the domain is gone."""
         rows = self._rows("SELECT log, total FROM console WHERE uuid = ?", (uuid,))
         return (bytes(rows[0][0]), int(rows[0][1])) if rows else None
+
+    def set_console(self, uuid: str, log: bytes, total: int) -> None:
+        self._rows("UPDATE console SET log = ?, total = ? WHERE uuid = ?", (log, total, uuid))
 
     def print(self, uuid: str, data: bytes) -> None:
         kept = self.console(uuid)
@@ -286,10 +321,13 @@ class Store:
         self._rows("INSERT INTO faults (verb, doc) VALUES (?, ?)", (verb, json.dumps(doc)))
 
     def take_faults(self, verb: str, when: str) -> list[dict[str, Any]]:
-        """The faults due at this point; each is counted down and dropped when used up."""
+        """The faults due at this point; each is counted down and dropped when used up. A link is no verb."""
         due = []
+        others = "" if verb.startswith("link:") else "*"
         with self.transaction():
-            for ident, text in self._rows("SELECT id, doc FROM faults WHERE verb IN (?, '*') ORDER BY id", (verb,)):
+            for ident, text in self._rows(
+                "SELECT id, doc FROM faults WHERE verb IN (?, ?) ORDER BY id", (verb, others)
+            ):
                 doc = json.loads(text)
                 if doc["when"] != when:
                     continue

@@ -2,7 +2,8 @@
 
 Settings (all optional): ``state_dir`` (a folder shared by every process that gives the same one, and
 kept when they die; without it everything ends with the process), ``cpus``, ``memory_mib``, ``hostname``, ``networks``
-(names with spaces between them; ``default`` alone unless given).
+(names with spaces between them; ``default`` alone unless given), ``first_domid``. Hosts with state folders on one
+machine can send each other domains.
 
 What the simulated guest does is in `hypervisor.toolstack.drivers._fake_guest`. Tests steer the host
 through the methods below ``test hooks``; injected faults are kept in the state folder, so that one
@@ -24,11 +25,8 @@ from hypervisor.errors import (
     HostUnavailable,
     InsufficientMemory,
     InsufficientVcpus,
-    KernelInvalid,
-    MemoryTooSmall,
     NameInUse,
     OperationTimeout,
-    RamdiskInvalid,
     SpecInvalid,
     ToolstackError,
     Unsupported,
@@ -48,7 +46,8 @@ from hypervisor.toolstack.api import (
 )
 from hypervisor.toolstack.drivers import _fake_guest as guest
 from hypervisor.toolstack.drivers._fake_console import FakeConsole, follow_events
-from hypervisor.toolstack.drivers._fake_devices import DeviceVerbs
+from hypervisor.toolstack.drivers._fake_files import check_files
+from hypervisor.toolstack.drivers._fake_moving import MovingVerbs
 from hypervisor.toolstack.drivers._fake_store import FakeDomain, Store
 
 DRIVER_VERSION = "1"
@@ -65,9 +64,10 @@ CAPABILITIES = frozenset(
         Capability.RESIZE,
         Capability.SYSRQ,
         Capability.DUMP_CORE,
+        Capability.SAVE,
     },
 )
-_SETTINGS = {"state_dir", "cpus", "memory_mib", "hostname", "networks"}
+_SETTINGS = {"state_dir", "cpus", "memory_mib", "hostname", "networks", "first_domid"}
 
 
 def create(settings: Mapping[str, str]) -> FakeToolstack:
@@ -78,18 +78,20 @@ def create(settings: Mapping[str, str]) -> FakeToolstack:
     try:
         cpus = int(settings.get("cpus", "8"))
         memory_mib = int(settings.get("memory_mib", "16384"))
+        first_domid = int(settings.get("first_domid", "1"))
     except ValueError as exc:
-        raise SpecInvalid(f"fake driver: cpus and memory_mib are numbers: {exc}") from exc
+        raise SpecInvalid(f"fake driver: cpus, memory_mib and first_domid are numbers: {exc}") from exc
     return FakeToolstack(
         settings.get("state_dir") or None,
         cpus=cpus,
         memory_mib=memory_mib,
         hostname=settings.get("hostname", ""),
         networks=settings.get("networks", "default").split(),
+        first_domid=first_domid,
     )
 
 
-class FakeToolstack(DeviceVerbs):
+class FakeToolstack(MovingVerbs):
     """A `hypervisor.toolstack.api.Toolstack` over a simulated host.
 
     :param state_dir: where the host's state lives; None keeps it in this object only.
@@ -107,21 +109,23 @@ class FakeToolstack(DeviceVerbs):
         memory_mib: int = 16384,
         hostname: str = "",
         networks: Iterable[str] = ("default",),
+        first_domid: int = 1,
     ) -> None:
         self.cpus = cpus
         self.networks = frozenset(networks)
         self.memory_mib = memory_mib
         self.hostname = hostname or socket.gethostname()
-        self.store = Store(state_dir, memory_mib)
+        self.state_dir = state_dir
+        self.store = Store(state_dir, memory_mib, first_domid)
 
     # what there is
 
     def capabilities(self) -> frozenset[Capability]:
-        return CAPABILITIES
+        return CAPABILITIES | ({Capability.LIVE_MIGRATION} if self.state_dir is not None else set())
 
     def host_info(self) -> HostInfo:
         with self._verb("host_info"):
-            domains = self.store.domains()
+            domains = [domain for domain in self.store.domains() if not domain.hidden]
             return HostInfo(
                 hostname=self.hostname,
                 driver=self.name,
@@ -135,7 +139,7 @@ class FakeToolstack(DeviceVerbs):
 
     def list_domains(self) -> list[DomainInfo]:
         with self._verb("list_domains"):
-            return [domain.info() for domain in self.store.domains()]
+            return [domain.info() for domain in self.store.domains() if not domain.hidden]
 
     def get_domain(self, uuid: str) -> DomainInfo:
         with self._verb("get_domain"):
@@ -154,8 +158,8 @@ class FakeToolstack(DeviceVerbs):
             spec.validate()
             if spec.type is not DomainType.PV:
                 raise Unsupported(f"type {spec.type.value} is not something the fake driver has: give type pv")
-            self._check_room(spec)
-            _check_files(spec)
+            self.check_room(spec)
+            check_files(spec)
             devices = self.new_devices(spec)
             domain = FakeDomain(spec=spec, domid=self.store.next_domid(), created_at=time.time(), devices=devices)
             self.store.put(domain)
@@ -320,6 +324,10 @@ class FakeToolstack(DeviceVerbs):
         domain = self.store.get(uuid)
         if not domain.readable:
             raise HostUnavailable(f"domain {uuid} cannot be read just now: try again")
+        if domain.migration:
+            raise WrongState(
+                f"domain {uuid} is in the hands of migration {domain.migration}: wait for it, cancel or resolve it"
+            )
         return domain
 
     def _live(self, uuid: str, verb: str) -> FakeDomain:
@@ -342,7 +350,9 @@ class FakeToolstack(DeviceVerbs):
             if domain.state is DomainState.RUNNING:
                 guest.run(self.store, domain)
 
-    def _check_room(self, spec: DomainSpec) -> None:
+    def check_room(self, spec: DomainSpec, memory_mib: int = 0) -> None:
+        """:param memory_mib: when it is not what the spec says."""
+        memory_mib = memory_mib or spec.memory_mib
         domains = self.store.domains()
         for domain in domains:
             if domain.uuid == spec.uuid:
@@ -356,38 +366,8 @@ class FakeToolstack(DeviceVerbs):
                 f"{spec.effective_max_vcpus} vCPUs asked for, the host has {self.cpus}: give at most {self.cpus}"
             )
         free = self.store.free_mib()
-        if spec.memory_mib > free:
+        if memory_mib > free:
             raise InsufficientMemory(
-                f"{spec.memory_mib} MiB asked for, {free} MiB of {self.memory_mib} MiB are free: ask for less or"
+                f"{memory_mib} MiB asked for, {free} MiB of {self.memory_mib} MiB are free: ask for less or"
                 " destroy a domain"
             )
-
-
-def _check_files(spec: DomainSpec) -> None:
-    """Kernel and ramdisk exist and look like what they should be; both fit into the memory."""
-    size = _kernel_size(spec.boot.kernel)
-    if spec.boot.ramdisk is not None:
-        try:
-            ramdisk = os.stat(spec.boot.ramdisk).st_size
-        except OSError as exc:
-            raise RamdiskInvalid(f"ramdisk {spec.boot.ramdisk}: {exc.strerror}: give a readable file") from exc
-        if not os.path.isfile(spec.boot.ramdisk) or ramdisk == 0:
-            raise RamdiskInvalid(f"ramdisk {spec.boot.ramdisk} is empty or no file: give an initramfs image")
-        size += ramdisk
-    if size > spec.memory_mib << 20:
-        raise MemoryTooSmall(
-            f"kernel and ramdisk need {(size >> 20) + 1} MiB, memory_mib is {spec.memory_mib}: give more memory"
-        )
-
-
-def _kernel_size(path: str) -> int:
-    try:
-        with open(path, "rb") as file:
-            head = file.read(0x210)
-            size = os.fstat(file.fileno()).st_size
-    except OSError as exc:
-        raise KernelInvalid(f"kernel {path}: {exc.strerror}: give a readable kernel image") from exc
-    # ELF magic, or the boot protocol's signature (Linux Documentation/arch/x86/boot.rst)
-    if head[:4] != b"\x7fELF" and head[0x202:0x206] != b"HdrS":
-        raise KernelInvalid(f"kernel {path} is neither ELF nor bzImage: give a kernel image")
-    return size

@@ -48,7 +48,7 @@ def image(tmp_path: Path, name: str = "disk.img", size: int = 1 << 20) -> str:
 
 def test_it_says_what_it_can(host: FakeToolstack) -> None:
     assert {"disk", "nic", "hotplug", "resize", "sysrq", "dump-core"} <= {c.value for c in host.capabilities()}
-    assert Capability.SAVE not in host.capabilities()
+    assert Capability.HVM not in host.capabilities()
 
 
 def test_devices_come_and_go_and_survive_another_connection(host: FakeToolstack, started: Any, tmp_path: Path) -> None:
