@@ -1,9 +1,7 @@
 """A running PV machine: the engine, the domain, the only run loop.
 
 Threads: `Machine.run` and everything a trap handler does happen in one
-thread. `post`, `pause`, `unpause`, `stop`, `notify` and `stats` may be called
-from any other; they hand a function to the run loop, which takes it between
-two guest instructions.
+thread; what others may ask of it is in `hypervisor.posting`.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hypervisor import abi
+from hypervisor import abi, native
 from hypervisor.cpu import time as guest_time
 from hypervisor.cpu.failsafe import reload_segments
 from hypervisor.cpu.state import Vcpu
@@ -32,6 +30,7 @@ from hypervisor.errors import GuestFault, HypervisorBug
 from hypervisor.evtchn.hostside import HostRouter
 from hypervisor.hypercalls.compat import Dispatcher32
 from hypervisor.hypercalls.dispatch import Dispatcher
+from hypervisor.posting import Posting
 from hypervisor.sched.alarm import Alarm
 from hypervisor.sched.cap import Cap
 from hypervisor.sched.quiet import QuietDomain
@@ -53,13 +52,15 @@ _EAGER_YIELDS, _NAP_S, _LONGEST_NAP_S = 8, 50e-6, 1e-3
 after so many yields it naps, twice as long after each 32 more."""
 
 
-class Machine(Trapping):
+class Machine(Trapping, Posting):
     """One PV domain with its engine.
 
     :param memory: maps the domain's whole extent (`hypervisor.memory.layout.total_frames` pages).
     :param notify_host: called in the run loop's thread when the guest signals a port of the host side.
     :param engine: a fresh engine; None: one is made.
     :param use_private: False makes the engine use its public path only.
+    :param fast_path: ``auto``: plain traps natively where that can be, ``off``: never, ``on``: or not at all.
+    :raises native.Unavailable: `fast_path` is ``on``, and cannot be.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Machine(Trapping):
         notify_host: Callable[[int], None],
         engine: Any = None,
         use_private: bool = True,
+        fast_path: str = "auto",
     ) -> None:
         if not config.tsc_khz:
             config = dataclasses.replace(config, tsc_khz=measure_khz())
@@ -92,13 +94,14 @@ class Machine(Trapping):
             self.domain.memory.base_mpa, self.domain.memory.frames * 4096, self.domain.memory.address
         )
         self._traps = self.domain.traps
+        self._native: native.FastPath | None = None
         self._dispatcher: Dispatcher | Dispatcher32
         if isinstance(self._traps, Traps32):
             self._dispatcher = Dispatcher32(self.domain)
             self.engine.set_handler(ModeHandler(self._traps, self))
         else:
             self._dispatcher = Dispatcher(self.domain)
-            self.engine.set_handler(self)
+            self._go_native(fast_path)
         self._alarm = Alarm(self.engine.kick_target())
         self._posts: collections.deque[Callable[[], None]] = collections.deque()
         self._condition = threading.Condition()
@@ -108,6 +111,17 @@ class Machine(Trapping):
         self._cpu_time_ns = 0
         self._entered_ns = 0
         self._exits = 0
+
+    def _go_native(self, mode: str) -> None:
+        """Set the engine's handler, with the native fast path before it."""
+        domain, traps = self.domain, self._traps
+        code, why = native.library() if mode != "off" else (None, "it is off")
+        fast = native.FastPath(domain.memory, *domain.area.windows()) if code is not None else None
+        if self.engine.set_handler(self, fast):
+            self._native = traps.native = fast
+            traps.set_vcpu(traps.vcpu)
+        elif mode == "on":
+            raise native.Unavailable(why if fast is None else "the engine is on its public path")
 
     @property
     def shared_info_mfn(self) -> int:
@@ -183,6 +197,8 @@ class Machine(Trapping):
         self._traps.deliver_event()
         domain.preempt = False
         self._leaving = False
+        if self._native is not None:
+            self._native.leaving(False)
         self._set_alarm(now)
         # Announced before the last look at the posts: whoever posts after that look sees that a kick is needed.
         self._entered_ns = started = time.monotonic_ns()
@@ -335,68 +351,10 @@ class Machine(Trapping):
 
     def _leave(self) -> None:
         self._leaving = True
+        if self._native is not None:
+            self._native.leaving(True)
         self.engine.stop()
 
     def spinning(self) -> None:
         self._spins.gave_way(self.domain.running.id)
         self._give_way()
-
-    # -- from other threads
-
-    def post(self, function: Callable[[], None]) -> None:
-        """Have `function` called in the run loop soon."""
-        self._posts.append(function)
-        self.domain.preempt = True
-        with self._condition:
-            self._condition.notify()
-            # Under the lock: an idle machine must not find its alarm set off behind its back.
-            if self._entered_ns:
-                self._alarm.now()
-
-    def pause(self) -> None:
-        self.post(lambda: self._set_paused(True))
-
-    def unpause(self) -> None:
-        self.post(lambda: self._set_paused(False))
-
-    def _set_paused(self, paused: bool) -> None:
-        self._paused = paused
-        now = self.domain.clock.now()
-        for vcpu in self.domain.vcpus:
-            if paused and vcpu.runstate in (guest_time.RUNSTATE_RUNNING, guest_time.RUNSTATE_RUNNABLE):
-                guest_time.account(vcpu, now, guest_time.RUNSTATE_OFFLINE)
-            elif not paused and vcpu.up and vcpu.runstate == guest_time.RUNSTATE_OFFLINE:
-                guest_time.account(vcpu, now, guest_time.RUNSTATE_RUNNABLE)
-
-    def set_cap(self, percent: int) -> None:
-        """Let it run for no more than so much of one CPU's time; 0, and 100 or more: without limit."""
-        self.post(lambda: self._cap.set(percent, self.domain.clock.now()))
-
-    def limit_memory(self, pages: int) -> None:
-        """Let it have no more RAM than that; what it has now it keeps."""
-        self.domain.reservation.limit = pages
-
-    def stop(self) -> None:
-        """End the run loop; what the guest was doing is lost."""
-        self.post(self._stop)
-
-    def _stop(self) -> None:
-        self._stopped = Shutdown(ShutdownReason.POWEROFF, "stopped by the host")
-
-    def notify(self, port: int) -> None:
-        """The host side signals the guest's `port`."""
-        self.post(lambda: self.domain.events.pend(port))
-
-    def stats(self) -> dict[str, Any]:
-        """``cpu_time_ns`` ns of guest running, ``vcpus``, ``exits``, ``paused``, ``memory_pages``, ``hypercalls``."""
-        entered = self._entered_ns  # read once: the run loop clears it
-        running = time.monotonic_ns() - entered if entered else 0
-        return {
-            "cpu_time_ns": self._cpu_time_ns + running,
-            "vcpus": sum(1 for vcpu in self.domain.vcpus if vcpu.up),
-            "exits": self._exits,
-            "paused": self._paused,
-            "memory_pages": self.domain.frames.pages(),
-            "hypercalls": sum(self._dispatcher.counts.values()),
-            "engine": self.engine.name,
-        }

@@ -8,7 +8,7 @@ apart is `VcpuState.kernel_mode`, the page-table root and the GS base.
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hypervisor import abi
 from hypervisor.cpu.state import Vcpu
@@ -17,6 +17,9 @@ from hypervisor.errors import GuestFault, XenError
 from hypervisor.memory.guest import GuestAccess
 from hypervisor.memory.physical import DomainMemory
 from hypervisor.memory.xenarea import XenArea
+
+if TYPE_CHECKING:
+    from hypervisor.native import FastPath
 
 KERNEL_CS, KERNEL_SS = abi.FLAT_RING3_CS64, abi.FLAT_RING3_SS64
 _MASK = abi.VCPU_INFO_EVTCHN_UPCALL_MASK
@@ -42,6 +45,7 @@ class Traps:
 
     :ivar vcpu: the vCPU whose registers the engine holds.
     :ivar architectural_iopl: VMASST_TYPE_architectural_iopl is on.
+    :ivar native: does plain traps without this class, if there is one.
     """
 
     def __init__(self, engine: Any, memory: DomainMemory, guest: GuestAccess, area: XenArea) -> None:
@@ -52,11 +56,23 @@ class Traps:
         self.area = area
         self.vcpu: Vcpu = Vcpu(0)
         self.state = self.vcpu.state
-        self.architectural_iopl = False
+        self.native: FastPath | None = None
+        self._architectural_iopl = False
 
     def set_vcpu(self, vcpu: Vcpu) -> None:
         self.vcpu = vcpu
         self.state = vcpu.state
+        if self.native is not None:
+            self.native.use(vcpu.id, vcpu.state, plain=not self._architectural_iopl)
+
+    @property
+    def architectural_iopl(self) -> bool:
+        return self._architectural_iopl
+
+    @architectural_iopl.setter
+    def architectural_iopl(self, on: bool) -> None:
+        self._architectural_iopl = on
+        self.set_vcpu(self.vcpu)
 
     # -- modes
 

@@ -11,6 +11,7 @@ thread that calls `Engine.run` (or from a handler, which runs there).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, MutableSequence
 from typing import Protocol
 
@@ -44,6 +45,38 @@ class TrapHandler(Protocol):
 
     def spinning(self) -> None:
         """A `pause` instruction while `Engine.watch_pauses` is on; RIP is behind it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NativeView:
+    """Where an engine's registers are, and what takes over from native hooks. Addresses in this process.
+
+    :ivar env: the registers; `offsets` within, by the names of the engine's layout.
+    :ivar read_eflags, load_cr3, stop: C functions: ``u64 (*)(env)``, ``void (*)(env, u64)``, ``void (*)(engine)``.
+    :ivar syscall, interrupt: what is called for what native hooks leave: ``void (*)(engine, data)``,
+        ``void (*)(engine, u32 number, data)``.
+    """
+
+    env: int
+    offsets: Mapping[str, int]
+    read_eflags: int
+    load_cr3: int
+    stop: int
+    syscall: int
+    interrupt: int
+
+
+class NativeHooks(Protocol):
+    """C functions that are called instead of the handler, and call it for what they do not do themselves.
+
+    :ivar syscall, interrupt: their addresses; `data` is passed to both.
+    """
+
+    syscall: int
+    interrupt: int
+    data: int
+
+    def attach(self, view: NativeView) -> None: ...
 
 
 class Registers(Protocol):
@@ -93,7 +126,8 @@ class Engine(Protocol):
     def unmap_neighbour(self, mpa: int, size: int) -> None:
         """Take it back; no page-table entry leads there any more."""
 
-    def set_handler(self, handler: TrapHandler) -> None: ...
+    def set_handler(self, handler: TrapHandler, native: NativeHooks | None = None) -> bool:
+        """:param native: takes the exits first. :returns: whether it does; an engine may be unable to let it."""
 
     def reset_pv64(self, cr3: int, gdt_base: int, gdt_limit: int) -> None:
         """Long mode, paging on, CPL 3, flat 64-bit segments, interrupts on."""

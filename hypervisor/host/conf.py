@@ -94,6 +94,16 @@ OPTIONS = [
         default=False,
         help="Let guests point a page table to one of its own level, as some old kernels do (Xen's pv-linear-pt).",
     ),
+    cfg.StrOpt(
+        "fast_path",
+        default="auto",
+        choices=[
+            ("auto", "by compiled code where there is some, in Python otherwise"),
+            ("on", "by compiled code; make no domain without"),
+            ("off", "in Python"),
+        ],
+        help="How the plainest traps of 64-bit guests are handled: system calls of programs, returns, page faults.",
+    ),
     cfg.IntOpt(
         "driver_log_kib",
         default=4096,
@@ -180,6 +190,7 @@ def settings(conf: cfg.ConfigOpts) -> HostSettings:
         cache_dir=group.cache_dir or str(state_dir / "cache"),
         engine=group.engine,
         linear_page_tables=group.linear_page_tables,
+        fast_path=group.fast_path,
         cpu_policy=group.cpu_policy,
         driver_log_kib=group.driver_log_kib,
         image_folders=tuple(group.image_folders),

@@ -222,6 +222,7 @@ class Lifecycle:
             cache_dir=self.settings.cache_dir,
             engine=self.settings.engine,
             linear_page_tables=self.settings.linear_page_tables,
+            fast_path=self.settings.fast_path,
             cpu_policy=self.settings.cpu_policy,
         )
         await self._fork(domain, request, frames)

@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Callable
 from typing import Any
 
-from hypervisor import engines
+from hypervisor import engines, native
 from hypervisor.core_state import CoreState
 from hypervisor.domain import MachineConfig
 from hypervisor.engines import unicorn
@@ -80,6 +80,15 @@ class PvGuest:
         return link_target(self._machine)
 
 
+def _machine(
+    config: MachineConfig, memory: mmap.mmap, notify_host: Callable[[int], None], engine: Any, fast_path: str
+) -> Machine:
+    try:
+        return Machine(config, memory, notify_host=notify_host, engine=engine, fast_path=fast_path)
+    except native.Unavailable as exc:
+        raise HostFailure(f"fast_path is on, and {exc}; or set it to auto") from exc
+
+
 def link_target(machine: Machine) -> LinkTarget:
     """What drivers reach of a machine."""
     domain = machine.domain
@@ -102,6 +111,7 @@ class PvRuntime:
     def facts(self) -> RuntimeFacts:
         private = self._check.layout is not None
         detail = {"engine": "unicorn", "engine_path": "private" if private else "public", "tsc_khz": str(self._tsc_khz)}
+        detail["fast_path"] = native.library()[1]
         capabilities = CAPABILITIES + (DIRECT_CAPABILITIES if private else ())
         return RuntimeFacts("pv", MAX_VCPUS, capabilities, tuple(sorted(detail.items())))
 
@@ -129,7 +139,7 @@ class PvRuntime:
             bits=kernel.bits,
         )
         try:
-            machine = Machine(config, memory, notify_host=notify_host, engine=engine)
+            machine = _machine(config, memory, notify_host, engine, request.fast_path)
             boot = builder.build(
                 BuildMemory(memoryview(memory), Mfn(request.base_mfn), request.nr_pages),
                 kernel,

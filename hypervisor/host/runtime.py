@@ -35,6 +35,7 @@ class BuildRequest:
     :ivar cache_dir: where unpacked kernels are kept, or "" for no cache.
     :ivar engine: name in the entry-point group ``reeve.engines``, or "" for the default.
     :ivar cpu_policy: what the guest may know of its processor (`hypervisor.cpu.policy`).
+    :ivar fast_path: ``auto``, ``on`` or ``off`` (`hypervisor.native`).
     """
 
     spec: DomainSpec
@@ -46,6 +47,7 @@ class BuildRequest:
     engine: str = ""
     linear_page_tables: bool = False
     cpu_policy: str = "engine"
+    fast_path: str = "auto"
 
     def to_json(self) -> dict[str, Any]:
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -119,6 +119,10 @@ class XenArea:
 
     # -- per-vCPU descriptor tables
 
+    def windows(self) -> tuple[int, int]:
+        """Word offset of the L1 entries that map vCPU 0's tables, and how many each vCPU has."""
+        return self._perdomain_l1 * 512, GDT_LDT_VCPU_PAGES
+
     def gdt_va(self, vcpu: int) -> int:
         return PERDOMAIN_START + vcpu * GDT_LDT_VCPU_PAGES * 4096
 

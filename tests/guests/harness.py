@@ -114,6 +114,7 @@ class GuestRun:
         domid: int = 7,
         vcpus: int = 1,
         cpu_policy: str | dict[str, Any] = "engine",
+        fast_path: str = "auto",
         resumed: tuple[dict[str, Any], bytes, Any] | None = None,
     ) -> None:
         kernel = _kernel(name)
@@ -122,7 +123,9 @@ class GuestRun:
             UUID, name, domid, base_mfn, pages, pages, vcpus, vcpus,
             tsc_khz=_tsc_khz(), bits=kernel.bits, cpu_policy=cpu_policy,
         )  # fmt: skip
-        self.machine = Machine(config, self.memory, notify_host=self._from_guest, use_private=not public)
+        self.machine = Machine(
+            config, self.memory, notify_host=self._from_guest, use_private=not public, fast_path=fast_path
+        )
         view = memoryview(self.memory)
         if resumed is None:
             target = builder.BuildMemory(view, Mfn(base_mfn), pages)

@@ -10,12 +10,12 @@ uses public calls alone.
 from __future__ import annotations
 
 import ctypes
-import struct
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from hypervisor.engines import x86
-from hypervisor.engines.base import EngineError, TrapHandler
+from hypervisor.engines.base import EngineError, NativeHooks, NativeView, TrapHandler
 from hypervisor.engines.tsc import read_tsc
 from hypervisor.engines.unicorn.codebuffer import CodeBuffer, executable_areas
 from hypervisor.engines.unicorn.direct import DirectRegisters
@@ -24,6 +24,7 @@ from hypervisor.engines.unicorn.library import uc_const, uc_x86, unicorn
 from hypervisor.engines.unicorn.ports import PORT_IN_CB, port_in
 from hypervisor.engines.unicorn.private import EXIT_PAUSE, LIBRARY_PATH, Layout, handle_of
 from hypervisor.engines.unicorn.public import PublicRegisters
+from hypervisor.engines.unicorn.ring3 import enter_ring3
 from hypervisor.engines.unicorn.segments import Segments
 from hypervisor.engines.unicorn.tablewalk import TableWalk
 
@@ -39,9 +40,6 @@ _CTL_TLB_FLUSH = 1 << 30 | uc_const.UC_CTL_TLB_FLUSH  # public unicorn.h: UC_CTL
 
 # Westmere: no XSAVE, AVX or FSGSBASE, which the engine cannot do, and a baseline that real hosts can offer too.
 CPU_MODEL = uc_x86.UC_CPU_X86_WESTMERE
-
-_TRAMPOLINE = 0x2_0000  # machine frames below layout.FIRST_MFN belong to nobody
-_FLAT_CS, _FLAT_SS = 0xE033, 0xE02B  # Xen's flat ring-3 selectors (public/arch-x86/xen-x86_64.h)
 
 
 class UnicornEngine(Segments):
@@ -118,36 +116,58 @@ class UnicornEngine(Segments):
     def unmap_neighbour(self, mpa: int, size: int) -> None:
         self._uc.mem_unmap(mpa, size)
 
-    def set_handler(self, handler: TrapHandler) -> None:
+    def set_handler(self, handler: TrapHandler, native: NativeHooks | None = None) -> bool:
         self._handler = handler
         if self._direct:
-            self._add_hook(unicorn.UC_HOOK_INTR, _INTR_CB, self._direct_intr)
-            self._add_hook(unicorn.UC_HOOK_INSN_INVALID, _INVALID_CB, self._direct_invalid)
-            self._add_hook(unicorn.UC_HOOK_INSN, _INSN_CB, self._direct_syscall, uc_x86.UC_X86_INS_SYSCALL)
+            interrupt, syscall = _INTR_CB(self._direct_intr), _INSN_CB(self._direct_syscall)
+            data = None
+            if native is not None:
+                native.attach(self._native_view(syscall, interrupt))
+                self._hooks.append((interrupt, syscall, native))
+                interrupt, syscall, data = _INTR_CB(native.interrupt), _INSN_CB(native.syscall), native.data
+            self._add_hook(unicorn.UC_HOOK_INTR, interrupt, data=data)
+            self._add_hook(unicorn.UC_HOOK_INSN_INVALID, _INVALID_CB(self._direct_invalid))
+            self._add_hook(unicorn.UC_HOOK_INSN, syscall, uc_x86.UC_X86_INS_SYSCALL, data=data)
         else:
-            self._add_hook(unicorn.UC_HOOK_INTR, _INTR_CB, self._public_intr)
-            self._add_hook(unicorn.UC_HOOK_INSN_INVALID, _INVALID_CB, self._public_invalid)
-            self._add_hook(unicorn.UC_HOOK_INSN, _INSN_CB, self._public_syscall, uc_x86.UC_X86_INS_SYSCALL)
-            self._add_hook(unicorn.UC_HOOK_BLOCK, _BLOCK_CB, self._public_block)
+            self._add_hook(unicorn.UC_HOOK_INTR, _INTR_CB(self._public_intr))
+            self._add_hook(unicorn.UC_HOOK_INSN_INVALID, _INVALID_CB(self._public_invalid))
+            self._add_hook(unicorn.UC_HOOK_INSN, _INSN_CB(self._public_syscall), uc_x86.UC_X86_INS_SYSCALL)
+            self._add_hook(unicorn.UC_HOOK_BLOCK, _BLOCK_CB(self._public_block))
         # Behind the hook of `syscall`: the library walks one list for all instructions and leaves it when a stop was
         # requested meanwhile, so a hook before it would lose system calls.
-        self._add_hook(unicorn.UC_HOOK_INSN, _CPUID_CB, self._cpuid_instruction, uc_x86.UC_X86_INS_CPUID)
-        self._add_hook(unicorn.UC_HOOK_INSN, PORT_IN_CB, port_in, uc_x86.UC_X86_INS_IN)
+        self._add_hook(unicorn.UC_HOOK_INSN, _CPUID_CB(self._cpuid_instruction), uc_x86.UC_X86_INS_CPUID)
+        self._add_hook(unicorn.UC_HOOK_INSN, PORT_IN_CB(port_in), uc_x86.UC_X86_INS_IN)
+        return native is not None and self._direct is not None
 
-    def _add_hook(self, kind: int, prototype: Any, function: Callable[..., Any], *extra: int) -> None:
-        callback = prototype(function)
+    def _native_view(self, syscall: Any, interrupt: Any) -> NativeView:
+        assert self.layout is not None
+
+        def address(function: Any) -> int:
+            return ctypes.cast(function, _PTR).value or 0
+
+        return NativeView(
+            env=self._env.value or 0,
+            offsets={name[4:]: at for name, at in dataclasses.asdict(self.layout).items() if name.startswith("env_")},
+            read_eflags=address(self._leaf.helper_read_eflags_x86_64),
+            load_cr3=address(self._f_cr3),
+            stop=address(self._lib.uc_emu_stop),
+            syscall=address(syscall),
+            interrupt=address(interrupt),
+        )
+
+    def _add_hook(self, kind: int, callback: Any, *extra: int, data: int | None = None) -> None:
         handle = ctypes.c_size_t()
         add = ctypes.CDLL(LIBRARY_PATH).uc_hook_add
         arguments: list[Any] = [_PTR, _PTR, ctypes.c_int, _PTR, _PTR, ctypes.c_uint64, ctypes.c_uint64]
         add.argtypes = arguments + [ctypes.c_int] * len(extra)
-        code = add(self._handle, ctypes.byref(handle), kind, ctypes.cast(callback, _PTR), None, 1, 0, *extra)
+        code = add(self._handle, ctypes.byref(handle), kind, ctypes.cast(callback, _PTR), data, 1, 0, *extra)
         if code:
             raise EngineError(f"the engine refuses hook {kind}: {unicorn.UcError(code)}")
         self._hooks.append((callback, handle))
 
     def reset_pv64(self, cr3: int, gdt_base: int, gdt_limit: int) -> None:
         uc = self._uc
-        self._enter_ring3()
+        enter_ring3(uc)
         uc.msr_write(0xC000_0080, x86.EFER_SCE | x86.EFER_LME | x86.EFER_LMA | x86.EFER_NX)
         cr4 = x86.CR4_PAE | x86.CR4_PGE | x86.CR4_OSFXSR | x86.CR4_OSXMMEXCPT | x86.CR4_DE
         uc.reg_write(uc_x86.UC_X86_REG_CR4, cr4)
@@ -161,25 +181,6 @@ class UnicornEngine(Segments):
         if self._public:
             self._public.remember_clean()
         self._epoch += 1
-
-    def _enter_ring3(self) -> None:
-        """Run one `iretq` without paging from a page of our own: the public way to change the privilege level."""
-        uc = self._uc
-        uc.mem_map(_TRAMPOLINE, 0x1000)
-        # The GDT lies so that the selectors which the guest will have anyway name these two descriptors.
-        descriptors = struct.pack("<2Q", 0x00CF_F300_0000_FFFF, 0x00AF_FB00_0000_FFFF)
-        gdt_base = _TRAMPOLINE + 0x100 - (_FLAT_SS & ~7)
-        target = _TRAMPOLINE + 0x20
-        frame = struct.pack("<5Q", target, _FLAT_CS, 0x202, _TRAMPOLINE + 0x800, _FLAT_SS)
-        uc.mem_write(_TRAMPOLINE, b"\x48\xcf".ljust(0x20, b"\x90") + b"\x90" * 16)
-        uc.mem_write(_TRAMPOLINE + 0x100, descriptors)
-        uc.mem_write(_TRAMPOLINE + 0x200, frame)
-        uc.reg_write(uc_x86.UC_X86_REG_GDTR, (0, gdt_base, 0xFFFF, 0))
-        uc.reg_write(uc_x86.UC_X86_REG_RSP, _TRAMPOLINE + 0x200)
-        uc.emu_start(_TRAMPOLINE, target)
-        if uc.reg_read(uc_x86.UC_X86_REG_CS) != _FLAT_CS:
-            raise EngineError("the engine did not enter ring 3: this build of the library is not usable")
-        uc.mem_unmap(_TRAMPOLINE, 0x1000)
 
     @property
     def runs_32_bit(self) -> bool:
