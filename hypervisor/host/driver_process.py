@@ -30,7 +30,7 @@ from hypervisor.devices import registry
 from hypervisor.devices.driver import DeviceBroken, Driver, GuestLink, LinkClosed, LinkError
 from hypervisor.errors import HostFailure
 from hypervisor.host import channel as channels
-from hypervisor.host import guarded_link, sandbox
+from hypervisor.host import guarded_link, sandbox, seccomp
 from hypervisor.host.channel import BadMessage, Channel, ChannelClosed, Message
 from hypervisor.host.driver_loop import EventLoop
 from hypervisor.host.surroundings import own_surroundings
@@ -260,7 +260,7 @@ def run_child(
         link, unguarded = _link(order, fds[OWN_FDS:], required=sandbox_required)
         process = DriverProcess(channel, link, loop, fds[2])
         report = sandbox.restrict(max_file_size=sandbox.NO_LIMIT, max_open_files=MAX_OPEN_FILES)
-        report = sandbox.lock_down(report, required=sandbox_required, driver=True)
+        report = sandbox.lock_down(report, required=sandbox_required, profile=seccomp.DRIVER)
         if unguarded:
             report = dataclasses.replace(report, missing=(*report.missing, unguarded))
         channel.setblocking(False)

@@ -1,4 +1,5 @@
-"""What a domain process gives up before guest code runs, and a driver process before it sees a guest's ring.
+"""What a domain process gives up before guest code runs, a driver process before it sees a guest's ring, and a mover
+process before it hears from the network.
 
 Three lines, one behind the other:
 
@@ -82,14 +83,14 @@ def restrict(*, max_file_size: int = MAX_FILE_SIZE, max_open_files: int = MAX_OP
     return Report(False, landlock, tuple(missing))
 
 
-def lock_down(report: Report, *, required: bool, driver: bool = False) -> Report:
+def lock_down(report: Report, *, required: bool, profile: seccomp.Profile = seccomp.DOMAIN) -> Report:
     """Line 3, for all threads of this process; after `restrict`.
 
-    :param driver: this is a driver process.
+    :param profile: what the filter lets through for this kind of process.
     :param required: without seccomp refuse to go on.
     :raises HostFailure: seccomp is required and missing.
     """
-    reason = seccomp.install(ctypes.CDLL(None, use_errno=True), driver=driver)
+    reason = seccomp.install(ctypes.CDLL(None, use_errno=True), profile)
     missing = report.missing
     if reason:
         if required:

@@ -1,4 +1,4 @@
-"""The seccomp filters of domain and driver processes: allow-lists in classic BPF.
+"""The seccomp filters of domain, driver and mover processes: allow-lists in classic BPF.
 
 Numbers are those of x86-64 (asm/unistd_64.h); a call by another architecture's
 entry (32-bit, x32) ends the process, because its numbers mean something else.
@@ -7,9 +7,11 @@ entry (32-bit, x32) ends the process, because its numbers mean something else.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import platform
 import struct
+from collections.abc import Mapping
 
 _AUDIT_ARCH_X86_64 = 0xC000_003E
 _X32_BIT = 0x4000_0000
@@ -62,8 +64,31 @@ DRIVER_CALLS = {
 # fmt: on
 """What a driver process needs beyond `ALLOWED`: positioned and vectored I/O on files and sockets it was given."""
 
+MOVER_CALLS = {"preadv2": 327, "pwritev2": 328}
+"""What a mover process needs beyond `ALLOWED`: Python's preadv and pwritev."""
+
 _CLONE, _CLONE3, _TGKILL, _IOCTL, _PRCTL, _GETSOCKOPT, _FCNTL = 56, 435, 234, 16, 157, 55, 72
 _RESTART_SYSCALL = 219
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Profile:
+    """What a kind of process may do beyond `ALLOWED`.
+
+    :ivar calls: further system calls. :ivar fcntls: commands of fcntl. :ivar ioctls: requests on any descriptor.
+    :ivar ioctls_of: requests on one descriptor, by its number.
+    """
+
+    calls: tuple[int, ...] = ()
+    fcntls: tuple[int, ...] = _FCNTL_FLAGS
+    ioctls: tuple[int, ...] = (_FIONBIO,)
+    ioctls_of: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+
+DOMAIN = Profile(fcntls=(*_FCNTL_FLAGS, _F_GET_SEALS), ioctls=(_FIONBIO, _NOTIF_RECV, _NOTIF_SEND))
+# Python's mmap keeps a duplicate of its file's descriptor.
+DRIVER = Profile(calls=tuple(DRIVER_CALLS.values()), fcntls=(*_FCNTL_FLAGS, _F_DUPFD_CLOEXEC))
+MOVER = Profile(calls=tuple(MOVER_CALLS.values()))
 
 
 class Program(ctypes.Structure):
@@ -90,17 +115,31 @@ def _guarded(nr: int, argument: int, values: tuple[int, ...]) -> bytes:
     return instruction(_JEQ, nr, 0, len(body) // 8) + body
 
 
-def program(pid: int, *, driver: bool = False) -> bytes:
-    """The filter for process `pid`.
+def _ioctl(profile: Profile) -> bytes:
+    """Allow ioctl with the requests of a profile, some on one descriptor only."""
+    body = b""
+    for fd, requests in profile.ioctls_of.items():
+        allow = instruction(_LD, arg_word(1))
+        for index, request in enumerate(requests):
+            allow += instruction(_JEQ, request, len(requests) - index, 0)
+        allow += instruction(_RET, _RET_ERRNO | _EPERM) + instruction(_RET, _RET_ALLOW)
+        body += instruction(_LD, arg_word(0)) + instruction(_JEQ, fd, 0, len(allow) // 8) + allow
+    body += instruction(_LD, arg_word(1))
+    for index, request in enumerate(profile.ioctls):
+        body += instruction(_JEQ, request, len(profile.ioctls) - index, 0)
+    body += instruction(_RET, _RET_ERRNO | _EPERM) + instruction(_RET, _RET_ALLOW)
+    return instruction(_JEQ, _IOCTL, 0, len(body) // 8) + body
 
-    :param driver: of a driver process (`DRIVER_CALLS`), else of a domain process.
+
+def program(pid: int, profile: Profile = DOMAIN) -> bytes:
+    """The filter for process `pid`.
 
     ``clone3`` answers ENOSYS, since its flags lie in memory where a filter cannot look: libc then uses
     ``clone``, which passes only for threads. A signal may go only to this process (abort).
     """
     code = instruction(_LD, _ARCH) + instruction(_JEQ, _AUDIT_ARCH_X86_64, 1, 0) + instruction(_RET, _RET_KILL_PROCESS)
     code += instruction(_LD, _NR) + instruction(_JGE, _X32_BIT, 0, 1) + instruction(_RET, _RET_KILL_PROCESS)
-    calls = {*ALLOWED.values(), *(DRIVER_CALLS.values() if driver else ())}
+    calls = {*ALLOWED.values(), *profile.calls}
     for number in (*sorted(calls), _RESTART_SYSCALL):
         code += instruction(_JEQ, number, 0, 1) + instruction(_RET, _RET_ALLOW)
     code += instruction(_JEQ, _CLONE3, 0, 1) + instruction(_RET, _RET_ERRNO | _ENOSYS)
@@ -108,9 +147,8 @@ def program(pid: int, *, driver: bool = False) -> bytes:
     thread += instruction(_RET, _RET_ERRNO | _EPERM) + instruction(_RET, _RET_ALLOW)
     code += instruction(_JEQ, _CLONE, 0, len(thread) // 8) + thread
     code += _guarded(_TGKILL, 0, (pid,))
-    # Python's mmap keeps a duplicate of its file's descriptor.
-    code += _guarded(_FCNTL, 1, (*_FCNTL_FLAGS, _F_DUPFD_CLOEXEC) if driver else (*_FCNTL_FLAGS, _F_GET_SEALS))
-    code += _guarded(_IOCTL, 1, (_FIONBIO,) if driver else (_FIONBIO, _NOTIF_RECV, _NOTIF_SEND))
+    code += _guarded(_FCNTL, 1, profile.fcntls)
+    code += _ioctl(profile)
     code += _guarded(_PRCTL, 0, (_PR_SET_NAME, _PR_SET_VMA))
     code += _guarded(_GETSOCKOPT, 1, (_SOL_SOCKET,))
     return code + instruction(_RET, _RET_ERRNO | _EPERM)
@@ -126,12 +164,12 @@ def unavailable(libc: ctypes.CDLL) -> str:
     return ""
 
 
-def install(libc: ctypes.CDLL, *, driver: bool = False) -> str:
+def install(libc: ctypes.CDLL, profile: Profile = DOMAIN) -> str:
     """Set the filter on every thread of this process; returns why that failed, "" on success."""
     reason = unavailable(libc)
     if reason:
         return reason
-    code = program(os.getpid(), driver=driver)
+    code = program(os.getpid(), profile)
     prog = Program(len(code) // 8, code)
     result = libc.syscall(_SYS_SECCOMP, _SECCOMP_SET_MODE_FILTER, _FLAG_TSYNC, ctypes.byref(prog))
     if result == 0:

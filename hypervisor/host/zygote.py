@@ -6,9 +6,9 @@ and shares those pages. It reaps its children and tells how they ended. It ends 
 host does; domains do not care.
 
 Messages from the host: ``{"op": "spawn", "id", "request", "directory", "sandbox"}`` with
-the child's descriptors, and ``{"op": "spawn-driver", "id", "order", "directory", "sandbox"}`` likewise. To the
-host: ``ready`` with the runtime's facts, ``spawned`` with the child's pid and a pidfd, ``failed``, ``exited`` with
-pid and exit code.
+the child's descriptors, ``{"op": "spawn-driver", "id", "order", "directory", "sandbox"}`` likewise, and
+``{"op": "spawn-mover", "id", "order", "sandbox"}`` (`hypervisor.host.mover`). To the host: ``ready`` with the
+runtime's facts, ``spawned`` with the child's pid and a pidfd, ``failed``, ``exited`` with pid and exit code.
 """
 
 from __future__ import annotations
@@ -89,7 +89,10 @@ class Zygote:
 
     def _child(self, message: Message, fds: list[int]) -> Callable[[], NoReturn]:
         """What the forked child does; the message is looked at before the fork."""
-        op, directory, required = message.get("op"), Path(message["directory"]), message["sandbox"] == "required"
+        op, required = message.get("op"), message["sandbox"] == "required"
+        if op == "spawn-mover":
+            return self._mover(message, fds, required=required)
+        directory = Path(message["directory"])
         if op == "spawn" and len(fds) == CHILD_FDS:
             request = BuildRequest.from_json(message["request"])
             return lambda: domain_process.run_child(
@@ -105,6 +108,15 @@ class Zygote:
                 order, fds, directory, sandbox_required=required, log_level=self._log_level
             )
         raise ValueError(f"op {op!r} with {len(fds)} descriptors")
+
+    def _mover(self, message: Message, fds: list[int], *, required: bool) -> Callable[[], NoReturn]:
+        # Loaded with the first one: most hosts move nothing.
+        from hypervisor.host.mover import order, process
+
+        if len(fds) != order.FDS or threads() != 1:
+            raise ValueError(f"a mover with {len(fds)} descriptors, {threads()} threads")
+        made = order.MoverOrder.from_json(message["order"])
+        return lambda: process.run_child(made, fds, sandbox_required=required, log_level=self._log_level)
 
     def _reap(self, pidfd: int) -> None:
         pid = self._children[pidfd]

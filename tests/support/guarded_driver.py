@@ -15,7 +15,7 @@ import threading
 
 from hypervisor.devices.driver import Copy, LinkError
 from hypervisor.devices.link_window import PAGE, STRIDE, map_memory, unmap_memory, view_of
-from hypervisor.host import guarded_link, sandbox
+from hypervisor.host import guarded_link, sandbox, seccomp
 
 libc = ctypes.CDLL(None, use_errno=True)
 RO, RW, NONE = mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE, 0
@@ -57,7 +57,7 @@ def main() -> None:
     sock, buffer, memory, memory_ro = (int(word) for word in sys.argv[1:5])
     link, missing = guarded_link.connect(sock, buffer, memory, memory_ro, required=True)
     report = sandbox.lock_down(
-        sandbox.restrict(max_file_size=sandbox.NO_LIMIT, max_open_files=256), required=True, driver=True
+        sandbox.restrict(max_file_size=sandbox.NO_LIMIT, max_open_files=256), required=True, profile=seccomp.DRIVER
     )
     window = link._window
     scope = {**globals(), "link": link, "memory": memory, "memory_ro": memory_ro, "window": window, "sock": sock}

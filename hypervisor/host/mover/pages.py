@@ -1,0 +1,201 @@
+"""Guest pages become records: what of them has to be sent, and in which form. No socket.
+
+Pages are read through the memory's descriptor (holes cost nothing, and stay holes). Of each batch are told apart
+
+* pages that are one word over and over, zeros above all: the word is sent;
+* pages that hold what another page held when it was sent: the pair is sent;
+* pages that may be written by other processes at any time, and are what was sent last: nothing is sent;
+* the rest: sent as they are, or as one zstd frame if that is shorter.
+
+The target may write a pair only if its copy of the other page still holds what was compared here. Since that page was
+sent it may have been written; then the next round's bitmap says so, and the page that was sent by naming it is sent
+again with it. In the last round nothing is written any more. No hash decides what a guest's memory holds: a
+fingerprint of some words proposes a page, and all words are compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from hypervisor.host.mover import wire
+from hypervisor.host.mover.wire import Kind
+from hypervisor.types import PAGE_SIZE
+
+_WORDS = PAGE_SIZE // 8
+_SAMPLE = np.array([0, 7, 64, 129, 200, 255, 333, 511])
+"""Words of a page that its fingerprint is made of."""
+_FILLS = 4096
+"""Pages of one FILL record."""
+MAX_KEPT = 1 << 20
+"""Pages whose last state is kept for comparison."""
+_ZSTD_LEVEL = 1
+
+Array = Any
+"""A numpy array."""
+
+
+@dataclasses.dataclass(slots=True)
+class Counts:
+    """Of a round. :ivar pages: whose bits were set; `zero`, `duplicate`, `unchanged` those of them sent as less."""
+
+    pages: int = 0
+    zero: int = 0
+    duplicate: int = 0
+    unchanged: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+
+class PageSource:
+    """:param memory: descriptor of the guest's memory, `pages` pages.
+
+    :param compress: try zstd.
+    """
+
+    def __init__(self, memory: int, pages: int, *, compress: bool = False) -> None:
+        self._memory = memory
+        self._pages = pages
+        self._compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL) if compress else None
+        self._sent = np.zeros(pages, dtype=bool)
+        slots = 1 << max(10, min(22, pages.bit_length()))
+        self._slot_mask = np.uint64(slots - 1)
+        self._slots = np.full(slots, -1, dtype=np.int64)
+        self._weights = np.frombuffer(os.urandom(8 * len(_SAMPLE)), dtype=np.uint64) | np.uint64(1)
+        self._named: list[tuple[Array, Array]] = []
+        self._kept: dict[int, bytes] = {}
+        self._buffer = np.zeros((wire.MAX_BATCH, _WORDS), dtype=np.uint64)
+        self._scratch = np.zeros((wire.MAX_BATCH, _WORDS), dtype=np.uint64)
+        self.counts = Counts()
+
+    def round(self, dirty: bytes, shared: bytes = b"") -> Iterator[list[bytes | memoryview]]:
+        """The records of one round, each as the pieces that make it; a piece is good until the next is asked for.
+
+        :param dirty: a bit for each page, the lowest of byte 0 first. :param shared: those of them that may have been
+            written unseen.
+        """
+        self.counts = counts = Counts()
+        wanted = self._bits(dirty)
+        for copied, other in self._named:
+            wanted[copied[wanted[other]]] = True
+        self._named.clear()
+        self._sent &= ~wanted
+        watched = self._bits(shared)
+        indexes = np.flatnonzero(wanted)
+        fills: list[tuple[Array, Array]] = []
+        for start in range(0, len(indexes), wire.MAX_BATCH):
+            batch = indexes[start : start + wire.MAX_BATCH]
+            counts.pages += len(batch)
+            yield from self._batch(batch, watched, fills)
+            if sum(len(i) for i, _ in fills) >= _FILLS:
+                yield from self._flush_fills(fills)
+        yield from self._flush_fills(fills)
+
+    def _bits(self, bitmap: bytes) -> Array:
+        bits = np.unpackbits(np.frombuffer(bitmap, dtype=np.uint8), bitorder="little", count=self._pages)
+        return bits.astype(bool)
+
+    def _batch(self, batch: Array, watched: Array, fills: list[tuple[Array, Array]]) -> Iterator[list[Any]]:
+        content = self._read(batch, self._buffer)
+        old = self._unchanged(batch, content, watched)
+        uniform = (content == content[:, :1]).all(axis=1) & ~old
+        if uniform.any():
+            fills.append((batch[uniform], content[uniform, 0].copy()))
+            zero = int(np.count_nonzero(content[uniform, 0] == 0))
+            self.counts.zero += zero
+            self.counts.duplicate += int(np.count_nonzero(uniform)) - zero
+        rest = np.flatnonzero(~uniform & ~old)
+        if not len(rest):
+            return
+        others = self._look_up(batch[rest], content[rest], watched)
+        raw, twins = rest[others < 0], rest[others >= 0]
+        if len(raw):
+            yield self._raw(batch[raw], content[raw])
+            self._sent[batch[raw]] = True
+        if len(twins):
+            pairs = np.stack((batch[twins], others[others >= 0]), axis=1).astype("<u4")
+            self._named.append((batch[twins], others[others >= 0]))
+            self.counts.duplicate += len(twins)
+            yield [wire.header(Kind.COPY, count=len(pairs), length=pairs.nbytes), pairs.tobytes()]
+
+    def _read(self, indexes: Array, into: Array) -> Array:
+        """The pages, run by run."""
+        content = into[: len(indexes)]
+        view = memoryview(content).cast("B")
+        for first, end in runs(indexes):
+            wanted = memoryview(view)[first * PAGE_SIZE : end * PAGE_SIZE]
+            if os.preadv(self._memory, [wanted], int(indexes[first]) * PAGE_SIZE) != len(wanted):
+                raise OSError("the guest's memory is shorter than it should be")
+        return content
+
+    # -- what is known of pages that were sent
+
+    def _unchanged(self, batch: Array, content: Array, watched: Array) -> Array:
+        """Which pages of a batch are kept and have not changed; what is watched is kept from now on."""
+        old = np.zeros(len(batch), dtype=bool)
+        kept = self._kept
+        for at in np.flatnonzero(watched[batch]).tolist():
+            index = int(batch[at])
+            page = content[at].tobytes()
+            if kept.get(index) == page:
+                old[at] = True
+            elif index in kept or len(kept) < MAX_KEPT:
+                kept[index] = page
+        # A page that is watched no more may be sent, and changed, without a look at what is kept of it.
+        if kept:
+            for at in np.flatnonzero(~watched[batch]).tolist():
+                kept.pop(int(batch[at]), None)
+        self.counts.unchanged += int(np.count_nonzero(old))
+        return old
+
+    def _look_up(self, batch: Array, content: Array, watched: Array) -> Array:
+        """For each page the index of one that was sent and holds the same now; -1: there is none."""
+        mixed = (content[:, _SAMPLE] * self._weights).sum(axis=1, dtype=np.uint64)
+        slots = ((mixed ^ (mixed >> np.uint64(32))) & self._slot_mask).astype(np.int64)
+        found = self._slots[slots]
+        others = np.full(len(batch), -1, dtype=np.int64)
+        likely = np.flatnonzero(found >= 0)
+        likely = likely[self._sent[found[likely]] & ~watched[found[likely]]]
+        if len(likely):
+            pages, back = np.unique(found[likely], return_inverse=True)
+            same = (self._read(pages, self._scratch)[back] == content[likely]).all(axis=1)
+            others[likely[same]] = found[likely[same]]
+        fresh = others < 0
+        self._slots[slots[fresh]] = batch[fresh]
+        return others
+
+    # -- records
+
+    def _raw(self, indexes: Array, content: Array) -> list[bytes | memoryview]:
+        numbers = indexes.astype("<u4").tobytes()
+        count = len(indexes)
+        if self._compressor is not None:
+            packed = self._compressor.compress(content)
+            if len(packed) < content.nbytes - content.nbytes // 8:
+                length = len(numbers) + len(packed)
+                return [wire.header(Kind.PAGES, flags=wire.ZSTD, count=count, length=length), numbers, packed]
+        body = np.ascontiguousarray(content).data.cast("B")
+        return [wire.header(Kind.PAGES, count=count, length=len(numbers) + len(body)), numbers, body]
+
+    def _flush_fills(self, fills: list[tuple[Array, Array]]) -> Iterator[list[bytes | memoryview]]:
+        if not fills:
+            return
+        indexes = np.concatenate([i for i, _ in fills]).astype("<u4")
+        words = np.concatenate([w for _, w in fills]).astype("<u8")
+        fills.clear()
+        length = indexes.nbytes + words.nbytes
+        yield [wire.header(Kind.FILL, count=len(indexes), length=length), indexes.tobytes(), words.tobytes()]
+
+
+def runs(indexes: Array) -> Iterator[tuple[int, int]]:
+    """Stretches of consecutive numbers in an ascending array: first position and the one after the last."""
+    if not len(indexes):
+        return
+    breaks = (np.flatnonzero(np.diff(indexes) != 1) + 1).tolist()
+    yield from zip([0, *breaks], [*breaks, len(indexes)], strict=True)
