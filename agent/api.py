@@ -13,7 +13,8 @@ When a step fails, the failed step and then the done ones, newest first, are
 undone. `Step.undo` looks at the world too: it is called for steps that may
 have run wholly, partly or not at all, and perhaps twice.
 
-Steps that several verbs take are in `agent.steps` and `agent.resizing`; a plugin may import those, too.
+Steps that several verbs take are in `agent.steps`, `agent.resizing` and `agent.configdrive`; a plugin may import
+those, too.
 
 A new verb is one module with a `Plugin` subclass and one line in the
 entry-point group ``reeve.instructions``; ``docs/instructions.md`` describes
@@ -38,6 +39,7 @@ __all__ = [
     "DEVICE_WAIT_SCHEMA",
     "DISK_SCHEMA",
     "MAX_MEMORY_MIB",
+    "METADATA_SCHEMA",
     "NAME_SCHEMA",
     "NIC_SCHEMA",
     "ONE_DOMAIN_SCHEMA",
@@ -84,6 +86,13 @@ PATH_SCHEMA: Mapping[str, Any] = {
     "type": "string",
     "pattern": "^/[^\\u0000-\\u001f]{0,4094}$",
     "description": "Full path of a file on the host.",
+}
+METADATA_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "maxProperties": 64,
+    "propertyNames": {"pattern": "^(?!reeve\\.)[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"},
+    "additionalProperties": {"type": "string", "maxLength": 1024},
+    "description": "Kept with the domain. Names that begin with 'reeve.' are the agent's own.",
 }
 WAIT_SCHEMA: Mapping[str, Any] = {
     "type": "number",

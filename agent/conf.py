@@ -35,8 +35,8 @@ AGENT = (
     cfg.StrOpt(
         "state-dir",
         sample_default="/var/lib/reeve",
-        help="Folder for what must survive a restart: agent/ (journal, lock), broker/ (the folder broker), images/. "
-        "For an ordinary user the default is $XDG_STATE_HOME/reeve. One agent per folder.",
+        help="Folder for what must survive a restart: agent/ (journal, lock), broker/ (the folder broker), images/, "
+        "config-drives/. For an ordinary user the default is $XDG_STATE_HOME/reeve. One agent per folder.",
     ),
     cfg.IntOpt("workers", default=8, min=1, max=256, help="Instructions carried out at the same time, at most."),
     cfg.IntOpt(
@@ -127,6 +127,12 @@ IMAGES = (
         "Default: images/ in state_dir.",
     ),
     cfg.StrOpt(
+        "config-drive-dir",
+        sample_default="/var/lib/reeve/config-drives",
+        help="Folder for config drives, one file per domain; of this node alone. It must lie below one of the folders "
+        "from which reeve-hypervisor takes images (image_folders). Default: config-drives/ in state_dir.",
+    ),
+    cfg.StrOpt(
         "grub-x86-64",
         default="/usr/lib/grub-xen/grub-x86_64-xen.bin",
         help="GRUB for Xen PV guests of 64 bits: the loader of domains that boot from a disk (Debian: grub-xen-host).",
@@ -184,6 +190,7 @@ class Settings:
     driver: str
     driver_settings: Mapping[str, str]
     image_dir: Path
+    config_drive_dir: Path
     grub_x86_64: Path
     grub_i386: Path
     core_dir: Path
@@ -293,6 +300,7 @@ def _settings(values: Mapping[str, Mapping[str, Any]]) -> Settings:
         driver=driver["name"],
         driver_settings=driver_settings,
         image_dir=Path(values["images"]["dir"] or state_dir / "images"),
+        config_drive_dir=Path(values["images"]["config_drive_dir"] or state_dir / "config-drives"),
         grub_x86_64=Path(values["images"]["grub_x86_64"]),
         grub_i386=Path(values["images"]["grub_i386"]),
         core_dir=Path(agent["core_dir"] or state_dir / "cores"),

@@ -70,7 +70,9 @@ class Verb:
         if error is None:
             return
         where = ".".join(["args", *(str(part) for part in error.absolute_path)])
-        message = error.message if len(error.message) <= 200 else error.message[:197] + "…"
+        # The value comes first, what is wrong with it last.
+        text = error.message
+        message = text if len(text) <= 200 else f"{text[:100]}…{text[-99:]}"
         known = ", ".join(sorted(self.plugin.args_schema.get("properties", {}))) or "none"
         raise InstructionError(
             "instruction.bad_args", f"{where}: {message} (arguments of {self.plugin.verb!r}: {known})"

@@ -140,6 +140,11 @@ class ResourceClaims:
             self._journal.take_claim(instruction, domain, memory_mib, vcpus)
             LOG.debug("claimed %d MiB and %d vCPUs", memory_mib, vcpus)
 
+    def domains(self) -> set[str]:
+        """UUIDs of all domains that are there or have a claim. :raises ToolstackError: the host does not answer."""
+        claimed = {row[1] for row in self._journal.claims()}  # first, as above
+        return claimed | {domain.uuid for domain in self._toolstack.list_domains()}
+
     def holds(self, instruction: str) -> bool:
         return any(row[0] == instruction for row in self._journal.claims())
 

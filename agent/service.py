@@ -21,6 +21,7 @@ from typing import Any
 
 from agent import conf
 from agent.api import Host
+from agent.configdrive import Drives
 from agent.context import ContextFilter
 from agent.dispatcher import Dispatcher
 from agent.errors import AgentError, AlreadyRunning, ConfigError, JournalError
@@ -124,6 +125,7 @@ class Service:
             images=LocalImages(settings.image_dir),
             settings={
                 "image_dir": str(settings.image_dir),
+                "config_drive_dir": str(settings.config_drive_dir),
                 "grub_x86_64": str(settings.grub_x86_64),
                 "grub_i386": str(settings.grub_i386),
                 "core_dir": str(settings.core_dir),
@@ -183,6 +185,10 @@ class Service:
                 self.journal.forget()
             except JournalError as exc:
                 LOG.warning("old instructions stay in the journal: %s", exc)
+            try:
+                Drives(self.settings.config_drive_dir).sweep(self.claims.domains)
+            except (JournalError, ToolstackError, OSError) as exc:
+                LOG.warning("config drives of domains that are gone stay: %s", exc)
         if self.fatal is not None:
             raise self.fatal
 

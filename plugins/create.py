@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from agent.api import (
     DISK_SCHEMA,
     MAX_MEMORY_MIB,
+    METADATA_SCHEMA,
     NAME_SCHEMA,
     NIC_SCHEMA,
     PATH_SCHEMA,
@@ -25,6 +26,8 @@ from agent.api import (
     Plugin,
     Step,
 )
+from agent.configdrive.request import CONFIG_DRIVE_SCHEMA, drive_disk, first_boot
+from agent.configdrive.steps import WriteDriveStep, drives_of
 from agent.steps import ClaimStep, nic_spec
 from hypervisor.errors import DomainExists, DomainNotFound, NameInUse
 from hypervisor.toolstack.api import MAX_VCPUS, DomainInfo, DomainSpec, DomainState, OnEvent
@@ -129,7 +132,7 @@ class StartStep(Step):
 class Create(Plugin):
     verb = "create"
     summary = "Build a domain and let it run."
-    step_kinds = (VerifyStep, ClaimStep, BuildStep, StartStep)
+    step_kinds = (VerifyStep, ClaimStep, WriteDriveStep, BuildStep, StartStep)
     args_schema: ClassVar[Mapping[str, Any]] = {
         "type": "object",
         "additionalProperties": False,
@@ -211,13 +214,8 @@ class Create(Plugin):
             "on_poweroff": {**_ON_EVENT, "default": "destroy", "description": "When the guest powers off."},
             "on_reboot": {**_ON_EVENT, "default": "restart", "description": "When the guest reboots."},
             "on_crash": {**_ON_EVENT, "default": "preserve", "description": "When the guest crashes."},
-            "metadata": {
-                "type": "object",
-                "maxProperties": 64,
-                "propertyNames": {"pattern": "^(?!reeve\\.)[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"},
-                "additionalProperties": {"type": "string", "maxLength": 1024},
-                "description": "Kept with the domain. Names that begin with 'reeve.' are the agent's own.",
-            },
+            "config_drive": CONFIG_DRIVE_SCHEMA,
+            "metadata": METADATA_SCHEMA,
         },
     }
 
@@ -240,10 +238,17 @@ class Create(Plugin):
         data = {key: args[key] for key in (*taken, *kept) if key in args} | {"boot": boot}
         data["nics"] = [nic_spec(nic, index).to_json() for index, nic in enumerate(args.get("nics", ()))]
         data.setdefault("uuid", str(uuid.uuid4()))
+        drive = args.get("config_drive")
+        if drive is not None:
+            disk = drive_disk(drive, drives_of(host), data["uuid"], args.get("disks", ()))
+            data["disks"] = [*args.get("disks", ()), disk.to_json()]
         spec = DomainSpec.from_json(data)
         spec.validate()
         _check_free(spec, host)
         steps.append(ClaimStep(spec.uuid, spec.memory_mib, spec.vcpus))
+        if drive is not None:
+            first = first_boot(drive, spec.uuid, spec.name, spec.nics)
+            steps.append(WriteDriveStep(spec.uuid, drive.get("format", "nocloud"), first.to_json()))
         steps.append(BuildStep(spec.to_json()))
         if args.get("start", True):
             steps.append(StartStep(spec.uuid))

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from agent.cli import firstboot
 from agent.cli.base import List, Show, UsageError, find_domain, plain, progress, show_domain
 from agent.cli.devices import disk_of, nic_of
 from agent.cli.settings import Connection
@@ -131,6 +132,10 @@ class DomainDestroy(Verb):
         ("reeve domain shutdown web --wait 30 || reeve domain destroy web", "gently first"),
     )
 
+    def act(self, toolstack: Toolstack, info: DomainInfo, parsed_args: argparse.Namespace) -> None:
+        super().act(toolstack, info, parsed_args)
+        firstboot.remove_drive(info.uuid, self.connection.config_drive_dir)
+
 
 class DomainShutdown(Verb):
     """Ask the guest to power off."""
@@ -182,6 +187,11 @@ class DomainCreate(Show):
             "reeve domain create web --loader pv-grub --disk xvda=/srv/web.qcow2,format=qcow2 --nic network=default",
             "from a disk with a kernel of its own",
         ),
+        (
+            "reeve domain create web --loader pv-grub --disk xvda=/srv/web.qcow2,format=qcow2 --nic '' "
+            "--ssh-key ~/.ssh/id_ed25519.pub --user-data web.yaml",
+            "and a config drive for its cloud-init",
+        ),
         ("reeve domain create --spec web.json --paused", "from a spec; see `reeve domain show NAME --spec -f json`"),
     )
     notes = (
@@ -205,6 +215,7 @@ class DomainCreate(Show):
         add("--disk", action="append", metavar="ID=PATH[,format=qcow2][,readonly]…", help="a disk; repeatable")
         add("--nic", action="append", metavar="[network=N][,mac=M][,address=A]…", help="a nic, or '' ; repeatable")
         add("--loader", choices=LOADERS, help="GRUB boots the kernel that is on the first disk")
+        firstboot.add_arguments(parser)
         add("--weight", type=int, metavar="N", help="share of the CPU, 256 being usual")
         add("--cap", type=int, metavar="PERCENT", help="most CPU it gets, percent of one CPU; 0: no cap")
         for event in ("poweroff", "reboot", "crash"):
@@ -216,7 +227,8 @@ class DomainCreate(Show):
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[object, ...]]:
         spec = make_spec(parsed_args, self.connection)
-        with self.toolstack() as toolstack:
+        drive = firstboot.config_drive(firstboot.wanted(parsed_args), spec, self.connection.config_drive_dir)
+        with self.toolstack() as toolstack, drive as spec:
             with progress(f"building {spec.name}"):
                 info = toolstack.create(spec)
             if not parsed_args.paused:

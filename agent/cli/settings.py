@@ -92,6 +92,10 @@ class Connection:
     def image_dir(self) -> str:
         return str(self._conf.image_dir)
 
+    @property
+    def config_drive_dir(self) -> str:
+        return str(self._conf.config_drive_dir)
+
     def loader(self, name: str) -> str:
         """Path of a loader that boots from a disk: ``pv-grub`` or ``pv-grub-i386``."""
         return str(self._conf.grub_i386 if name == "pv-grub-i386" else self._conf.grub_x86_64)

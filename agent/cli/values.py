@@ -95,6 +95,27 @@ def _refuse(text: str) -> Any:
 
 def read_json_object(path: str) -> dict[str, Any]:
     """A file (``-``: standard input) that holds one JSON object, at most 1 MiB."""
+    raw, name = _read(path)
+    try:
+        data = json.loads(raw, parse_constant=_refuse)
+    except (ValueError, RecursionError) as exc:
+        raise UsageError(f"{name} is not JSON: {exc}") from exc
+    if not isinstance(data, dict):
+        raise UsageError(f"{name} holds a JSON {type(data).__name__}: give an object")
+    return data
+
+
+def read_text(path: str) -> str:
+    """A file (``-``: standard input) of UTF-8 text, at most 1 MiB."""
+    raw, name = _read(path)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise UsageError(f"{name} is not UTF-8 text: {exc}") from exc
+
+
+def _read(path: str) -> tuple[bytes, str]:
+    """Its bytes and what it is called. :raises UsageError: it cannot be read, or is too large."""
     try:
         if path == "-":
             raw = sys.stdin.buffer.read(MAX_FILE + 1)
@@ -106,10 +127,4 @@ def read_json_object(path: str) -> dict[str, Any]:
     name = "standard input" if path == "-" else path
     if len(raw) > MAX_FILE:
         raise UsageError(f"{name} is larger than {MAX_FILE} bytes")
-    try:
-        data = json.loads(raw, parse_constant=_refuse)
-    except (ValueError, RecursionError) as exc:
-        raise UsageError(f"{name} is not JSON: {exc}") from exc
-    if not isinstance(data, dict):
-        raise UsageError(f"{name} holds a JSON {type(data).__name__}: give an object")
-    return data
+    return raw, name

@@ -7,7 +7,7 @@ import enum
 import ipaddress
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from agent.errors import InstructionError
@@ -37,28 +37,31 @@ class GuestNetwork:
 
     :ivar mac: which one.
     :ivar addresses: static ones with their prefix length, ``10.0.0.2/24``; empty: DHCP.
-    :ivar gateway: of the default route, or "".
+    :ivar gateways: of the default routes, at most one for IPv4 and one for IPv6.
     :ivar dns: name servers.
     """
 
     mac: str
     addresses: tuple[str, ...] = ()
-    gateway: str = ""
+    gateways: tuple[str, ...] = ()
     dns: tuple[str, ...] = ()
 
     def validate(self) -> None:
         """:raises InstructionError: an address is none, or no address can reach the gateway."""
         try:
             networks = [ipaddress.ip_interface(item).network for item in self.addresses]
-            gateway = ipaddress.ip_address(self.gateway) if self.gateway else None
+            gateways = [ipaddress.ip_address(item) for item in self.gateways]
             for server in self.dns:
                 ipaddress.ip_address(server)
         except ValueError as exc:
             raise _bad(f"network of {self.mac}: {exc}") from None
         if any("/" not in item for item in self.addresses):
             raise _bad(f"network of {self.mac}: give addresses with their prefix length, like 10.0.0.2/24")
-        if gateway is not None and not any(gateway in network for network in networks):
-            raise _bad(f"network of {self.mac}: gateway {gateway} is in no network of its addresses")
+        for gateway in gateways:
+            if not any(gateway in network for network in networks):
+                raise _bad(f"network of {self.mac}: gateway {gateway} is in no network of its addresses")
+        if len({gateway.version for gateway in gateways}) != len(gateways):
+            raise _bad(f"network of {self.mac}: give one gateway for IPv4 and one for IPv6 at most")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,6 +80,24 @@ class FirstBoot:
     user_data: str = ""
     networks: tuple[GuestNetwork, ...] = ()
     metadata: tuple[tuple[str, str], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "metadata": dict(self.metadata)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> FirstBoot:
+        networks = tuple(
+            GuestNetwork(item["mac"], tuple(item["addresses"]), tuple(item["gateways"]), tuple(item["dns"]))
+            for item in data["networks"]
+        )
+        return cls(
+            data["instance_id"],
+            data["hostname"],
+            tuple(data["ssh_keys"]),
+            data["user_data"],
+            networks,
+            tuple(sorted(data["metadata"].items())),
+        )
 
     def validate(self) -> None:
         """:raises InstructionError: cloud-init would not take it."""
@@ -106,10 +127,10 @@ def documents(first: FirstBoot, form: ConfigDriveFormat) -> dict[str, bytes]:
 
 def _nocloud(first: FirstBoot) -> dict[str, bytes]:
     meta: dict[str, Any] = {
+        **dict(first.metadata),
         "instance-id": first.instance_id,
         "local-hostname": first.hostname,
         "public-keys": list(first.ssh_keys),
-        **dict(first.metadata),
     }
     files = {"meta-data": _json(meta), "user-data": (first.user_data or "#cloud-config\n{}\n").encode()}
     if first.networks:
@@ -121,11 +142,12 @@ def _nocloud(first: FirstBoot) -> dict[str, bytes]:
 def _netplan(network: GuestNetwork) -> dict[str, Any]:
     """One interface in cloud-init's network config version 2; found by its MAC, its name left alone."""
     result: dict[str, Any] = {"match": {"macaddress": network.mac}}
-    if not network.addresses:
-        return {**result, "dhcp4": True}
-    result["addresses"] = list(network.addresses)
-    if network.gateway:
-        result[f"gateway{ipaddress.ip_address(network.gateway).version}"] = network.gateway
+    if network.addresses:
+        result["addresses"] = list(network.addresses)
+    else:
+        result["dhcp4"] = True
+    for gateway in network.gateways:
+        result[f"gateway{ipaddress.ip_address(gateway).version}"] = gateway
     if network.dns:
         result["nameservers"] = {"addresses": list(network.dns)}
     return result
@@ -152,29 +174,33 @@ def _network_data(networks: tuple[GuestNetwork, ...]) -> dict[str, Any]:
         {"id": f"nic{n}", "type": "phy", "ethernet_mac_address": item.mac, "vif_id": f"nic{n}", "mtu": None}
         for n, item in enumerate(networks)
     ]
-    layers: list[dict[str, Any]] = []
-    for number, item in enumerate(networks):
-        if not item.addresses:
-            layers.append({"id": f"net{number}", "link": f"nic{number}", "type": "ipv4_dhcp", "network_id": ""})
-        for index, text in enumerate(item.addresses):
-            interface = ipaddress.ip_interface(text)
-            layer: dict[str, Any] = {
-                "id": f"net{number}.{index}",
-                "link": f"nic{number}",
-                "type": f"ipv{interface.version}",
-                "ip_address": str(interface.ip),
-                "netmask": str(interface.network.netmask),
-                "network_id": "",
-                "routes": [],
-            }
-            if item.gateway and ipaddress.ip_address(item.gateway) in interface.network:
-                nowhere = ipaddress.ip_network("0.0.0.0/0" if interface.version == 4 else "::/0")
-                layer["routes"] = [
-                    {"network": str(nowhere.network_address), "netmask": str(nowhere.netmask), "gateway": item.gateway}
-                ]
-            layers.append(layer)
+    layers = [layer for number, item in enumerate(networks) for layer in _layers(number, item)]
     servers = sorted({server for item in networks for server in item.dns})
     return {"links": links, "networks": layers, "services": [{"type": "dns", "address": item} for item in servers]}
+
+
+def _layers(number: int, network: GuestNetwork) -> Iterator[dict[str, Any]]:
+    """What OpenStack calls the networks of a link: one for each address."""
+    if not network.addresses:
+        yield {"id": f"net{number}", "link": f"nic{number}", "type": "ipv4_dhcp", "network_id": ""}
+    gateways = [ipaddress.ip_address(item) for item in network.gateways]
+    for index, text in enumerate(network.addresses):
+        interface = ipaddress.ip_interface(text)
+        nowhere = ipaddress.ip_network("0.0.0.0/0" if interface.version == 4 else "::/0")
+        here = [gateway for gateway in gateways if gateway in interface.network]
+        gateways = [gateway for gateway in gateways if gateway not in here]
+        yield {
+            "id": f"net{number}.{index}",
+            "link": f"nic{number}",
+            "type": f"ipv{interface.version}",
+            "ip_address": str(interface.ip),
+            "netmask": str(interface.network.netmask),
+            "network_id": "",
+            "routes": [
+                {"network": str(nowhere.network_address), "netmask": str(nowhere.netmask), "gateway": str(gateway)}
+                for gateway in here
+            ],
+        }
 
 
 def _json(data: Mapping[str, Any]) -> bytes:
@@ -183,4 +209,4 @@ def _json(data: Mapping[str, Any]) -> bytes:
 
 
 def _bad(text: str) -> InstructionError:
-    return InstructionError("instruction.bad_args", f"first_boot: {text}")
+    return InstructionError("instruction.bad_args", f"config drive: {text}")

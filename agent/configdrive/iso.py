@@ -16,14 +16,19 @@ MAX_BYTES = 8 << 20
 """More than any config drive needs; a bound for what one message can put on the disk."""
 
 
-def write_iso(path: Path, label: str, files: Mapping[str, bytes]) -> None:
+_APPLICATION = 16 * 2048 + 574, 128
+"""Where the first volume descriptor has its application identifier (ECMA-119, 8.4.21), and how long it is."""
+
+
+def write_iso(path: Path, label: str, files: Mapping[str, bytes], maker: str = "") -> None:
     """Write `files` (path in the image → content) to `path`, mode 0600 since user data holds secrets.
 
+    :param maker: what `maker_of` will say; at most 128 letters, digits, blanks and the like.
     :raises InstructionError: it would be larger than `MAX_BYTES`, or the disk does not take it.
     """
     if sum(map(len, files.values())) > MAX_BYTES:
-        raise InstructionError("instruction.bad_args", f"first_boot: more than {MAX_BYTES} bytes")
-    image = _image(label, files)
+        raise InstructionError("instruction.bad_args", f"config drive: more than {MAX_BYTES} bytes")
+    image = _image(label, files, maker)
     temporary = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -43,9 +48,20 @@ def write_iso(path: Path, label: str, files: Mapping[str, bytes]) -> None:
         ) from exc
 
 
-def _image(label: str, files: Mapping[str, bytes]) -> bytes:
+def maker_of(path: Path) -> str | None:
+    """What `write_iso` was told; None when no whole image is there. :raises OSError: it cannot be read."""
+    offset, size = _APPLICATION
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size).decode("latin-1").rstrip(" \0")
+    except FileNotFoundError:
+        return None
+
+
+def _image(label: str, files: Mapping[str, bytes], maker: str) -> bytes:
     iso = pycdlib.PyCdlib()
-    iso.new(interchange_level=3, joliet=3, rock_ridge="1.09", vol_ident=label, sys_ident="LINUX")
+    iso.new(interchange_level=3, joliet=3, rock_ridge="1.09", vol_ident=label, sys_ident="LINUX", app_ident_str=maker)
     try:
         made: dict[str, str] = {"": ""}
         for number, (path, content) in enumerate(sorted(files.items())):

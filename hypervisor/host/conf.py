@@ -114,9 +114,10 @@ OPTIONS = [
     cfg.ListOpt(
         "image_folders",
         default=[],
-        sample_default=["/var/lib/reeve/images"],
+        sample_default=["/var/lib/reeve/images", "/var/lib/reeve/config-drives"],
         help="Folders below which images of disks and their backing files must lie; block devices, too (/dev/vg0). "
-        "Default: images in the state folder, and images beside it if the state folder is called hypervisor.",
+        "Default: images in the state folder, and images and config-drives beside it if the state folder is called "
+        "hypervisor.",
     ),
     cfg.DictOpt(
         "device_backends",

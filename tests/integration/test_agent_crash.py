@@ -24,15 +24,21 @@ CREATE = [
     "consumer:journalled",
     "consumer:acked",
     "create:planned",
-    *(f"create:{step}:{when}" for step in ("claim", "build", "start") for when in ("begun", "ran", "done")),
+    *(
+        f"create:{step}:{when}"
+        for step in ("claim", "config_drive", "build", "start")
+        for when in ("begun", "ran", "done")
+    ),
     "create:finishing",
     "create:finished",
     "publisher:before",
     "publisher:published",
 ]
-UNDO = [f"create:{step}:{when}" for step in ("start", "build", "claim") for when in ("undoing", "undone")]
+UNDO = [
+    f"create:{step}:{when}" for step in ("start", "build", "config_drive", "claim") for when in ("undoing", "undone")
+]
 OTHERS = [
-    *(f"destroy:destroy:{when}" for when in ("begun", "ran", "done")),
+    *(f"destroy:{step}:{when}" for step in ("destroy", "remove_drive") for when in ("begun", "ran", "done")),
     *(f"pause:pause:{when}" for when in ("begun", "ran")),
     *(f"unpause:unpause:{when}" for when in ("begun", "ran")),
     *(f"shutdown:{step}:{when}" for step in ("ask", "wait") for when in ("begun", "ran")),
@@ -50,7 +56,13 @@ def agent(tmp_path: Path) -> Iterator[AgentProcess]:
 
 
 def create_args(agent: AgentProcess) -> dict[str, Any]:
-    return {"name": "web", "uuid": UUID, "memory_mib": 64, "kernel": agent.kernel()}
+    drive = {"user_data": "#cloud-config\n{}\n"}
+    return {"name": "web", "uuid": UUID, "memory_mib": 64, "kernel": agent.kernel(), "config_drive": drive}
+
+
+def drives(agent: AgentProcess) -> list[str]:
+    """The config drives that are there."""
+    return sorted(path.name for path in (agent.folder / "state" / "config-drives").iterdir())
 
 
 def crash_and_restart(agent: AgentProcess, boundary: str, verb: str, args: dict[str, Any]) -> Reply:
@@ -78,6 +90,7 @@ def crash_and_restart(agent: AgentProcess, boundary: str, verb: str, args: dict[
 def test_create_killed_at(agent: AgentProcess, boundary: str) -> None:
     reply = crash_and_restart(agent, boundary, "create", create_args(agent))
     assert reply.ok, reply.error
+    assert drives(agent) == [f"{UUID}.iso"]
     (domain,) = agent.toolstack().list_domains()
     # The first domid the host ever gave: it was built once.
     assert (domain.uuid, domain.state, domain.domid) == (UUID, DomainState.RUNNING, 1)
@@ -99,7 +112,7 @@ def test_create_killed_while_undone(agent: AgentProcess, boundary: str) -> None:
     reply = crash_and_restart(agent, boundary, "create", create_args(agent))
     assert reply.error is not None
     assert (reply.error["code"], reply.error["undone"]) == ("host.failure", True)
-    assert agent.toolstack().list_domains() == []
+    assert agent.toolstack().list_domains() == [] and drives(agent) == []
 
 
 @pytest.mark.parametrize("boundary", OTHERS)
@@ -113,6 +126,7 @@ def test_other_verbs_killed_at(agent: AgentProcess, boundary: str) -> None:
     reply = crash_and_restart(agent, boundary, verb, {} if verb == "list" else {"uuid": UUID})
     assert reply.ok, reply.error
     domains = agent.toolstack().list_domains()
+    assert drives(agent) == [f"{domain.uuid}.iso" for domain in domains]
     expected = {
         "destroy": [],
         "pause": [(DomainState.PAUSED, 1)],

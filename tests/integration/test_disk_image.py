@@ -1,5 +1,5 @@
-"""A Debian disk as a cloud has it: boots by PV-GRUB with its own kernel, configures itself from its config drive,
-answers SSH from the host, reboots, grows and shrinks while it works.
+"""A Debian disk as a cloud has it: made by an instruction, boots by PV-GRUB with its own kernel, configures itself from
+its config drive, answers SSH from the host, reboots, grows and shrinks while it works.
 
 Needs Debian's mirror, mmdebstrap, qemu-utils, slirp4netns, grub-xen-host and an SSH client.
 """
@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from agent_process import AgentProcess
 from root_image import RootImageMissing, overlay, root_image
 
-from agent.configdrive import ConfigDriveFormat, FirstBoot, GuestNetwork, documents, write_iso
-from hypervisor.toolstack.api import DomainSpec, DomainState, KernelBoot, Toolstack
-from hypervisor.toolstack.devices import DeviceState, DiskFormat, DiskSpec, NicSpec
+from agent.rpc.client import Client
+from hypervisor.toolstack.api import DomainSpec, DomainState, Toolstack
+from hypervisor.toolstack.devices import DeviceState
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
@@ -60,6 +61,7 @@ class Guest:
     """A domain that answers SSH."""
 
     toolstack: Toolstack
+    client: Client
     spec: DomainSpec
     key: Path
     port: int
@@ -141,7 +143,8 @@ def host(folder: Path, images: list[Path], port: int) -> Iterator[Toolstack]:
     )
     program = shutil.which("reeve-hypervisor")
     assert program
-    command = [program, "--config-file", str(config), "--state-dir", str(folder / "state"), "--socket", str(sock)]
+    state = folder / "state" / "hypervisor"
+    command = [program, "--config-file", str(config), "--state-dir", str(state), "--socket", str(sock)]
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, "--memory-mib", "2048"], stdin=subprocess.DEVNULL, stdout=output, stderr=output
@@ -158,38 +161,41 @@ def host(folder: Path, images: list[Path], port: int) -> Iterator[Toolstack]:
 
 @pytest.fixture(scope="module")
 def guest(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
+    """Made and destroyed by instructions; a destroyed one leaves no config drive."""
     folder = tmp_path_factory.mktemp("disk")
-    images = folder / "images"
+    images, port = folder / "images", free_port()
     images.mkdir()
     key = folder / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True, timeout=60)
     ident = str(uuid.uuid4())
-    network = GuestNetwork(MAC, ("10.0.2.15/24",), "10.0.2.2", ("10.0.2.3",))
-    first = FirstBoot(ident, "web", (key.with_suffix(".pub").read_text().strip(),), USER_DATA, (network,))
-    form = ConfigDriveFormat.NOCLOUD
-    write_iso(images / "seed.iso", form.label, documents(first, form))
-    spec = DomainSpec(
-        uuid=ident,
-        name="web",
-        boot=KernelBoot(str(GRUB)),
-        memory_mib=256,
-        max_memory_mib=768,
-        vcpus=1,
-        max_vcpus=4,
-        disks=(
-            DiskSpec("xvda", str(overlay(base, images / "root.qcow2")), DiskFormat.QCOW2),
-            DiskSpec("xvdp", str(images / "seed.iso"), readonly=True),
-        ),
-        nics=(NicSpec(0, MAC, addresses=("10.0.2.15",)),),
-        owner="tests",
-    )
-    port = free_port()
-    with host(folder, [images, base.parent], port) as toolstack:
-        toolstack.create(spec)
-        toolstack.unpause(ident)
-        found = Guest(toolstack, spec, key, port)
-        found.wait("an answer by SSH", found.answers, BOOT_SECONDS)
-        yield found
+    network = {"nic": 0, "addresses": ["10.0.2.15/24"], "gateways": ["10.0.2.2"], "dns": ["10.0.2.3"]}
+    public = key.with_suffix(".pub").read_text().strip()
+    args = {
+        "uuid": ident,
+        "name": "web",
+        "loader": "pv-grub",
+        "memory_mib": 256,
+        "max_memory_mib": 768,
+        "max_vcpus": 4,
+        "disks": [{"id": "xvda", "path": str(overlay(base, images / "root.qcow2")), "format": "qcow2"}],
+        "nics": [{"mac": MAC, "addresses": ["10.0.2.15"]}],
+        "config_drive": {"ssh_keys": [public], "user_data": USER_DATA, "networks": [network]},
+    }
+    agent = AgentProcess(folder, driver=("--driver-name", "embedded", "--driver-socket", str(folder / "sock")))
+    drives = folder / "state" / "config-drives"
+    with host(folder, [images, base.parent, drives], port) as toolstack:
+        agent.start()
+        try:
+            with agent.client() as client:
+                made = client.call("create", args, timeout=120)
+                assert made.ok, (made.error, agent.log)
+                found = Guest(toolstack, client, toolstack.get_spec(ident), key, port)
+                found.wait("an answer by SSH", found.answers, BOOT_SECONDS)
+                yield found
+                assert client.call("destroy", {"uuid": ident}, timeout=120).ok
+                assert list(drives.iterdir()) == []
+        finally:
+            agent.stop()
 
 
 def test_it_configured_itself(guest: Guest) -> None:

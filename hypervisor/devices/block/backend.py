@@ -40,12 +40,14 @@ class Settings(Protocol):
 def folders(settings: Settings) -> list[Path]:
     """Below which images and their backing files must lie.
 
-    By default ``images`` in the state folder, and beside it where the agent has its own.
+    By default ``images`` in the state folder, and beside it ``images`` and ``config-drives``, where the agent has them.
     """
     if settings.image_folders:
         return [Path(folder) for folder in settings.image_folders]
-    own = [settings.state_dir / "images"]
-    return [*own, settings.state_dir.parent / "images"] if settings.state_dir.name == "hypervisor" else own
+    found = [settings.state_dir / "images"]
+    if settings.state_dir.name == "hypervisor":
+        found += [settings.state_dir.parent / name for name in ("images", "config-drives")]
+    return found
 
 
 class BlockBackend:

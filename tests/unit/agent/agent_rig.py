@@ -101,6 +101,7 @@ def make_rig(folder: Path, toolstack: FakeToolstack | None = None, **options: An
     images = folder / "images"
     images.mkdir(exist_ok=True)
     settings = {"image_dir": str(images), "core_dir": str(folder / "cores"), "resize_confirm_seconds": "0"}
+    settings["config_drive_dir"] = str(folder / "drives")
     for name in ("grub_x86_64", "grub_i386"):
         settings[name] = str(folder / name)
     host = Host(HOST, f"reeve/{journal.node_id()}", toolstack, claims, LocalImages(images), settings)

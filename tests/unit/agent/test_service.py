@@ -3,17 +3,22 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agent import conf
+from agent.configdrive import Drives
 from agent.context import ContextFilter, log_fields
 from agent.errors import AlreadyRunning, ConfigError, JournalCorrupt
 from agent.rpc.client import Client
 from agent.service import Service, lock_folder, main
-from agent.wire import Report
+from agent.wire import Instruction, Report
+from hypervisor.errors import HostUnavailable
+from hypervisor.toolstack.api import DomainSpec, KernelBoot
 from hypervisor.toolstack.drivers.fake import FakeToolstack
 
 
@@ -79,6 +84,36 @@ def test_a_step_s_progress_is_reported(
     assert progress[-1].data | {"done": 64} == {
         "instruction": ident, "verb": "resize", "uuid": uuid, "done": 64, "total": 64, "unit": "MiB",
     }  # fmt: skip
+
+
+def test_config_drives_of_domains_that_are_gone_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    toolstack = FakeToolstack(None)
+    service = Service(settings(tmp_path), toolstack)
+    drives = Drives(service.settings.config_drive_dir)
+    ids = [f"{digit * 8}-2222-3333-4444-555555555555" for digit in "123"]
+    for ident in ids:
+        drives.write(ident, "cidata", {"meta-data": b"x"}, "maker")
+        os.utime(drives.path(ident), (0, 0))
+    toolstack.create(DomainSpec(ids[0], "web", KernelBoot(kernel(tmp_path)), 64))
+    service.start()
+    service.journal.accept(Instruction("making-it", "create", "node1", {}, ""))
+    service.journal.take_claim("making-it", ids[1], 64, 1)
+    monkeypatch.setattr("agent.service.HOUSEKEEPING_SECONDS", 0.01)
+    toolstack.inject_error("list_domains", HostUnavailable("away"))
+    house = threading.Thread(target=service.run)
+    house.start()
+    try:
+        deadline = time.monotonic() + 20
+        while drives.path(ids[2]).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)  # a poll with a deadline
+    finally:
+        service.stop()
+        house.join(20)
+        service.close()
+    assert sorted(drives.folder.iterdir()) == [drives.path(ids[0]), drives.path(ids[1])]
 
 
 BAD = [

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "support"))
+from iso_reader import read_iso
+
 from agent.cli.base import UsageError
 from agent.cli.devices import disk_of, nic_of
+from hypervisor.errors import HostFailure
 
 MAC = "00:16:3e:00:00:01"
 
@@ -106,6 +112,52 @@ def test_create_with_a_loader(reeve: Any) -> None:
     words = ("domain", "create", "web", "--loader", "pv-grub", "--disk", f"xvda={image(reeve)}", "-f", "json")
     made = reeve(*words).json
     assert reeve.host.get_spec(made["uuid"]).boot.kernel == str(grub)
+
+
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJq me@there"
+
+
+def test_create_with_a_config_drive(reeve: Any) -> None:
+    key, user_data, more = reeve.folder / "key.pub", reeve.folder / "user-data", reeve.folder / "more.json"
+    key.write_text(f"{KEY}\n")
+    user_data.write_text("#cloud-config\n{}\n")
+    more.write_text(json.dumps({"networks": [{"nic": 0, "addresses": ["10.0.0.2/24"]}], "id": "xvdc"}))
+    words = ("--ssh-key", str(key), "--user-data", str(user_data), "--hostname", "h1", "--config-drive", str(more))
+    info = reeve.domain("web", "--nic", f"mac={MAC}", *words)
+    (disk,) = reeve.host.get_spec(info.uuid).disks
+    assert (disk.id, disk.readonly) == ("xvdc", True)
+    label, files = read_iso(Path(disk.path))
+    assert label == "cidata" and files["user-data"] == user_data.read_bytes()
+    assert KEY.encode() in files["meta-data"] and b'"h1"' in files["meta-data"]
+    assert b"10.0.0.2/24" in files["network-config"]
+    assert reeve("domain", "destroy", "web").code == 0
+    assert not Path(disk.path).exists()
+
+
+def test_a_create_that_fails_leaves_no_config_drive(reeve: Any) -> None:
+    reeve.host.inject_error("create", HostFailure("injected"))
+    result = reeve("domain", "create", "web", "--kernel", reeve.kernel, "--hostname", "h1", "-f", "json")
+    assert result.error["code"] == "host.failure"
+    assert list((reeve.folder / "agent" / "config-drives").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"colour": 1}', "colour"),
+        ('{"ssh_keys": 1}', "give a list"),
+        ('{"hostname": "-"}', "hostname"),
+        ("[]", "list"),
+    ],
+)
+def test_config_drives_that_make_no_sense(reeve: Any, content: str, says: str) -> None:
+    path, key = reeve.folder / "drive.json", reeve.folder / "key.pub"
+    path.write_text(content)
+    key.write_text(KEY)
+    words = ("--config-drive", str(path), "--ssh-key", str(key))
+    error = reeve("domain", "create", "web", "--kernel", reeve.kernel, "-f", "json", *words).error
+    assert says in error["message"]
+    assert not (reeve.folder / "agent" / "config-drives").exists() and reeve.host.list_domains() == []
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
-import pycdlib
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "support"))
+from iso_reader import read_iso
 
 from agent.configdrive import ConfigDriveFormat, FirstBoot, GuestNetwork, documents, write_iso
 from agent.errors import InstructionError
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJq me@there"
-STATIC = GuestNetwork("00:16:3e:00:00:01", ("10.0.0.2/24", "fd00::2/64"), "10.0.0.1", ("10.0.0.1",))
+STATIC = GuestNetwork("00:16:3e:00:00:01", ("10.0.0.2/24", "fd00::2/64", "10.0.0.3/24"), ("10.0.0.1",), ("10.0.0.1",))
 DHCP = GuestNetwork("00:16:3e:00:00:02")
 FIRST = FirstBoot(
     "12345678-1234-4234-8234-1234567890ab",
@@ -28,22 +30,6 @@ FIRST = FirstBoot(
 )
 
 
-def read(path: Path) -> tuple[str, dict[str, bytes]]:
-    """Label and files of an image, by their Rock Ridge names."""
-    iso = pycdlib.PyCdlib()
-    iso.open(str(path))
-    files = {}
-    for folder, _, names in iso.walk(rr_path="/"):
-        for name in names:
-            full = f"{folder.rstrip('/')}/{name}"
-            output = io.BytesIO()
-            iso.get_file_from_iso_fp(output, rr_path=full)
-            files[full.lstrip("/")] = output.getvalue()
-    label = iso.pvd.volume_identifier.decode().strip()
-    iso.close()
-    return label, files
-
-
 @pytest.mark.parametrize("form", ConfigDriveFormat)
 def test_the_image_holds_the_documents_under_the_label_cloud_init_seeks(
     tmp_path: Path, form: ConfigDriveFormat
@@ -51,7 +37,7 @@ def test_the_image_holds_the_documents_under_the_label_cloud_init_seeks(
     path = tmp_path / "drives" / "a.iso"
     expected = documents(FIRST, form)
     write_iso(path, form.label, expected)
-    assert read(path) == (form.label, expected)
+    assert read_iso(path) == (form.label, expected)
     assert path.stat().st_size % 2048 == 0
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert list(path.parent.iterdir()) == [path]
@@ -73,7 +59,7 @@ def test_nocloud() -> None:
         "ethernets": {
             "nic0": {
                 "match": {"macaddress": STATIC.mac},
-                "addresses": ["10.0.0.2/24", "fd00::2/64"],
+                "addresses": ["10.0.0.2/24", "fd00::2/64", "10.0.0.3/24"],
                 "gateway4": "10.0.0.1",
                 "nameservers": {"addresses": ["10.0.0.1"]},
             },
@@ -89,10 +75,10 @@ def test_config_drive() -> None:
     assert meta["public_keys"] == {"key0": KEY}
     network = json.loads(files["openstack/latest/network_data.json"])
     assert [link["ethernet_mac_address"] for link in network["links"]] == [STATIC.mac, DHCP.mac]
-    assert [layer["type"] for layer in network["networks"]] == ["ipv4", "ipv6", "ipv4_dhcp"]
+    assert [layer["type"] for layer in network["networks"]] == ["ipv4", "ipv6", "ipv4", "ipv4_dhcp"]
     assert network["networks"][0]["netmask"] == "255.255.255.0"
     assert network["networks"][0]["routes"] == [{"network": "0.0.0.0", "netmask": "0.0.0.0", "gateway": "10.0.0.1"}]
-    assert network["networks"][1]["routes"] == []
+    assert network["networks"][1]["routes"] == network["networks"][2]["routes"] == []
     assert network["services"] == [{"type": "dns", "address": "10.0.0.1"}]
 
 
@@ -101,6 +87,10 @@ def test_a_guest_without_wishes_gets_what_the_data_source_demands() -> None:
     assert set(documents(plain, ConfigDriveFormat.NOCLOUD)) == {"meta-data", "user-data"}
     assert documents(plain, ConfigDriveFormat.NOCLOUD)["user-data"].startswith(b"#cloud-config")
     assert set(documents(plain, ConfigDriveFormat.CONFIGDRIVE)) == {"openstack/latest/meta_data.json"}
+
+
+def test_its_json_form_is_all_of_it() -> None:
+    assert FirstBoot.from_json(json.loads(json.dumps(FIRST.to_json()))) == FIRST
 
 
 def changed(**fields: Any) -> FirstBoot:
@@ -121,8 +111,9 @@ def changed(**fields: Any) -> FirstBoot:
         (changed(networks=(STATIC, STATIC)), "same mac"),
         (changed(networks=(GuestNetwork("m", ("10.0.0.300/24",)),)), "10.0.0.300"),
         (changed(networks=(GuestNetwork("m", ("10.0.0.3",)),)), "prefix length"),
-        (changed(networks=(GuestNetwork("m", ("10.0.0.3/24",), "10.0.1.1"),)), "gateway"),
-        (changed(networks=(GuestNetwork("m", (), "", ("dns.example",)),)), "dns.example"),
+        (changed(networks=(GuestNetwork("m", ("10.0.0.3/24",), ("10.0.1.1",)),)), "gateway"),
+        (changed(networks=(GuestNetwork("m", ("10.0.0.3/24",), ("10.0.0.1", "10.0.0.2")),)), "one gateway"),
+        (changed(networks=(GuestNetwork("m", (), (), ("dns.example",)),)), "dns.example"),
     ],
 )
 @pytest.mark.parametrize("form", ConfigDriveFormat)
@@ -144,4 +135,4 @@ def test_a_disk_that_does_not_take_it_leaves_the_old_drive(tmp_path: Path) -> No
     (folder / "a.iso.new").mkdir()  # in the way
     with pytest.raises(InstructionError, match="cannot be written"):
         write_iso(path, "cidata", {"user-data": b"#2"})
-    assert read(path) == ("cidata", {"user-data": b"#1"})
+    assert read_iso(path) == ("cidata", {"user-data": b"#1"})
