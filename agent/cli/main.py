@@ -16,7 +16,7 @@ from cliff import help as cliff_help
 from cliff.app import App
 from cliff.commandmanager import CommandManager
 
-from agent.cli import console, devices, doctor, domain, events, image, inside, instruct, node, resize, top
+from agent.cli import console, devices, doctor, domain, events, image, inside, instruct, node, resize, schema, top
 from agent.cli.base import EXIT_FAILED, EXIT_OK, CliError, UsageError, error_json, usage_error
 from agent.cli.settings import Connection
 
@@ -48,6 +48,7 @@ COMMANDS: dict[str, Any] = {
     "network list": devices.NetworkList,
     "top": top.Top,
     "instruct": instruct.Instruct,
+    "schema": schema.Schema,
     "doctor": doctor.Doctor,
     "image build": image.ImageBuild,
     "image list": image.ImageList,
