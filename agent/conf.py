@@ -19,7 +19,7 @@ from typing import Any
 
 from oslo_config import cfg
 
-from agent import wire
+from agent import conf_oslo, wire
 from agent.errors import AgentError, ConfigError
 
 SYSTEM_CONFIG = Path("/etc/reeve/agent.conf")
@@ -158,6 +158,7 @@ LOGGING = (
 GROUPS: Mapping[str, Sequence[cfg.Opt]] = {
     "agent": AGENT,
     "broker": BROKER,
+    "oslo": conf_oslo.OPTIONS,
     "journal": JOURNAL,
     "limits": LIMITS,
     "driver": DRIVER,
@@ -182,6 +183,7 @@ class Settings:
     prefetch: int
     poll_seconds: float
     reply_seconds: int
+    oslo: conf_oslo.OsloSettings
     journal_path: Path
     keep_seconds: int
     keep_read_seconds: int
@@ -292,6 +294,7 @@ def _settings(values: Mapping[str, Mapping[str, Any]]) -> Settings:
         prefetch=broker["prefetch"],
         poll_seconds=broker["poll_seconds"],
         reply_seconds=broker["reply_seconds"],
+        oslo=conf_oslo.settings(values["oslo"]),
         journal_path=Path(values["journal"]["path"] or state_dir / "agent" / "journal.sqlite"),
         keep_seconds=values["journal"]["keep_seconds"],
         keep_read_seconds=values["journal"]["keep_read_seconds"],

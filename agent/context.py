@@ -15,6 +15,7 @@ from agent.api import Host, JsonDict
 
 _instruction: contextvars.ContextVar[str] = contextvars.ContextVar("instruction", default="-")
 _domain: contextvars.ContextVar[str] = contextvars.ContextVar("domain", default="-")
+_request: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="-")
 
 POLL_SECONDS = 0.05
 PROGRESS_SECONDS = 1.0
@@ -26,22 +27,27 @@ class Interrupted(Exception):
 
 
 class ContextFilter(logging.Filter):
-    """Adds ``instruction`` and ``domain`` to every log record."""
+    """Adds ``instruction``, ``domain`` and ``request`` (the sender's own id for it) to every log record."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.instruction = _instruction.get()
         record.domain = _domain.get()
+        record.request = _request.get()
         return True
 
 
 @contextlib.contextmanager
-def log_fields(instruction: str, domain: str = "-") -> Iterator[None]:
+def log_fields(instruction: str, domain: str = "-", request: str | None = None) -> Iterator[None]:
+    """:param request: None leaves what is set."""
     tokens = _instruction.set(instruction), _domain.set(domain or "-")
+    asked = None if request is None else _request.set(request or "-")
     try:
         yield
     finally:
         _instruction.reset(tokens[0])
         _domain.reset(tokens[1])
+        if asked is not None:
+            _request.reset(asked)
 
 
 @dataclasses.dataclass(slots=True)

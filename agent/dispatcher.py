@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from agent import wire
+from agent import dialects, oslo, wire
 from agent.context import Interrupted
 from agent.errors import JournalCorrupt, JournalError, MessageError
 from agent.executor import Executor
-from agent.journal import Accepted, Journal
+from agent.heartbeats import Heartbeats
+from agent.journal import Accepted, Journal, Refused
 from agent.loader import Verb
 
 LOG = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ class Dispatcher:
 
     :param on_change: called in a worker after each instruction (a reply may be in the outbox).
     :param on_fatal: called when the journal is damaged: the agent must end.
+    :param oslo_service: what methods are there for senders of oslo.messaging's form.
+    :param heartbeats: is told which callers want to hear from their calls.
     """
 
     def __init__(
@@ -44,6 +47,8 @@ class Dispatcher:
         max_message_bytes: int = wire.MAX_BYTES,
         on_change: Callable[[], None] = lambda: None,
         on_fatal: Callable[[Exception], None] = lambda exc: None,
+        oslo_service: oslo.Service = oslo.SERVICE,
+        heartbeats: Heartbeats | None = None,
     ) -> None:
         self._host = host
         self._journal = journal
@@ -54,6 +59,8 @@ class Dispatcher:
         self._max_message_bytes = max_message_bytes
         self._on_change = on_change
         self._on_fatal = on_fatal
+        self._oslo_service = oslo_service
+        self._heartbeats = heartbeats or Heartbeats()
         self._lock = threading.Condition()
         self._ready: collections.deque[tuple[str, str]] = collections.deque()
         self._behind: dict[
@@ -84,9 +91,13 @@ class Dispatcher:
                 thread.join(max(0.0, end - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def has_room(self) -> bool:
+    def room(self) -> int:
+        """How many messages more may be taken in."""
         with self._lock:
-            return self._pending < self._max_pending
+            return max(0, self._max_pending - self._pending)
+
+    def has_room(self) -> bool:
+        return self.room() > 0
 
     @property
     def pending(self) -> int:
@@ -95,6 +106,8 @@ class Dispatcher:
 
     def recover(self) -> int:
         """Queue what an earlier life of the agent left unfinished; how many."""
+        for waiter in self._journal.listeners():
+            self._heartbeats.watch(waiter.id, waiter.reply_to, waiter.correlation, waiter.heartbeat)
         idents = self._journal.unfinished()
         for ident in idents:
             entry = self._journal.entry(ident)
@@ -102,40 +115,49 @@ class Dispatcher:
                 self._submit(ident, entry.domain or self._key(entry.instruction))
         return len(idents)
 
-    def receive(self, raw: wire.Raw) -> None:
-        """Take in one message. When this returns it is durable or quarantined, and may be acknowledged.
+    def receive(self, *raws: wire.Raw) -> None:
+        """Take in messages. When this returns they are durable or quarantined, and may be acknowledged.
 
-        :raises JournalError: it could not be stored; do not acknowledge it.
+        :raises JournalError: they could not be stored; do not acknowledge any.
         """
-        try:
-            instruction = wire.decode(raw, self._host, self._max_message_bytes)
-        except MessageError as exc:
-            self._refuse(raw, exc)
-            return
-        outcome = self._journal.accept(instruction)
-        if outcome is Accepted.NEW:
-            self._submit(instruction.id, self._key(instruction))
-        elif outcome is Accepted.REUSED:
-            self._refuse(
-                raw,
-                MessageError(
-                    f"the id {instruction.id} belongs to another instruction: give each its own",
-                    code="instruction.id_reused",
-                ),
-            )
-        else:
-            LOG.info("instruction %s came again: %s", instruction.id, outcome.value)
+        taken = [(raw, self._decode(raw)) for raw in raws]
+        items = [item for _, item in taken if item is not None]
+        outcomes = iter(self._journal.take_in(items))
+        reused = []
+        answered = False
+        for raw, item in taken:
+            outcome = None if item is None else next(outcomes)
+            answered = answered or outcome is not Accepted.NEW
+            if not isinstance(item, wire.Instruction):
+                continue
+            if outcome is Accepted.REUSED:
+                reused.append(self._reused(raw, item))
+                continue
+            # Known before the instruction can end.
+            if item.heartbeat and outcome is not Accepted.REPLAYED:
+                self._heartbeats.watch(item.id, item.reply_to, item.correlation, item.heartbeat)
+            if outcome is Accepted.NEW:
+                self._submit(item.id, self._key(item))
+            elif outcome is not None:
+                LOG.info("instruction %s came again: %s", item.id, outcome.value)
+        if reused:
+            self._journal.take_in(reused)
+        if answered:
             self._on_change()
 
-    def _refuse(self, raw: wire.Raw, why: MessageError) -> None:
+    def _decode(self, raw: wire.Raw) -> wire.Instruction | wire.Outgoing | Refused | None:
+        try:
+            return dialects.decode(raw, self._host, self._max_message_bytes, self._oslo_service, time.time())
+        except MessageError as exc:
+            return self._refused(raw, exc)
+
+    def _refused(self, raw: wire.Raw, why: MessageError) -> Refused:
         LOG.warning("message refused (%s): %s", why.code, why.message)
-        address, ident = wire.readable_reply_address(raw, self._max_message_bytes)
-        answer = None
-        if address:
-            reply = wire.Reply(ident, self._host, error=why.to_json() | {"undone": True})
-            answer = wire.encode_reply(reply, address)
-        self._journal.quarantine(raw, why, answer)
-        self._on_change()
+        return Refused(raw, why, dialects.encode_refusal(raw, why, self._host, self._max_message_bytes))
+
+    def _reused(self, raw: wire.Raw, instruction: wire.Instruction) -> Refused:
+        text = f"the id {instruction.id} belongs to another instruction: give each its own"
+        return self._refused(raw, MessageError(text, code="instruction.id_reused"))
 
     def _key(self, instruction: wire.Instruction) -> str:
         verb = self._verbs.get(instruction.verb)
@@ -180,6 +202,7 @@ class Dispatcher:
                 self._run(ident)
             except Interrupted:
                 return
+            self._heartbeats.forget(ident)
             self._done(key)
             self._on_change()
 

@@ -14,7 +14,7 @@
      ├─ JournalError                   journal.unavailable (retryable), journal.corrupt, journal.newer
      ├─ ConfigError                    agent.config
      ├─ AlreadyRunning                 agent.already_running
-     ├─ BrokerError                    broker.unreachable (retryable), broker.unroutable (retryable)
+     ├─ BrokerError                    broker.unreachable (retryable)
      └─ ReplyTimeout                   reply.timeout (retryable); raised by the client, never sent
 """
 
@@ -82,10 +82,6 @@ class AlreadyRunning(AgentError):
 class BrokerError(AgentError):
     code = "broker.unreachable"
     retryable = True
-
-
-class Unroutable(BrokerError):
-    code = "broker.unroutable"
 
 
 class ReplyTimeout(AgentError):

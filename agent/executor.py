@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -92,7 +93,7 @@ class Executor:
         entry = self._journal.entry(ident)
         if entry is None or entry.phase in (Phase.DONE, Phase.FAILED):
             return
-        with log_fields(ident, entry.domain):
+        with log_fields(ident, entry.domain, _request_id(entry)):
             verb = self._verbs.get(entry.instruction.verb)
             if verb is None:
                 self._without_plugin(entry)
@@ -113,7 +114,10 @@ class Executor:
 
     def _start(self, entry: Entry, verb: Verb) -> None:
         instruction = entry.instruction
-        LOG.info("%s begins", instruction.verb)
+        if instruction.context:
+            LOG.info("%s begins, asked for by %s", instruction.verb, json.dumps(instruction.context, sort_keys=True))
+        else:
+            LOG.info("%s begins", instruction.verb)
         try:
             if instruction.deadline is not None and self._now() >= instruction.deadline:
                 raise InstructionError(
@@ -348,6 +352,12 @@ class Executor:
             "message": _line(f"a mistake in the plugin: {where} raised {exc!r}; report it with the agent's log"),
             "retryable": False,
         }
+
+
+def _request_id(entry: Entry) -> str:
+    """What the sender calls this request, fit for a log line."""
+    value = entry.instruction.context.get("request_id")
+    return value if isinstance(value, str) and re.fullmatch(r"[!-~]{1,128}", value) else ""
 
 
 def _known(verdict: Check) -> Check:

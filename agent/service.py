@@ -19,13 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agent import conf
+from agent import conf, oslo
 from agent.api import Host
 from agent.configdrive import Drives
 from agent.context import ContextFilter
 from agent.dispatcher import Dispatcher
 from agent.errors import AgentError, AlreadyRunning, ConfigError, JournalError
 from agent.executor import Executor
+from agent.heartbeats import Heartbeats
 from agent.journal import Journal
 from agent.loader import Verb, load_driver, load_verbs
 from agent.local_images import LocalImages
@@ -34,12 +35,13 @@ from agent.resources import ResourceClaims
 from agent.rpc import connection as broker
 from agent.rpc.consumer import Consumer
 from agent.rpc.publisher import Publisher
+from agent.rpc.queues import OsloQueues
 from hypervisor.errors import ToolstackError
 from hypervisor.toolstack.api import Toolstack
 
 LOG = logging.getLogger(__name__)
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s [%(instruction)s %(domain)s] %(message)s"
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s [%(instruction)s %(domain)s %(request)s] %(message)s"
 HOUSEKEEPING_SECONDS = 60.0
 FLUSH_SECONDS = 5.0
 DRIVER_PAUSE = 5.0
@@ -99,7 +101,8 @@ class Service:
         self.publisher.start()
         self.dispatcher.start()
         self.reporter.start()
-        self.consumer.start()
+        for consumer in self.consumers:
+            consumer.start()
         LOG.info(
             "agent for host %s: driver %s, broker %s, verbs %s",
             settings.host,
@@ -136,6 +139,7 @@ class Service:
     def _wire(self, verbs: dict[str, Verb], host: Host) -> None:
         """Make the parts that have threads and join them; none is started."""
         settings = self.settings
+        heartbeats = Heartbeats(wake=lambda: self.publisher.wake())
         executor = Executor(
             self.journal,
             verbs,
@@ -157,18 +161,22 @@ class Service:
             max_message_bytes=settings.max_message_bytes,
             on_change=self._changed,
             on_fatal=self._fail,
+            oslo_service=oslo.Service(
+                namespaces=frozenset(settings.oslo.namespaces), call_deadlines=settings.oslo.call_deadlines
+            ),
+            heartbeats=heartbeats,
         )
-        self.publisher = Publisher(settings.broker_url, self.journal, reply_seconds=float(settings.reply_seconds))
-        self.consumer = Consumer(
+        self.publisher = Publisher(
             settings.broker_url,
-            settings.host,
-            self.dispatcher.receive,
-            self.dispatcher.has_room,
-            self._fail,
-            prefetch=settings.prefetch,
-            poll_seconds=settings.poll_seconds,
-            max_message_bytes=settings.max_message_bytes,
+            self.journal,
+            reply_seconds=float(settings.reply_seconds),
+            heartbeats=heartbeats,
         )
+        self.consumer = self._consumer()
+        self.consumers = [self.consumer]
+        if settings.oslo.enabled and not broker.is_filesystem(settings.broker_url):
+            # With a connection of its own: what is wrong with these queues does not stop native instructions.
+            self.consumers.append(self._consumer(self._oslo_queues()))
         self.reporter = Reporter(
             settings.host,
             self.toolstack,
@@ -176,6 +184,34 @@ class Service:
             self.publisher.report,
             interval=float(settings.report_interval),
             extra=lambda: {"verbs": sorted(verbs), "broken_plugins": self.broken_plugins, "owner": host.owner},
+        )
+
+    def _consumer(self, queues: OsloQueues | None = None) -> Consumer:
+        settings = self.settings
+        return Consumer(
+            settings.broker_url,
+            settings.host,
+            self.dispatcher.receive,
+            self.dispatcher.room,
+            self._fail,
+            prefetch=settings.prefetch,
+            poll_seconds=settings.poll_seconds,
+            max_message_bytes=settings.max_message_bytes,
+            sources=queues.sources() if queues else (),
+        )
+
+    def _oslo_queues(self) -> OsloQueues:
+        given = self.settings.oslo
+        return OsloQueues(
+            exchange=given.exchange,
+            topic=given.topic,
+            server=self.settings.host,
+            mode=given.queues,
+            transient_quorum=given.transient_quorum,
+            auto_delete=given.auto_delete,
+            expires=given.fanout_ttl,
+            delivery_limit=given.delivery_limit,
+            identity=self.journal.node_id().replace("-", ""),
         )
 
     def run(self) -> None:
@@ -199,7 +235,8 @@ class Service:
     def close(self) -> None:
         """Drain and release everything; safe on a half-started service."""
         if hasattr(self, "reporter"):
-            self.consumer.stop()
+            for consumer in self.consumers:
+                consumer.stop()
             if not self.dispatcher.drain(float(self.settings.drain_seconds)):
                 LOG.info("instructions still run: they resume at the next start")
             self.stopping.set()

@@ -49,6 +49,8 @@ class Raw:
 
     :ivar size: bytes of the whole body; larger than ``len(body)`` when a transport kept only its beginning.
     :ivar reply_to: the transport's own reply address (AMQP property), used when the body cannot be read.
+    :ivar dialect: the form spoken on the queue it came from.
+    :ivar expiration: the AMQP property: milliseconds, as a string; "" for none.
     """
 
     body: bytes
@@ -58,6 +60,8 @@ class Raw:
     headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reply_to: str = ""
     correlation_id: str = ""
+    dialect: str = DIALECT
+    expiration: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,6 +71,8 @@ class Instruction:
     :ivar deadline: seconds since the epoch, or None.
     :ivar dialect: the form the reply must take.
     :ivar correlation: what the reply must carry besides the id, where the dialect has such a thing.
+    :ivar context: what the sender says about itself (request id, user, project), secrets taken out; for logs.
+    :ivar heartbeat: seconds between the signs of life that the sender wants until the reply comes; 0 for none.
     """
 
     id: str
@@ -77,6 +83,8 @@ class Instruction:
     deadline: float | None = None
     dialect: str = DIALECT
     correlation: str = ""
+    context: dict[str, Any] = dataclasses.field(default_factory=dict)
+    heartbeat: float = 0.0
 
     @property
     def digest(self) -> str:
@@ -87,7 +95,7 @@ class Instruction:
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         data["reeve"] = "{}.{}".format(*VERSION)
-        del data["dialect"], data["correlation"]
+        del data["dialect"], data["correlation"], data["context"], data["heartbeat"]
         return data
 
 
@@ -170,10 +178,7 @@ def encode_instruction(instruction: Instruction) -> bytes:
     return _dump(instruction.to_json())
 
 
-def encode_reply(reply: Reply, reply_to: str, dialect: str = DIALECT, correlation: str = "") -> Outgoing:
-    """The reply in the form its sender speaks. :raises ValueError: a dialect this version does not have."""
-    if dialect != DIALECT:
-        raise ValueError(f"no dialect {dialect!r}")
+def encode_reply(reply: Reply, reply_to: str, correlation: str = "") -> Outgoing:
     return Outgoing("", reply_to, _dump(reply.to_json()), correlation_id=correlation or reply.id)
 
 

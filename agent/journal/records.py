@@ -6,7 +6,8 @@ import dataclasses
 import enum
 from typing import Any
 
-from agent.wire import Instruction
+from agent.errors import AgentError
+from agent.wire import Instruction, Outgoing, Raw
 
 
 class Phase(enum.StrEnum):
@@ -78,3 +79,26 @@ class OutboxRow:
     content_type: str
     created: float
     attempts: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Refused:
+    """A message that is no instruction: why, and what its sender is told (None: nothing)."""
+
+    raw: Raw
+    why: AgentError
+    reply: Outgoing | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Waiter:
+    """Somebody who waits for an instruction's reply.
+
+    :ivar heartbeat: seconds between two signs of life, 0 for none.
+    """
+
+    id: str
+    reply_to: str
+    dialect: str
+    correlation: str
+    heartbeat: float

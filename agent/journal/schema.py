@@ -8,7 +8,7 @@ from pathlib import Path
 
 from agent.errors import JournalCorrupt, JournalError, JournalNewer
 
-VERSION = 1
+VERSION = 2
 APPLICATION_ID = 0x52454556
 """``REEV``; stored in the file's header, so that another program's database is not taken for a journal."""
 
@@ -34,7 +34,8 @@ CREATE TABLE instructions (
     reply TEXT,
     received REAL NOT NULL,
     finished REAL,
-    expires REAL
+    expires REAL,
+    context TEXT
 );
 CREATE INDEX instructions_unfinished ON instructions (seq) WHERE finished IS NULL;
 CREATE INDEX instructions_expiring ON instructions (expires) WHERE expires IS NOT NULL;
@@ -43,6 +44,7 @@ CREATE TABLE waiters (
     reply_to TEXT NOT NULL,
     dialect TEXT NOT NULL,
     correlation TEXT NOT NULL DEFAULT '',
+    heartbeat REAL NOT NULL DEFAULT 0,
     PRIMARY KEY (id, reply_to, correlation)
 );
 CREATE TABLE steps (
@@ -81,6 +83,22 @@ CREATE TABLE quarantine (
     reply_to TEXT NOT NULL
 );
 """
+
+MIGRATIONS = {
+    1: "ALTER TABLE instructions ADD COLUMN context TEXT;"
+    " ALTER TABLE waiters ADD COLUMN heartbeat REAL NOT NULL DEFAULT 0;",
+}
+"""What leads from a version to the next one. Columns are added at the end, as `DDL` has them."""
+
+
+def open_reader(path: Path) -> sqlite3.Connection:
+    """A second connection to an open journal, which only reads. :raises JournalError: it cannot be opened."""
+    try:
+        db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA query_only=ON")
+    except sqlite3.Error as exc:
+        raise JournalError(f"the journal {path} cannot be opened ({exc}): check the folder's owner and space") from exc
+    return db
 
 
 def open_file(path: Path) -> sqlite3.Connection:
@@ -133,6 +151,9 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         db.executescript(
             f"BEGIN IMMEDIATE; {DDL} PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={VERSION}; COMMIT;"
         )
+        return
+    for old in range(version, VERSION):
+        db.executescript(f"BEGIN IMMEDIATE; {MIGRATIONS[old]} PRAGMA user_version={old + 1}; COMMIT;")
 
 
 def _corrupt(path: Path, why: str) -> JournalCorrupt:

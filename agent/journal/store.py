@@ -1,6 +1,7 @@
 """The journal: every method is one transaction, durable when it returns.
 
-It is safe to call from several threads. A failure of the file is a `JournalError`; nothing was changed then.
+It is safe to call from several threads; those that write at the same time share one sync of the disk
+(`agent.journal.group`). A failure of the file is a `JournalError`; nothing was changed then.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from agent import wire
+from agent import dialects, wire
 from agent.errors import AgentError, JournalCorrupt, JournalError
 from agent.journal import schema
-from agent.journal.records import Accepted, Entry, OutboxRow, Phase, StepRecord, StepState
+from agent.journal.group import GroupCommit
+from agent.journal.records import Accepted, Entry, OutboxRow, Phase, Refused, StepRecord, StepState, Waiter
 
 LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 QUARANTINE_BODY_BYTES = 4096
 QUARANTINE_ROWS = 1000
@@ -36,61 +40,96 @@ class Journal:
     def __init__(self, path: Path, now: Callable[[], float] = time.time) -> None:
         self.path = path
         self._now = now
-        self._lock = threading.RLock()
         self._db = schema.open_file(path)
+        self._group = GroupCommit(self._db)
+        # Readers have a connection of their own: they need not wait for the disk.
+        self._reader = schema.open_reader(path)
+        self._lock = threading.RLock()
 
     def close(self) -> None:
+        self._group.close()
         with self._lock:
-            self._db.close()
+            self._reader.close()
 
     def node_id(self) -> str:
         """This node's identity, made once: what marks a domain as ours (a hostname may change)."""
-        with self._write() as db:
+
+        def operation(db: sqlite3.Connection) -> str:
             db.execute("INSERT OR IGNORE INTO meta VALUES ('node_id', ?)", (str(uuid.uuid4()),))
             return str(db.execute("SELECT value FROM meta WHERE key = 'node_id'").fetchone()[0])
+
+        return self._write(operation)
 
     # Instructions
 
     def accept(self, instruction: wire.Instruction) -> Accepted:
-        """Make an instruction durable; afterwards its message may be acknowledged."""
-        with self._write() as db:
-            row = db.execute(
-                "SELECT digest, finished, reply FROM instructions WHERE id = ?", (instruction.id,)
-            ).fetchone()
-            if row is None:
-                db.execute(
-                    "INSERT INTO instructions (id, digest, verb, host, args, dialect, deadline, phase, received)"
-                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        instruction.id,
-                        instruction.digest,
-                        instruction.verb,
-                        instruction.host,
-                        json.dumps(instruction.args),
-                        instruction.dialect,
-                        instruction.deadline,
-                        Phase.ACCEPTED,
-                        self._now(),
-                    ),
-                )
-                self._wait(db, instruction)
-                return Accepted.NEW
-            digest, finished, reply = row
-            if digest != instruction.digest:
-                return Accepted.REUSED
-            if finished is None:
-                self._wait(db, instruction)
-                return Accepted.RUNNING
-            if instruction.reply_to:
-                stored = wire.Reply.from_json(json.loads(reply))
-                answer = wire.encode_reply(stored, instruction.reply_to, instruction.dialect, instruction.correlation)
-                self._enqueue(db, answer)
-            return Accepted.REPLAYED
+        """Make one instruction durable; see `take_in`."""
+        (outcome,) = self.take_in([instruction])
+        assert outcome is not None
+        return outcome
+
+    def take_in(self, items: Sequence[wire.Instruction | wire.Outgoing | Refused]) -> list[Accepted | None]:
+        """Make what came durable, with one sync; afterwards the messages may be acknowledged.
+
+        :param items: instructions, answers that need no instruction, and messages that were refused.
+        :returns: what became of each instruction, None for the others.
+        """
+
+        def operation(db: sqlite3.Connection) -> list[Accepted | None]:
+            outcomes: list[Accepted | None] = []
+            for item in items:
+                if isinstance(item, wire.Instruction):
+                    outcomes.append(self._accept(db, item))
+                    continue
+                if isinstance(item, Refused):
+                    self._quarantine(db, item)
+                else:
+                    self._enqueue(db, item)
+                outcomes.append(None)
+            return outcomes
+
+        return self._write(operation)
+
+    def _accept(self, db: sqlite3.Connection, instruction: wire.Instruction) -> Accepted:
+        digest = instruction.digest
+        row = db.execute("SELECT digest, finished, reply FROM instructions WHERE id = ?", (instruction.id,)).fetchone()
+        if row is None:
+            db.execute(
+                "INSERT INTO instructions (id, digest, verb, host, args, dialect, deadline, phase, received, context)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    instruction.id,
+                    digest,
+                    instruction.verb,
+                    instruction.host,
+                    json.dumps(instruction.args),
+                    instruction.dialect,
+                    instruction.deadline,
+                    Phase.ACCEPTED,
+                    self._now(),
+                    json.dumps(instruction.context) if instruction.context else None,
+                ),
+            )
+            self._wait(db, instruction)
+            return Accepted.NEW
+        known, finished, reply = row
+        if known != digest:
+            return Accepted.REUSED
+        if finished is None:
+            self._wait(db, instruction)
+            return Accepted.RUNNING
+        if instruction.reply_to:
+            stored = wire.Reply.from_json(json.loads(reply))
+            self._enqueue(
+                db,
+                dialects.encode_reply(stored, instruction.reply_to, instruction.dialect, instruction.correlation),
+            )
+        return Accepted.REPLAYED
 
     def entry(self, ident: str) -> Entry | None:
         with self._read() as db:
             row = db.execute(
-                "SELECT seq, id, verb, host, args, dialect, deadline, domain, phase, plan, error, received"
+                "SELECT seq, id, verb, host, args, dialect, deadline, domain, phase, plan, error, received, context"
                 " FROM instructions WHERE id = ?",
                 (ident,),
             ).fetchone()
@@ -99,10 +138,12 @@ class Journal:
             steps = db.execute(
                 "SELECT idx, name, state, output, seconds FROM steps WHERE id = ? ORDER BY idx", (ident,)
             ).fetchall()
-        seq, ident, verb, host, args, dialect, deadline, domain, phase, plan, error, received = row
+        seq, ident, verb, host, args, dialect, deadline, domain, phase, plan, error, received, context = row
         return Entry(
             seq=seq,
-            instruction=wire.Instruction(ident, verb, host, json.loads(args), "", deadline, dialect),
+            instruction=wire.Instruction(
+                ident, verb, host, json.loads(args), "", deadline, dialect, context=_load(context) or {}
+            ),
             domain=domain,
             phase=Phase(phase),
             plan=_load(plan),
@@ -117,12 +158,19 @@ class Journal:
             rows = db.execute("SELECT id FROM instructions WHERE finished IS NULL ORDER BY seq").fetchall()
         return [row[0] for row in rows]
 
+    def listeners(self) -> list[Waiter]:
+        """Those who wait for an instruction that is not finished and want to hear that it is still under way."""
+        with self._read() as db:
+            rows = db.execute(
+                "SELECT id, reply_to, dialect, correlation, heartbeat FROM waiters WHERE heartbeat > 0"
+            ).fetchall()
+        return [Waiter(*row) for row in rows]
+
     def planned(self, ident: str, plan: Mapping[str, Any], domain: str) -> None:
-        with self._write() as db:
-            db.execute(
-                "UPDATE instructions SET plan = ?, domain = ?, phase = ? WHERE id = ?",
-                (json.dumps(plan), domain, Phase.RUNNING, ident),
-            )
+        self._execute(
+            "UPDATE instructions SET plan = ?, domain = ?, phase = ? WHERE id = ?",
+            (json.dumps(plan), domain, Phase.RUNNING, ident),
+        )
 
     def step(
         self,
@@ -134,62 +182,63 @@ class Journal:
         seconds: float = 0.0,
     ) -> None:
         """One line of the step log; a step's later lines replace its state and add to its time."""
-        with self._write() as db:
-            db.execute(
-                "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id, idx) DO UPDATE SET"
-                " state = excluded.state, output = coalesce(excluded.output, output),"
-                " seconds = seconds + excluded.seconds",
-                (ident, index, name, state, None if output is None else json.dumps(output), seconds),
-            )
+        self._execute(
+            "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id, idx) DO UPDATE SET"
+            " state = excluded.state, output = coalesce(excluded.output, output),"
+            " seconds = seconds + excluded.seconds",
+            (ident, index, name, state, None if output is None else json.dumps(output), seconds),
+        )
 
     def undoing(self, ident: str, error: Mapping[str, Any], failed: int | None = None) -> None:
         """The instruction has failed with `error` and is taken back; `failed` is the index of the step that did."""
-        with self._write() as db:
+
+        def operation(db: sqlite3.Connection) -> None:
             db.execute(
                 "UPDATE instructions SET phase = ?, error = ? WHERE id = ?", (Phase.UNDOING, json.dumps(error), ident)
             )
             if failed is not None:
                 db.execute("UPDATE steps SET state = ? WHERE id = ? AND idx = ?", (StepState.FAILED, ident, failed))
 
+        self._write(operation)
+
     def finish(self, reply: wire.Reply, keep_seconds: float) -> None:
         """Store the outcome, give back its claim and queue the reply for everyone who asked: one transaction.
 
         :param keep_seconds: how long the same id gets this answer again.
         """
-        with self._write() as db:
+        row = (
+            Phase.DONE if reply.ok else Phase.FAILED,
+            None if reply.error is None else json.dumps(reply.error),
+            json.dumps(reply.to_json()),
+            self._now(),
+            self._now() + keep_seconds,
+            reply.id,
+        )
+
+        def operation(db: sqlite3.Connection) -> None:
             db.execute(
-                "UPDATE instructions SET phase = ?, error = ?, reply = ?, finished = ?, expires = ? WHERE id = ?",
-                (
-                    Phase.DONE if reply.ok else Phase.FAILED,
-                    None if reply.error is None else json.dumps(reply.error),
-                    json.dumps(reply.to_json()),
-                    self._now(),
-                    self._now() + keep_seconds,
-                    reply.id,
-                ),
+                "UPDATE instructions SET phase = ?, error = ?, reply = ?, finished = ?, expires = ? WHERE id = ?", row
             )
             db.execute("DELETE FROM claims WHERE id = ?", (reply.id,))
             waiters = db.execute(
-                "SELECT reply_to, dialect, correlation FROM waiters WHERE id = ?", (reply.id,)
+                "DELETE FROM waiters WHERE id = ? RETURNING reply_to, dialect, correlation", (reply.id,)
             ).fetchall()
             for reply_to, dialect, correlation in waiters:
-                self._enqueue(db, wire.encode_reply(reply, reply_to, dialect, correlation))
-            db.execute("DELETE FROM waiters WHERE id = ?", (reply.id,))
+                self._enqueue(db, dialects.encode_reply(reply, reply_to, dialect, correlation))
+
+        self._write(operation)
 
     def forget(self) -> int:
         """Drop the finished instructions whose time to keep has passed; how many."""
-        with self._write() as db:
-            return db.execute("DELETE FROM instructions WHERE expires < ?", (self._now(),)).rowcount
+        return self._execute("DELETE FROM instructions WHERE expires < ?", (self._now(),))
 
     # Claims
 
     def take_claim(self, ident: str, domain: str, memory_mib: int, vcpus: int) -> None:
-        with self._write() as db:
-            db.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?)", (ident, domain, memory_mib, vcpus))
+        self._execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?)", (ident, domain, memory_mib, vcpus))
 
     def release_claim(self, ident: str) -> None:
-        with self._write() as db:
-            db.execute("DELETE FROM claims WHERE id = ?", (ident,))
+        self._execute("DELETE FROM claims WHERE id = ?", (ident,))
 
     def claims(self) -> list[tuple[str, str, int, int]]:
         """(instruction, domain, MiB, vCPUs) of every claim."""
@@ -200,21 +249,24 @@ class Journal:
 
     def quarantine(self, raw: wire.Raw, why: AgentError, reply: wire.Outgoing | None) -> None:
         """Keep a refused message (its beginning) with the reason, and queue the answer to its sender."""
-        with self._write() as db:
-            db.execute(
-                "INSERT INTO quarantine (received, code, reason, size, body, reply_to) VALUES (?, ?, ?, ?, ?, ?)",
-                (
-                    self._now(),
-                    why.code,
-                    why.message,
-                    max(raw.size, len(raw.body)),
-                    raw.body[:QUARANTINE_BODY_BYTES],
-                    reply.routing_key if reply else "",
-                ),
-            )
-            db.execute("DELETE FROM quarantine WHERE seq <= (SELECT max(seq) FROM quarantine) - ?", (QUARANTINE_ROWS,))
-            if reply is not None:
-                self._enqueue(db, reply)
+        self.take_in([Refused(raw, why, reply)])
+
+    def _quarantine(self, db: sqlite3.Connection, refused: Refused) -> None:
+        raw, why, reply = refused.raw, refused.why, refused.reply
+        db.execute(
+            "INSERT INTO quarantine (received, code, reason, size, body, reply_to) VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                self._now(),
+                why.code,
+                why.message,
+                max(raw.size, len(raw.body)),
+                raw.body[:QUARANTINE_BODY_BYTES],
+                reply.routing_key if reply else "",
+            ),
+        )
+        db.execute("DELETE FROM quarantine WHERE seq <= (SELECT max(seq) FROM quarantine) - ?", (QUARANTINE_ROWS,))
+        if reply is not None:
+            self._enqueue(db, reply)
 
     def quarantined(self) -> list[dict[str, Any]]:
         names = ("seq", "received", "code", "reason", "size", "body", "reply_to")
@@ -225,8 +277,7 @@ class Journal:
     # Outbox
 
     def enqueue(self, message: wire.Outgoing) -> None:
-        with self._write() as db:
-            self._enqueue(db, message)
+        self.take_in([message])
 
     def outbox(self, limit: int = 100) -> list[OutboxRow]:
         """What is due to be published, oldest first."""
@@ -238,16 +289,15 @@ class Journal:
             ).fetchall()
         return [OutboxRow(*row) for row in rows]
 
-    def published(self, seq: int) -> None:
-        """The broker has confirmed it, or nobody will ever take it: forget the row."""
-        with self._write() as db:
-            db.execute("DELETE FROM outbox WHERE seq = ?", (seq,))
+    def published(self, *seqs: int) -> None:
+        """The broker has confirmed them, or nobody will ever take them: forget the rows."""
+        self._many("DELETE FROM outbox WHERE seq = ?", [(seq,) for seq in seqs])
 
-    def postpone(self, seq: int, seconds: float) -> None:
-        with self._write() as db:
-            db.execute(
-                "UPDATE outbox SET attempts = attempts + 1, not_before = ? WHERE seq = ?", (self._now() + seconds, seq)
-            )
+    def postpone(self, seconds: float, *seqs: int) -> None:
+        self._many(
+            "UPDATE outbox SET attempts = attempts + 1, not_before = ? WHERE seq = ?",
+            [(self._now() + seconds, seq) for seq in seqs],
+        )
 
     def counts(self) -> dict[str, int]:
         """Rows that matter for health: ``unfinished``, ``outbox``, ``claims``, ``quarantine``."""
@@ -265,8 +315,14 @@ class Journal:
     def _wait(self, db: sqlite3.Connection, instruction: wire.Instruction) -> None:
         if instruction.reply_to:
             db.execute(
-                "INSERT OR IGNORE INTO waiters VALUES (?, ?, ?, ?)",
-                (instruction.id, instruction.reply_to, instruction.dialect, instruction.correlation),
+                "INSERT OR IGNORE INTO waiters (id, reply_to, dialect, correlation, heartbeat) VALUES (?, ?, ?, ?, ?)",
+                (
+                    instruction.id,
+                    instruction.reply_to,
+                    instruction.dialect,
+                    instruction.correlation,
+                    instruction.heartbeat,
+                ),
             )
 
     def _enqueue(self, db: sqlite3.Connection, message: wire.Outgoing) -> None:
@@ -283,29 +339,33 @@ class Journal:
             ),
         )
 
-    @contextlib.contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
-        with self._read() as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    db.execute("ROLLBACK")
-                raise
+    def _execute(self, statement: str, values: Sequence[Any]) -> int:
+        """One statement as a transaction; how many rows it changed."""
+        return self._write(lambda db: db.execute(statement, values).rowcount)
+
+    def _many(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
+        if rows:
+            self._write(lambda db: db.executemany(statement, rows))
+
+    def _write(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        with self._errors():
+            return self._group.run(operation)
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                yield self._db
-            except (sqlite3.OperationalError, sqlite3.ProgrammingError) as exc:
-                raise JournalError(
-                    f"the journal {self.path} cannot be used just now ({exc}): check the disk's space and health"
-                ) from exc
-            except sqlite3.DatabaseError as exc:
-                raise JournalCorrupt(f"the journal {self.path} is damaged ({exc}): restore it or move it away") from exc
+        with self._lock, self._errors():
+            yield self._reader
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.OperationalError, sqlite3.ProgrammingError) as exc:
+            raise JournalError(
+                f"the journal {self.path} cannot be used just now ({exc}): check the disk's space and health"
+            ) from exc
+        except sqlite3.DatabaseError as exc:
+            raise JournalCorrupt(f"the journal {self.path} is damaged ({exc}): restore it or move it away") from exc
 
 
 def _load(text: str | None) -> dict[str, Any] | None:

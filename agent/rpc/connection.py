@@ -40,9 +40,11 @@ def connect(
     poll_seconds: float = POLL_SECONDS,
     max_message_bytes: int = MAX_BYTES,
     heartbeat: float = HEARTBEAT_SECONDS,
+    confirm: bool = True,
 ) -> kombu.Connection:
     """A connection, not yet opened.
 
+    :param confirm: every ``publish`` waits for the broker's confirmation.
     :param heartbeat: seconds; whoever asks for it must call ``heartbeat_check`` about once a second. 0 for none.
     :raises ConfigError: the URL is not usable.
     """
@@ -68,7 +70,7 @@ def connect(
         transport=transport,
         connect_timeout=CONNECT_SECONDS,
         heartbeat=heartbeat,
-        transport_options={"confirm_publish": True, "write_timeout": 30},
+        transport_options={"confirm_publish": confirm, "write_timeout": 30},
     )
 
 

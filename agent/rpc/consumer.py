@@ -1,7 +1,8 @@
-"""Takes messages from this host's queue and acknowledges each one once it is durable.
+"""Takes messages from this host's queues and acknowledges them once they are durable.
 
-One thread, one connection. A lost broker is tried again with growing pauses. At most `prefetch` messages are
-held unacknowledged; while the dispatcher has no room they simply stay so, and the rest waits at the broker.
+One thread, one connection. A lost broker is tried again with growing pauses. At most `prefetch` messages of a queue
+are held unacknowledged; while the dispatcher has no room they simply stay so, and the rest waits at the broker. What
+has come by the time that the journal is free is taken in and acknowledged together.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import fcntl
+import itertools
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import kombu
@@ -22,7 +24,7 @@ from agent import wire
 from agent.errors import AlreadyRunning, ConfigError, JournalCorrupt, JournalError
 from agent.faults import boundary
 from agent.rpc import connection as broker
-from agent.rpc import filesystem
+from agent.rpc import filesystem, queues
 
 LOG = logging.getLogger(__name__)
 
@@ -35,9 +37,10 @@ STALE_SECONDS = 3600.0
 
 
 class Consumer:
-    """:param receive: stores one message; when it returns the message is acknowledged.
+    """:param receive: stores messages; when it returns they are acknowledged.
 
-    :param has_room: whether another message may be taken in.
+    :param room: how many messages more may be taken in.
+    :param sources: the queues; by default the host's own.
     :param on_fatal: called when going on would do harm (damaged journal, second agent on the queue).
     """
 
@@ -45,25 +48,27 @@ class Consumer:
         self,
         url: str,
         host: str,
-        receive: Callable[[wire.Raw], None],
-        has_room: Callable[[], bool],
+        receive: Callable[..., None],
+        room: Callable[[], int],
         on_fatal: Callable[[Exception], None],
         *,
         prefetch: int = 32,
         poll_seconds: float = broker.POLL_SECONDS,
         max_message_bytes: int = wire.MAX_BYTES,
         longest_pause: float = 30.0,
+        sources: Sequence[queues.Source] = (),
     ) -> None:
         self._url = url
         self._host = host
         self._receive = receive
-        self._has_room = has_room
+        self._room = room
+        self._sources = tuple(sources) or (queues.native(host),)
         self._on_fatal = on_fatal
         self._prefetch = prefetch
         self._poll_seconds = poll_seconds
         self._max_message_bytes = max_message_bytes
         self._longest_pause = longest_pause
-        self._held: collections.deque[Any] = collections.deque()
+        self._held: collections.deque[tuple[str, Any]] = collections.deque()  # (dialect, message)
         self._stop = threading.Event()
         self._owner_file: Any = None
         self._swept = 0.0
@@ -134,33 +139,39 @@ class Consumer:
 
     def _serve(self, connection: kombu.Connection) -> None:
         channel = connection.channel()
-        queue = broker.instruction_queue(self._host)(channel)
-        queue.declare()
+        queues.declare(connection, channel, self._sources)
         channel.basic_qos(0, self._prefetch, False)
-        # Exclusive: a second agent with this host's name is refused by the broker instead of taking half.
-        channel.basic_consume(
-            queue=queue.name,
-            no_ack=False,
-            exclusive=True,
-            consumer_tag=f"reeve-agent-{uuid.uuid4().hex[:8]}",
-            callback=lambda message: self._held.append(channel.message_to_python(message)),
-        )
-        LOG.info("taking instructions from %s of %s", queue.name, broker.redact(self._url))
+        for source in self._sources:
+            # Exclusive: a second agent with this host's name is refused by the broker instead of taking half.
+            channel.basic_consume(
+                queue=source.queue.name,
+                no_ack=False,
+                exclusive=source.exclusive,
+                consumer_tag=f"reeve-agent-{uuid.uuid4().hex[:8]}",
+                callback=lambda message, dialect=source.dialect: self._held.append(
+                    (dialect, channel.message_to_python(message))
+                ),
+            )
+        names = ", ".join(source.queue.name for source in self._sources)
+        LOG.info("taking instructions from %s of %s", names, broker.redact(self._url))
         self.connected.set()
-        idle = FOLDER_DRAIN_SECONDS if broker.is_filesystem(self._url) else DRAIN_SECONDS
+        folder = broker.is_filesystem(self._url)
+        idle = FOLDER_DRAIN_SECONDS if folder else DRAIN_SECONDS
         while not self._stop.is_set():
             with contextlib.suppress(TimeoutError):
                 connection.drain_events(timeout=FULL_SECONDS if self._held else idle)
+                while not folder and len(self._held) < self._prefetch:
+                    connection.drain_events(timeout=0)
             connection.heartbeat_check()
             self._take_in()
             self._sweep()
 
     def _take_in(self) -> None:
-        while self._held and self._has_room() and not self._stop.is_set():
-            message = self._held[0]
+        while self._held and (room := self._room()) > 0 and not self._stop.is_set():
+            batch = list(itertools.islice(self._held, min(int(room), self._prefetch)))
             boundary("consumer:taken")
             try:
-                self._receive(_raw(message))
+                self._receive(*(_raw(message, dialect) for dialect, message in batch))
             except JournalCorrupt:
                 raise
             except JournalError as exc:
@@ -168,8 +179,14 @@ class Consumer:
                 self._stop.wait(JOURNAL_PAUSE)
                 return
             boundary("consumer:journalled")
-            self._held.popleft()
-            message.ack()
+            for _ in batch:
+                self._held.popleft()
+            if broker.is_filesystem(self._url):
+                for _, message in batch:
+                    message.ack()
+            else:
+                # They are held in the order in which the channel delivered them: this answers for all.
+                batch[-1][1].ack(multiple=True)
             boundary("consumer:acked")
 
     def _sweep(self) -> None:
@@ -184,7 +201,7 @@ class Consumer:
                 LOG.info("%d messages nobody fetched were removed (%s)", count, prefix)
 
 
-def _raw(message: Any) -> wire.Raw:
+def _raw(message: Any, dialect: str) -> wire.Raw:
     body = message.body
     data = body.encode() if isinstance(body, str) else bytes(body or b"")
     headers = {str(key): value for key, value in (message.headers or {}).items()}
@@ -197,6 +214,8 @@ def _raw(message: Any) -> wire.Raw:
         headers=headers,
         reply_to=str(message.properties.get("reply_to") or ""),
         correlation_id=str(message.properties.get("correlation_id") or ""),
+        dialect=dialect,
+        expiration=str(message.properties.get("expiration") or ""),
     )
 
 

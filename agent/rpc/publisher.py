@@ -1,8 +1,9 @@
 """Publishes replies from the journal's outbox and reports from memory.
 
 A reply leaves the outbox when the broker has confirmed it (RabbitMQ: publisher confirm; folder: fsync), so it
-is sent at least once. A reply that no queue takes is tried again until it is `reply_seconds` old. Reports are
-worth something only while they are fresh: the oldest are dropped when the broker stays away.
+is sent at least once. A reply that no queue takes is tried again until it is `reply_seconds` old; for as long again
+that queue counts as gone and other replies to it are not tried. Reports are worth something only while they are
+fresh: the oldest are dropped when the broker stays away. Signs of life (`agent.heartbeats`) are not kept at all.
 """
 
 from __future__ import annotations
@@ -12,26 +13,33 @@ import contextlib
 import logging
 import threading
 import time
-from typing import Any
+from collections.abc import Sequence
 
 import kombu
 
 from agent import wire
-from agent.errors import ConfigError, JournalCorrupt, JournalError, Unroutable
+from agent.errors import ConfigError, JournalCorrupt, JournalError
 from agent.faults import boundary
+from agent.heartbeats import Heartbeats
 from agent.journal import Journal, OutboxRow
 from agent.rpc import connection as broker
+from agent.rpc.sender import AmqpSender, FolderSender
 
 LOG = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0
-CONFIRM_SECONDS = 30
 MAX_REPORTS = 1000
+REPORT_BATCH = 50
 RETURNED_PAUSE = 1.0
+MAX_GONE = 1000
 
 
 class Publisher:
-    """One thread, one connection. :param reply_seconds: how long an undeliverable reply is tried."""
+    """One thread, one connection.
+
+    :param reply_seconds: how long an undeliverable reply is tried.
+    :param heartbeats: signs of life to send; call `wake` when there is a new one.
+    """
 
     def __init__(
         self,
@@ -40,13 +48,15 @@ class Publisher:
         *,
         reply_seconds: float = 60.0,
         longest_pause: float = 30.0,
+        heartbeats: Heartbeats | None = None,
     ) -> None:
         self._url = url
+        self._heartbeats = heartbeats or Heartbeats()
         self._journal = journal
         self._reply_seconds = reply_seconds
         self._longest_pause = longest_pause
         self._reports: collections.deque[wire.Outgoing] = collections.deque(maxlen=MAX_REPORTS)
-        self._returned: BaseException | None = None
+        self._gone: dict[str, float] = {}  # reply queues nobody has, until when
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._idle = threading.Event()
@@ -83,7 +93,7 @@ class Publisher:
         pause = 0.2
         while not self._stop.is_set():
             try:
-                connection = broker.connect(self._url)
+                connection = broker.connect(self._url, confirm=False)
             except ConfigError as exc:  # a folder that was there at the start
                 LOG.warning("%s; trying again in %.1f s", exc, pause)
                 self._stop.wait(pause)
@@ -111,64 +121,62 @@ class Publisher:
             pause = min(pause * 2, self._longest_pause)
 
     def _serve(self, connection: kombu.Connection) -> None:
-        channel = connection.channel()
-        broker.REPORTS(channel).declare()
-        # A folder takes every message: nothing is ever returned.
-        on_return = None if broker.is_filesystem(self._url) else self._on_return
-        producer = kombu.Producer(channel, on_return=on_return)
+        sender = FolderSender(connection) if broker.is_filesystem(self._url) else AmqpSender(connection)
         self.connected.set()
         while not self._stop.is_set():
             self._wake.clear()
-            # Replies first: someone waits for them.
-            while rows := self._journal.outbox():
-                for row in rows:
-                    self._reply(producer, row)
-                if self._stop.is_set():
-                    return
+            wait = self._beat(sender)
+            # Replies before reports: someone waits for them.
+            if rows := self._journal.outbox():
+                self._replies(sender, rows)
+                continue
             while self._reports:
-                report = self._reports[0]
-                self._send(producer, report, mandatory=False)
-                if self._reports and self._reports[0] is report:
-                    self._reports.popleft()
+                reports = [self._reports[n] for n in range(min(len(self._reports), REPORT_BATCH))]
+                sender.send(reports, mandatory=False)
+                for report in reports:
+                    if self._reports and self._reports[0] is report:
+                        self._reports.popleft()
             if not self._wake.is_set():
                 self._idle.set()
-                self._wake.wait(IDLE_SECONDS)
+                self._wake.wait(min(IDLE_SECONDS, wait))
             self._keep_alive(connection)
 
-    def _reply(self, producer: kombu.Producer, row: OutboxRow) -> None:
-        message = wire.Outgoing(row.exchange, row.routing_key, row.body, row.correlation_id, row.content_type)
+    def _beat(self, sender: AmqpSender | FolderSender) -> float:
+        """Send the signs of life that are due; seconds until the next one."""
+        messages, wait = self._heartbeats.due()
+        if messages:
+            for message, taken in zip(messages, sender.send(messages, mandatory=True), strict=True):
+                if not taken:
+                    self._heartbeats.gone(message.routing_key)
+        return wait
+
+    def _replies(self, sender: AmqpSender | FolderSender, rows: Sequence[OutboxRow]) -> None:
+        now = time.time()
+        self._gone = {queue: until for queue, until in self._gone.items() if 0 < until - now <= self._reply_seconds}
+        known = [row for row in rows if row.routing_key not in self._gone]
+        messages = [
+            wire.Outgoing(row.exchange, row.routing_key, row.body, row.correlation_id, row.content_type)
+            for row in known
+        ]
         boundary("publisher:before")
-        try:
-            self._send(producer, message, mandatory=True)
-        except Unroutable as exc:
-            if time.time() - row.created > self._reply_seconds:
-                LOG.warning("reply to %s given up: %s; it stays in the journal", row.correlation_id or "?", exc)
-                self._journal.published(row.seq)
-            else:
-                self._journal.postpone(row.seq, RETURNED_PAUSE)
-            return
+        taken = sender.send(messages, mandatory=True)
         boundary("publisher:published")
-        self._journal.published(row.seq)
-
-    def _send(self, producer: kombu.Producer, message: wire.Outgoing, *, mandatory: bool) -> None:
-        """:raises Unroutable: the broker has no such queue."""
-        self._returned = None
-        producer.publish(
-            message.body,
-            exchange=message.exchange,
-            routing_key=message.routing_key,
-            content_type=message.content_type,
-            content_encoding="utf-8",
-            correlation_id=message.correlation_id or None,
-            delivery_mode=2,
-            mandatory=mandatory,
-            timeout=CONFIRM_SECONDS,
-        )
-        if self._returned is not None:
-            raise Unroutable(f"nobody has a queue {message.routing_key!r} any more")
-
-    def _on_return(self, exc: BaseException, *_rest: Any) -> None:
-        self._returned = exc
+        settled, again = [row.seq for row in rows if row.routing_key in self._gone], []
+        for row, ok in zip(known, taken, strict=True):
+            if ok or now - row.created > self._reply_seconds:
+                settled.append(row.seq)
+            else:
+                again.append(row.seq)
+            if not ok and now - row.created > self._reply_seconds:
+                LOG.warning(
+                    "reply to %s given up: nobody has a queue %r any more; it stays in the journal",
+                    row.correlation_id or "?",
+                    row.routing_key,
+                )
+                if len(self._gone) < MAX_GONE:
+                    self._gone[row.routing_key] = now + self._reply_seconds
+        self._journal.published(*settled)
+        self._journal.postpone(RETURNED_PAUSE, *again)
 
     def _keep_alive(self, connection: kombu.Connection) -> None:
         if broker.is_filesystem(self._url):

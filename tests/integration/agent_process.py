@@ -39,6 +39,10 @@ class AgentProcess:
         path = self.folder / "agent.log"
         return path.read_text() if path.exists() else ""
 
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
     def start(self, kill_at: str = "", *options: str) -> None:
         env = {key: value for key, value in os.environ.items() if not key.startswith(("OS_", "REEVE_"))}
         if kill_at:

@@ -142,7 +142,7 @@ def test_bad_messages_are_answered_and_leave_nothing(
 def test_prefetch_bounds_what_the_agent_holds(
     service: Service, client: Client, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service.consumer, "_has_room", lambda: False)
+    monkeypatch.setattr(service.consumer, "_room", lambda: 0)
     idents = [client.send("list") for _ in range(10)]
     until(lambda: depth(url, QUEUE)[0] == 6)
     monkeypatch.undo()

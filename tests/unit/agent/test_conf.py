@@ -131,3 +131,11 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert caught.value.code == 0 and "What it does." in text and "examples: one" in text
     assert "--broker-url" in text and "--agent-state-dir" in text
+
+
+def test_oslo_names_that_cannot_be(tmp_path: Path) -> None:
+    for option, text in (("topic", "a topic"), ("exchange", "x/y"), ("topic", "reeve")):
+        with pytest.raises(ConfigError, match=rf"\[oslo\] {option}"):
+            conf.load(write(tmp_path / "agent.conf", f"[oslo]\n{option} = {text}\n"))
+    given = conf.load(write(tmp_path / "agent.conf", "[oslo]\nnamespaces = a,b\nqueues = quorum\n")).oslo
+    assert (given.namespaces, given.queues, given.enabled) == (("a", "b"), "quorum", True)

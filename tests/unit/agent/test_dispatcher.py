@@ -11,9 +11,11 @@ import pytest
 from agent_rig import HOST, Rig
 
 from agent import dispatcher as module
+from agent import oslo
 from agent.context import Interrupted
 from agent.dispatcher import Dispatcher
 from agent.errors import JournalCorrupt, JournalError
+from agent.heartbeats import NEVER, Heartbeats
 from agent.wire import Raw
 
 UUIDS = [str(uuid.UUID(int=n)) for n in range(4)]
@@ -234,3 +236,58 @@ def test_interrupted_ends_the_worker(rig: Rig, runner: Runner) -> None:
     dispatcher.receive(message())
     until(lambda: not any(thread.is_alive() for thread in dispatcher._threads))
     assert len(rig.journal.unfinished()) == 1
+
+
+def oslo_message(method: str = "list", **fields: Any) -> Raw:
+    request = {"method": method, "args": {}, "version": "1.0", "_unique_id": uuid.uuid4().hex, **fields}
+    body = json.dumps({"oslo.version": "2.0", "oslo.message": json.dumps(request)}).encode()
+    return Raw(body, len(body), dialect=oslo.DIALECT)
+
+
+def call(method: str = "list", **fields: Any) -> Raw:
+    return oslo_message(method, _msg_id=uuid.uuid4().hex, _reply_q="reply_a", **fields)
+
+
+def answers(rig: Rig) -> list[dict[str, Any]]:
+    return [json.loads(json.loads(row.body)["oslo.message"]) for row in rig.journal.outbox()]
+
+
+def test_a_batch_of_both_forms_with_one_transaction(rig: Rig, runner: Runner) -> None:
+    changes: list[int] = []
+    dispatcher = make(rig, runner, on_change=lambda: changes.append(1))
+    runner.gate.clear()
+    twice = call()
+    before = rig.journal._group.commits
+    dispatcher.receive(message(), twice, Raw(b"nonsense", 8), twice, call(oslo.PING), oslo_message(oslo.PING))
+    assert rig.journal._group.commits == before + 1
+    assert rig.journal.counts()["unfinished"] == dispatcher.pending == 2
+    assert [row["code"] for row in rig.journal.quarantined()] == ["message.not_json"]
+    assert [answer["result"] for answer in answers(rig)] == ["pong"]
+    assert changes
+    runner.gate.set()
+    end(rig, dispatcher)
+
+
+def test_methods_that_are_not_there_are_answered(rig: Rig, runner: Runner) -> None:
+    dispatcher = make(rig, runner)
+    dispatcher.receive(call("_private"), call(version="9.0"), oslo_message("_private"))
+    assert [json.loads(answer["failure"])["class"] for answer in answers(rig)] == ["NoSuchMethod", "UnsupportedVersion"]
+    assert len(rig.journal.quarantined()) == 3 and dispatcher.pending == 0
+    end(rig, dispatcher)
+
+
+def test_callers_hear_from_a_call_until_it_is_finished(rig: Rig, runner: Runner) -> None:
+    clock = [100.0]
+    heartbeats = Heartbeats(lambda: clock[0])
+    dispatcher = make(rig, runner, heartbeats=heartbeats)
+    runner.gate.clear()
+    dispatcher.receive(call(_timeout=10), call(), oslo_message(_timeout=10))
+    clock[0] += 5
+    assert len(heartbeats.due()[0]) == 1
+    again = Heartbeats(lambda: clock[0])
+    Dispatcher(HOST, rig.journal, rig.verbs, runner, rig.stopping, heartbeats=again).recover()  # type: ignore[arg-type]
+    clock[0] += 5
+    assert len(again.due()[0]) == 1, "so it is after a restart"
+    runner.gate.set()
+    until(lambda: heartbeats.due()[1] == NEVER)
+    end(rig, dispatcher)

@@ -88,7 +88,7 @@ def test_the_acknowledgement_comes_after_the_journal(tmp_path: Path, monkeypatch
     recorder = Recorder()
     names = [
         "agent.rpc.filesystem.Channel._get",
-        "agent.journal.store.Journal.accept",
+        "agent.journal.store.Journal.take_in",
         "agent.rpc.filesystem.Channel.basic_ack",
     ]
     settings = conf.load([], ["--agent-state-dir", str(tmp_path / "state"), "--agent-host", "node1"])

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import sqlite3
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 
+from agent import oslo
 from agent.errors import JournalCorrupt, JournalError, JournalNewer, MessageError
-from agent.journal import Accepted, Journal, Phase, StepState, schema, store
+from agent.journal import Accepted, Journal, Phase, StepState, Waiter, schema, store
 from agent.wire import Instruction, Outgoing, Raw, Reply
 
 ONE = Instruction("id-1", "create", "node1", {"name": "web"}, "replies.1", 99.0)
@@ -127,7 +129,7 @@ def test_outbox_keeps_order_and_postpones(journal: Journal, clock: Clock) -> Non
     for name in "abc":
         journal.enqueue(Outgoing("", name, b""))
     first = journal.outbox()[0]
-    journal.postpone(first.seq, 10)
+    journal.postpone(10, first.seq)
     assert [row.routing_key for row in journal.outbox()] == ["b", "c"]
     clock.time += 11
     assert [(row.routing_key, row.attempts) for row in journal.outbox()] == [("a", 1), ("b", 0), ("c", 0)]
@@ -166,7 +168,7 @@ def test_a_newer_file_is_refused(tmp_path: Path, journal: Journal) -> None:
     db = sqlite3.connect(tmp_path / "j.sqlite")
     db.execute(f"PRAGMA user_version={schema.VERSION + 1}")
     db.close()
-    with pytest.raises(JournalNewer, match="version 2"):
+    with pytest.raises(JournalNewer, match=f"version {schema.VERSION + 1}"):
         Journal(tmp_path / "j.sqlite")
 
 
@@ -185,25 +187,81 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_a_failing_file_is_a_retryable_error_and_changes_nothing(journal: Journal) -> None:
-    with journal._read() as db:
-        pages = db.execute("PRAGMA page_count").fetchone()[0]
-        db.execute(f"PRAGMA max_page_count={pages}")
+    pages = journal._db.execute("PRAGMA page_count").fetchone()[0]
+    journal._db.execute(f"PRAGMA max_page_count={pages}")
     with pytest.raises(JournalError) as caught:
         journal.accept(dataclasses.replace(ONE, args={"text": "x" * 100000}))
     assert caught.value.code == "journal.unavailable" and caught.value.retryable
     assert journal.unfinished() == []
-    with journal._read() as db:
-        db.execute("PRAGMA max_page_count=1073741823")
+    journal._db.execute("PRAGMA max_page_count=1073741823")
     assert journal.accept(ONE) is Accepted.NEW
 
 
 def test_a_locked_file_is_a_retryable_error(journal: Journal) -> None:
     other = sqlite3.connect(journal.path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    with journal._read() as db:
-        db.execute("PRAGMA busy_timeout=50")
+    journal._db.execute("PRAGMA busy_timeout=50")
     with pytest.raises(JournalError, match="locked"):
         journal.accept(ONE)
     other.execute("ROLLBACK")
     other.close()
     assert journal.accept(ONE) is Accepted.NEW
+
+
+def test_who_listens_and_what_the_sender_said_of_itself_survive(tmp_path: Path, journal: Journal) -> None:
+    asked = dataclasses.replace(ONE, dialect=oslo.DIALECT, correlation="m1", heartbeat=5.0, context={"user": "u"})
+    journal.accept(asked)
+    journal.accept(dataclasses.replace(ONE, id="id-2"))
+    journal.close()
+    again = Journal(tmp_path / "j.sqlite")
+    assert again.listeners() == [Waiter("id-1", "replies.1", oslo.DIALECT, "m1", 5.0)]
+    entry = again.entry("id-1")
+    assert entry is not None and entry.instruction.context == {"user": "u"}
+    again.finish(finished(), 60)
+    assert again.listeners() == []
+    (row,) = again.outbox()
+    assert json.loads(json.loads(row.body)["oslo.message"])["_msg_id"] == "m1"
+
+
+def test_a_journal_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "old.sqlite"
+    db = sqlite3.connect(path)
+    old = schema.DDL.replace(",\n    context TEXT", "").replace("    heartbeat REAL NOT NULL DEFAULT 0,\n", "")
+    db.executescript(f"{old} PRAGMA application_id={schema.APPLICATION_ID}; PRAGMA user_version=1;")
+    db.execute(
+        "INSERT INTO instructions (id, digest, verb, host, args, dialect, phase, received)"
+        " VALUES ('id-1', ?, 'create', 'node1', '{\"name\": \"web\"}', 'reeve/1.0', 'accepted', 1.0)",
+        (ONE.digest,),
+    )
+    db.execute("INSERT INTO waiters VALUES ('id-1', 'replies.1', 'reeve/1.0', '')")
+    db.commit()
+    db.close()
+    journal = Journal(path)
+    entry = journal.entry("id-1")
+    assert entry is not None and entry.instruction.args == {"name": "web"} and entry.instruction.context == {}
+    assert journal.accept(ONE) is Accepted.RUNNING
+    journal.finish(finished(), 60)
+    assert len(journal.outbox()) == 1
+    columns = {}
+    for name, file in (("new", tmp_path / "new.sqlite"), ("old", path)):
+        with Journal(file)._read() as reader:
+            tables = [row[0] for row in reader.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            columns[name] = {table: reader.execute(f"PRAGMA table_info({table})").fetchall() for table in tables}
+            assert reader.execute("PRAGMA user_version").fetchone()[0] == schema.VERSION
+    assert columns["new"] == columns["old"]
+
+
+def test_readers_do_not_wait_for_a_writer(journal: Journal) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slow(_db: sqlite3.Connection) -> None:
+        entered.set()
+        assert go_on.wait(10)
+
+    journal.accept(ONE)
+    writer = threading.Thread(target=lambda: journal._write(slow))
+    writer.start()
+    assert entered.wait(10)
+    assert journal.entry("id-1") is not None
+    go_on.set()
+    writer.join(10)

@@ -34,10 +34,10 @@ class Inbox:
         self.fatal: list[Exception] = []
         self.room = True
 
-    def receive(self, raw: wire.Raw) -> None:
+    def receive(self, *raws: wire.Raw) -> None:
         if self.errors:
             raise self.errors.pop(0)
-        self.raws.append(raw)
+        self.raws.extend(raws)
 
 
 @pytest.fixture

@@ -1,0 +1,138 @@
+"""The queues an agent takes instructions from: its own, and those where oslo.messaging's clients send.
+
+oslo.messaging's names and arguments are in ``_drivers/impl_rabbit.py`` (``declare_topic_consumer``,
+``declare_fanout_consumer``). A client declares the exchanges, so their arguments must be the client's; the queues
+are declared by servers only, so theirs may be safer than the defaults of the stock server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import amqp
+import kombu
+
+from agent import oslo, wire
+from agent.rpc import connection as broker
+
+LOG = logging.getLogger(__name__)
+
+DURABLE, QUORUM, OSLO_DEFAULTS = "durable", "quorum", "oslo-defaults"
+MODES = (DURABLE, QUORUM, OSLO_DEFAULTS)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """A queue and the form of the messages on it.
+
+    :ivar exclusive: a second consumer, so a second agent, is refused by the broker.
+    """
+
+    queue: kombu.Queue
+    dialect: str
+    exclusive: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OsloQueues:
+    """How the queues for oslo.messaging's clients are made.
+
+    :ivar exchange: the clients' ``control_exchange``.
+    :ivar mode: one of `MODES`; `DURABLE` fits clients with ``amqp_durable_queues``, `QUORUM` those with
+        ``rabbit_quorum_queue``, `OSLO_DEFAULTS` those with neither.
+    :ivar transient_quorum: the clients' ``rabbit_transient_quorum_queue``.
+    :ivar auto_delete: the clients' ``amqp_auto_delete``.
+    :ivar expires: seconds after which the fanout queue of an agent that is away is removed; 0 for never.
+    :ivar delivery_limit: of quorum queues; 0 for the broker's own.
+    :ivar identity: 32 hex digits that stay with the node: the name of a fanout queue that outlives the agent.
+    """
+
+    exchange: str
+    topic: str
+    server: str
+    mode: str = DURABLE
+    transient_quorum: bool = False
+    auto_delete: bool = False
+    expires: int = 1800
+    delivery_limit: int = 0
+    identity: str = ""
+
+    def sources(self) -> list[Source]:
+        """Any server of the topic, this server, and every server of the topic."""
+        durable = self.mode != OSLO_DEFAULTS
+        exchange = kombu.Exchange(self.exchange, type="topic", durable=durable, auto_delete=self.auto_delete)
+        arguments = self._arguments(self.mode == QUORUM)
+        shared, own = (
+            kombu.Queue(
+                name,
+                exchange=exchange,
+                routing_key=name,
+                durable=durable,
+                auto_delete=self.auto_delete,
+                queue_arguments=arguments,
+            )
+            for name in (self.topic, f"{self.topic}.{self.server}")
+        )
+        return [
+            Source(shared, oslo.DIALECT, exclusive=False),
+            Source(own, oslo.DIALECT, exclusive=True),
+            Source(self._fanout(durable), oslo.DIALECT, exclusive=True),
+        ]
+
+    def _fanout(self, durable: bool) -> kombu.Queue:
+        arguments = self._arguments(self.mode == QUORUM or self.transient_quorum)
+        if self.expires:
+            arguments["x-expires"] = self.expires * 1000
+        # A name that stays, where the queue does: what is sent while the agent restarts is not lost.
+        unique = self.identity if durable and self.identity else uuid.uuid4().hex
+        return kombu.Queue(
+            f"{self.topic}_fanout_{unique}",
+            exchange=kombu.Exchange(
+                f"{self.topic}_fanout", type="fanout", durable=self.transient_quorum, auto_delete=True
+            ),
+            routing_key=self.topic,
+            durable=durable or self.transient_quorum,
+            auto_delete=False,
+            queue_arguments=arguments,
+        )
+
+    def _arguments(self, quorum: bool) -> dict[str, Any]:
+        if not quorum:
+            return {}
+        return {"x-queue-type": "quorum"} | ({"x-delivery-limit": self.delivery_limit} if self.delivery_limit else {})
+
+
+def native(host: str) -> Source:
+    return Source(broker.instruction_queue(host), wire.DIALECT, exclusive=True)
+
+
+def declare(connection: kombu.Connection, channel: Any, sources: Sequence[Source]) -> None:
+    """Make what is missing. An exchange that is there with other arguments is used as it is."""
+    for exchange in {source.queue.exchange.name: source.queue.exchange for source in sources}.values():
+        if exchange.name:
+            _declare_exchange(connection, exchange)
+    for source in sources:
+        queue = source.queue(channel)
+        queue.queue_declare()
+        if source.queue.exchange.name:
+            queue.queue_bind()
+
+
+def _declare_exchange(connection: kombu.Connection, exchange: kombu.Exchange) -> None:
+    channel = connection.channel()  # of its own: a refusal closes it
+    try:
+        exchange(channel).declare()
+    except amqp.exceptions.PreconditionFailed as exc:
+        LOG.warning(
+            "exchange %s is used as it is (%s); clients made it otherwise: set [oslo] queues to what they have",
+            exchange.name,
+            " ".join(str(exc).split())[:200],
+        )
+    finally:
+        with contextlib.suppress(*broker.broker_errors(connection)):
+            channel.close()
