@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 class LinkError(Exception):
@@ -152,6 +152,20 @@ class Driver(Protocol):
 
     def stats(self) -> dict[int, dict[str, int]]:
         """Counters by devid, named as in `hypervisor.toolstack.devices.DeviceInfo.stats`."""
+
+
+@runtime_checkable
+class Recording(Protocol):
+    """What a driver of disks can do besides, so that a disk can be mirrored while it is written."""
+
+    def track(self, devid: int, fd: int | None) -> None:
+        """Record what is written from now on in the file `fd` (owned from here on), or, with None, no more."""
+
+    def written(self, devid: int, fd: int) -> bool:
+        """Move what was recorded to where the host process takes it.
+
+        :param fd: of the record, owned from here on. :returns: whether all that was written before is in it.
+        """
 
 
 @dataclasses.dataclass(slots=True)

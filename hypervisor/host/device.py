@@ -22,7 +22,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hypervisor.devices.driver import Backend, DeviceBroken, Opened
@@ -168,6 +168,12 @@ class Device:
     async def let_go(self) -> None:
         """The host process ends, the device does not."""
         await self._stop_task()
+
+    async def ask(self, op: str, fds: Sequence[int]) -> dict[str, Any] | None:
+        """What its driver process answers; None: there is none, and needs none now. :raises HostUnavailable: ended."""
+        if self._driver.pid is None and self.memory.front is None:
+            return None
+        return await self._driver.request(op, {"devid": self.devid}, fds)
 
     async def info(self) -> DeviceInfo:
         stats = dict(self.memory.counted)

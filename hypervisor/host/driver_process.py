@@ -7,8 +7,9 @@ rings. It outlives the host process, so that a guest's disks go on; the next hos
 (``<state>/domains/<uuid>/driver-<kind>.sock``, which it never answers) and replaces it. It ends with its guest.
 
 Messages from the host: ``{"id", "op"}`` with op ``connect`` (``devid``, ``config``, descriptors), ``update``
-(``devid``, ``device``), ``disconnect`` (``devid``), ``stats``, ``quit``. Answers: ``{"id", "result"}``, in
-which ``broken`` says why a device cannot be served, or ``{"id", "error"}``. Events: ``ready`` and ``report``
+(``devid``, ``device``), ``disconnect`` (``devid``), ``stats``, ``quit``, and to drivers that record what is written
+``track`` (``devid``, a descriptor or none) and ``written`` (``devid``, a descriptor). Answers: ``{"id", "result"}``,
+in which ``broken`` says why a device cannot be served, or ``{"id", "error"}``. Events: ``ready`` and ``report``
 (``devid``, ``what``, ``detail``).
 """
 
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hypervisor.devices import registry
-from hypervisor.devices.driver import DeviceBroken, Driver, GuestLink, LinkClosed, LinkError
+from hypervisor.devices.driver import DeviceBroken, Driver, GuestLink, LinkClosed, LinkError, Recording
 from hypervisor.errors import HostFailure
 from hypervisor.host import channel as channels
 from hypervisor.host import guarded_link, sandbox, seccomp
@@ -133,6 +134,8 @@ class DriverProcess:
             "connect": lambda: self._connect(int(message["devid"]), message["config"], fds),
             "update": lambda: self._update(int(message["devid"]), message["device"]),
             "disconnect": lambda: self._disconnect(int(message["devid"])),
+            "track": lambda: self._track(int(message["devid"]), fds),
+            "written": lambda: self._written(int(message["devid"]), fds),
             "stats": self._stats,
             "quit": self._quit,
         }
@@ -167,6 +170,20 @@ class DriverProcess:
         driver.disconnect(devid)
         self._note_stats()  # told here, and not once more when this process dies
         return {"stats": counters}
+
+    def _track(self, devid: int, fds: list[int]) -> dict[str, Any]:
+        self._recording(fds).track(devid, fds[0] if fds else None)
+        return {}
+
+    def _written(self, devid: int, fds: list[int]) -> dict[str, Any]:
+        return {"known": self._recording(fds).written(devid, fds[0])}
+
+    def _recording(self, fds: list[int]) -> Recording:
+        driver = self._the_driver()
+        if not isinstance(driver, Recording):
+            channels.close_all(fds)
+            raise DeviceBroken("this driver does not record what is written")
+        return driver
 
     def _stats(self) -> dict[str, Any]:
         return {"stats": {str(devid): counters for devid, counters in self._the_driver().stats().items()}}

@@ -118,6 +118,10 @@ class BlockBackend:
         opened.connected["sectors"] = str(size // SECTOR)
         return dict(opened.connected)
 
+    def hold(self, opened: Opened) -> DiskHold:
+        """Of an opened disk, for who mirrors it."""
+        return self._holds[id(opened)]
+
     # -- inside
 
     async def _open(self, folder: Path, domain: str, domid: int, spec: Any) -> Opened:

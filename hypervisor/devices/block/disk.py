@@ -16,10 +16,16 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Protocol
 
+from hypervisor.devices.block.image.base import Image
 from hypervisor.devices.block.image.daemon import StorageDaemon
 from hypervisor.devices.block.image.files import ImageFile
+from hypervisor.devices.block.image.handshake import ALLOCATION, ALLOCATION_DEPTH
+from hypervisor.devices.block.image.nbd import NbdImage
+from hypervisor.devices.block.image.nbd_status import NbdStatus
+from hypervisor.devices.block.image.raw import RawImage
 from hypervisor.devices.block.journal import JOURNAL_BYTES
 from hypervisor.devices.block.ring import SECTOR
+from hypervisor.devices.block.written import Written
 from hypervisor.errors import HostFailure, ImageInvalid, ToolstackError
 
 LOG = logging.getLogger(__name__)
@@ -52,10 +58,14 @@ class About:
 
 
 class DiskHold(Protocol):
-    """:ivar size: bytes. :ivar kind: as the driver is told it."""
+    """:ivar size: bytes. :ivar kind: as the driver is told it.
+
+    :ivar record: of what is written, for every driver to come; owned by who mirrors the disk. None: it is not mirrored.
+    """
 
     kind: str
     size: int
+    record: Written | None
 
     def fds(self) -> list[int]:
         """For a new driver; see `hypervisor.devices.block.driver.BlockDriver.connect`. The caller closes them."""
@@ -63,7 +73,31 @@ class DiskHold(Protocol):
     async def resize(self, size: int) -> int:
         """Grow to `size` bytes. :returns: the size there is then. :raises ToolstackError."""
 
+    async def view(self, *, writable: bool, top: bool = False) -> View:
+        """Another way to its content, besides the driver's: what that one has written is seen.
+
+        :param top: `View.status` tells how deep in a backing chain a range lies, and not what reads as zeroes.
+        :raises HostFailure: it cannot be now.
+        """
+
     async def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class View:
+    """:ivar image: to be used by one thread at a time. :ivar status: where what lies, of one behind a daemon.
+
+    :ivar fd: of a raw image, else -1; it is the image's.
+    """
+
+    image: Image
+    status: NbdStatus | None = None
+    fd: int = -1
+
+    def close(self) -> None:
+        self.image.close()
+        if self.status is not None:
+            self.status.close()
 
 
 def open_journal(folder: Path) -> int:
@@ -92,10 +126,21 @@ class RawDisk:
         self._file = file
         self._journal = journal
         self._folder = folder
+        self.record: Written | None = None
         self.size = file.size
 
     def fds(self) -> list[int]:
-        return [_duplicate(self._file.fd), _duplicate(self._journal)]
+        return [_duplicate(self._file.fd), _duplicate(self._journal), *_record(self.record)]
+
+    async def view(self, *, writable: bool, top: bool = False) -> View:
+        flags = fcntl.fcntl(self._file.fd, fcntl.F_GETFL) & os.O_DIRECT
+        try:
+            # Opened anew: flags of a description are those of all its descriptors. The lock stays with the first one.
+            flags |= (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+            fd = os.open(f"/proc/self/fd/{self._file.fd}", flags)
+        except OSError as exc:
+            raise HostFailure(f"image {self._file.path} cannot be opened once more: {exc.strerror}") from exc
+        return View(RawImage(fd, direct=bool(flags & os.O_DIRECT)), None, fd)
 
     async def resize(self, size: int) -> int:
         if self._file.block_device:
@@ -132,6 +177,7 @@ class DaemonDisk:
         self._about = about
         self._daemon: StorageDaemon | None = None
         self._control: socket.socket | None = None
+        self.record: Written | None = None
         # Its daemon ended with what it held, and no driver has been told of it yet.
         self._fresh = False
         self._lock = asyncio.Lock()
@@ -167,7 +213,21 @@ class DaemonDisk:
         self._control = ours
         ours.setblocking(False)
         self._task(self._supply(fence=True))
-        return [theirs.detach(), _duplicate(self._journal)]
+        return [theirs.detach(), _duplicate(self._journal), *_record(self.record)]
+
+    async def view(self, *, writable: bool, top: bool = False) -> View:
+        async with self._lock:
+            if self._daemon is None:
+                raise HostFailure(f"the storage daemon of {self._about.path} is being started again: try again")
+            data = await self._daemon.view(writable=writable)
+            image = NbdImage(data.sock.detach(), flags=data.flags)
+            try:
+                context = ALLOCATION_DEPTH if top else ALLOCATION
+                told = await self._daemon.view(writable=False, context=context)
+            except BaseException:
+                image.close()
+                raise
+            return View(image, NbdStatus(told.sock.detach(), told.context))
 
     async def resize(self, size: int) -> int:
         async with self._lock:
@@ -255,6 +315,10 @@ class DaemonDisk:
         for file in self._chain:
             os.close(file.fd)
         self._chain = []
+
+
+def _record(record: Written | None) -> list[int]:
+    return [] if record is None else [_duplicate(record.fd)]
 
 
 def _duplicate(fd: int) -> int:

@@ -21,6 +21,7 @@ from hypervisor.devices.block.journal import Journal, connection_key, is_lost, n
 from hypervisor.devices.block.limits import Throttle
 from hypervisor.devices.block.queue import Counters, Queue
 from hypervisor.devices.block.ring import LAYOUTS, MAX_INDIRECT, BlkRing
+from hypervisor.devices.block.written import Recorded, Written
 from hypervisor.devices.driver import DeviceBroken, EventPort, GuestLink, LinkClosed, LinkError, Loop, Page
 
 LOG = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Disk:
         self.access: Access | None = None
         self.journal_fd = -1
         self.control: socket.socket | None = None
+        self.written: Written | None = None
         self._report = report
         self._warned = -_WARN_EVERY
         self.sectors = 0
@@ -65,6 +67,18 @@ class Disk:
         if self._limits != device["limits"]:
             self._limits = device["limits"]
             self.throttle = Throttle(self._limits)
+
+    def use(self, image: Image) -> None:
+        """Serve from this image from now on; what was served from before is not closed."""
+        self.image = image if self.written is None else Recorded(image, self.written)
+
+    def record(self, written: Written | None) -> None:
+        """Record what is written from now on, or do not any more."""
+        before, self.written = self.written, written
+        if self.image is not None:
+            self.use(self.image.image if isinstance(self.image, Recorded) else self.image)
+        if before is not None:
+            before.close()
 
     def image_gone(self, why: str) -> None:
         """The host process sends another connection, if it can."""
@@ -98,21 +112,24 @@ class BlockDriver:
         self._disks: dict[int, Disk] = {}
 
     def connect(self, devid: int, config: Mapping[str, Any], fds: Sequence[int]) -> None:
-        """``fds``: the image (kind raw) or a socket over which connections to its daemon come (nbd); the journal."""
-        if devid in self._disks or len(fds) != 2:
+        """``fds``: the image (kind raw) or a socket over which connections to its daemon come (nbd); the journal; if
+        it is being mirrored, the record of what is written."""
+        if devid in self._disks or len(fds) not in (2, 3):
             _close(fds)
-            raise DeviceBroken(f"disk {devid} is served already, or came with {len(fds)} descriptors instead of 2")
+            raise DeviceBroken(f"disk {devid} is served already, or came with {len(fds)} descriptors instead of 2 or 3")
         device = config["device"]
         disk = Disk(devid, device, self._report)
         disk.journal_fd = fds[1]
         disk.lost = is_lost(fds[1])
         try:
             if device["kind"] == "raw":
-                disk.image = RawImage(fds[0], direct=bool(device["direct"]))
+                disk.use(RawImage(fds[0], direct=bool(device["direct"])))
             else:
                 # All of it given: to find it out would take system calls that a driver has not.
                 disk.control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fds[0])
                 disk.control.setblocking(False)
+            if len(fds) == 3:
+                disk.record(_written(fds[2]))
             self._open_rings(disk, config["frontend"])
         except BaseException:
             self._release(disk, in_order=False)
@@ -143,6 +160,37 @@ class BlockDriver:
         if disk is not None:
             self._release(disk, in_order=True)
             self._share_mappings()
+
+    def track(self, devid: int, fd: int | None) -> None:
+        """Begin to record what is written (`fd`: a `Written`), or end it. No effect if the disk is not served."""
+        written = _written(fd) if fd is not None else None
+        disk = self._disks.get(devid)
+        if disk is not None:
+            disk.record(written)
+        elif written is not None:
+            written.close()
+
+    def written(self, devid: int, fd: int) -> bool:
+        """Move what was recorded to where the host process takes it (`Written.move`).
+
+        Between two turns of the loop nothing is being written, or its request would still be without response and be
+        done again. :returns: False: this disk was served without this record up to now.
+        """
+        written = _written(fd)
+        disk = self._disks.get(devid)
+        if disk is None:
+            # Served by nobody, since a domain has one driver process at a time.
+            written.move()
+            written.close()
+            return True
+        known = disk.written is not None and disk.written.ident == written.ident
+        if known:
+            written.close()
+        else:
+            disk.record(written)
+        assert disk.written is not None
+        disk.written.move()
+        return known
 
     def stats(self) -> dict[int, dict[str, int]]:
         return {devid: dataclasses.asdict(disk.counters) for devid, disk in self._disks.items()}
@@ -242,6 +290,8 @@ class BlockDriver:
             if disk.control is not None:
                 self._loop.remove_reader(disk.control.fileno())
                 disk.control.close()
+            if disk.written is not None:
+                disk.written.close()
             _close([disk.journal_fd])
 
     # -- connections to the daemon behind an image
@@ -270,13 +320,21 @@ class BlockDriver:
         # Nothing is in flight on the old one: a batch is done whole.
         if disk.image is not None:
             disk.image.close()
-        disk.image = NbdImage(fd, flags=int(message["flags"]))
+        disk.use(NbdImage(fd, flags=int(message["flags"])))
         if message["fresh"] and disk.unflushed is not False:
             # A daemon's write-back cache went with it. The guest must not be told that a flush was done.
             disk.lost = True
             note_lost(disk.journal_fd, True)
         LOG.info("disk %d: connection to its image", disk.devid)
         self._go_on(disk)
+
+
+def _written(fd: int) -> Written:
+    """:raises DeviceBroken: it is none."""
+    try:
+        return Written.attach(fd)
+    except (ValueError, OSError) as exc:
+        raise DeviceBroken(str(exc)) from exc
 
 
 def _close(fds: Sequence[int]) -> None:

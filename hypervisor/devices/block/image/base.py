@@ -14,6 +14,7 @@ class Action(enum.IntEnum):
     WRITE = 1
     FLUSH = 2
     DISCARD = 3
+    ZERO = 4  # reads as zeroes afterwards, and takes no room if that is possible; a mirror asks for it
 
 
 @dataclasses.dataclass(slots=True)

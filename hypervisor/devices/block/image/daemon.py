@@ -26,7 +26,7 @@ from pathlib import Path
 
 from hypervisor.devices.block.image import handshake
 from hypervisor.devices.block.image.files import ImageFile
-from hypervisor.devices.block.image.handshake import Export, HandshakeFailed
+from hypervisor.devices.block.image.handshake import ALLOCATION_DEPTH, Export, HandshakeFailed
 from hypervisor.devices.block.image.qmp import Qmp, QmpError
 from hypervisor.errors import HostFailure, ImageInvalid
 
@@ -50,6 +50,7 @@ class StorageDaemon:
         self._on_exit = on_exit
         self._ended = asyncio.Event()
         self._exports: list[str] = []
+        self._views: list[str] = []
         asyncio.get_running_loop().add_reader(pidfd, self._exited)
 
     @classmethod
@@ -119,13 +120,18 @@ class StorageDaemon:
         try:
             if fence:
                 await self._end_exports()
-            # No name is used twice: nobody is to reach an export that was made for another.
-            name = f"e{secrets.token_hex(8)}"
-            arguments = {"type": "nbd", "id": name, "name": name, "node-name": NODE, "writable": writable}
-            await self._qmp.command("block-export-add", arguments)
-            self._exports.append(name)
-            async with asyncio.timeout(END_TIMEOUT):
-                return await handshake.connect(str(self._folder), NBD_SOCKET, name)
+            return await self._export(self._exports, writable=writable)
+        except (QmpError, HandshakeFailed, OSError, TimeoutError) as exc:
+            raise HostFailure(f"the storage daemon gives no connection ({exc}): see {self._folder / LOG_NAME}") from exc
+
+    async def view(self, *, writable: bool, context: str = "") -> Export:
+        """A connection for a mirror of the disk, which a change of drivers does not end.
+
+        :param context: a metadata context of NBD, as in `handshake.connect`. :raises HostFailure: the daemon does not
+            do it.
+        """
+        try:
+            return await self._export(self._views, writable=writable, context=context)
         except (QmpError, HandshakeFailed, OSError, TimeoutError) as exc:
             raise HostFailure(f"the storage daemon gives no connection ({exc}): see {self._folder / LOG_NAME}") from exc
 
@@ -146,6 +152,7 @@ class StorageDaemon:
         :param size: bytes. :raises HostFailure: it cannot.
         """
         try:
+            self._exports, self._views = self._exports + self._views, []
             await self._end_exports()
             await self._qmp.command("block_resize", {"node-name": NODE, "size": size})
         except (QmpError, TimeoutError) as exc:
@@ -194,13 +201,24 @@ class StorageDaemon:
             await self._qmp.command("blockdev-add", image)
             below = name
 
+    async def _export(self, exports: list[str], *, writable: bool, context: str = "") -> Export:
+        # No name is used twice: nobody is to reach an export that was made for another.
+        name = f"e{secrets.token_hex(8)}"
+        arguments = {"type": "nbd", "id": name, "name": name, "node-name": NODE, "writable": writable}
+        if context == ALLOCATION_DEPTH:
+            arguments["allocation-depth"] = True
+        await self._qmp.command("block-export-add", arguments)
+        exports.append(name)
+        async with asyncio.timeout(END_TIMEOUT):
+            return await handshake.connect(str(self._folder), NBD_SOCKET, name, context)
+
     async def _end_exports(self) -> None:
         for name in self._exports:
             # Refused if it has gone with its client already.
             with contextlib.suppress(QmpError):
                 await self._qmp.command("block-export-del", {"id": name, "mode": "hard"})
         async with asyncio.timeout(FENCE_TIMEOUT):
-            while await self._qmp.command("query-block-exports"):
+            while any(found["id"] in self._exports for found in await self._qmp.command("query-block-exports")):
                 await asyncio.sleep(_EVERY)
         self._exports = []
 

@@ -19,17 +19,18 @@ _REQUEST = struct.Struct(">IHHQQI")
 _REPLY = struct.Struct(">IIQ")
 _REQUEST_MAGIC = 0x25609513
 _REPLY_MAGIC = 0x67446698
-_COMMANDS = {Action.READ: 0, Action.WRITE: 1, Action.FLUSH: 3, Action.DISCARD: 4}
+_COMMANDS = {Action.READ: 0, Action.WRITE: 1, Action.FLUSH: 3, Action.DISCARD: 4, Action.ZERO: 6}
 _DISCONNECT = 2
 _SHUTDOWN = 108
 
 FLAG_SEND_FLUSH = 1 << 2
 FLAG_SEND_TRIM = 1 << 5
+FLAG_SEND_ZEROES = 1 << 6
 
 MAX_IN_FLIGHT = 16
 """What QEMU's server works on at once (MAX_NBD_REQUESTS)."""
 MAX_LENGTH = 1 << 30
-"""Of one trim; data is far below the 32 MiB that servers take."""
+"""Of one trim or range of zeroes; data is far below the 32 MiB that servers take."""
 
 
 class NbdImage:
@@ -104,6 +105,8 @@ class NbdImage:
         for operation in operations:
             if operation.action == Action.DISCARD:
                 parts += self._trims(operation)
+            elif operation.action == Action.ZERO and not self._flags & FLAG_SEND_ZEROES:
+                operation.error = errno.EOPNOTSUPP
             else:
                 parts.append(operation)
         return parts

@@ -9,11 +9,12 @@ import logging
 import os
 from collections.abc import Sequence
 
-from hypervisor.devices.block.image.base import Action, Operation, rest_of
+from hypervisor.devices.block.image.base import UNSUPPORTED, Action, Operation, rest_of
 
 LOG = logging.getLogger(__name__)
 
 _KEEP_SIZE_PUNCH_HOLE = 0x1 | 0x2  # linux/falloc.h
+_NOTHING = bytes(1 << 16)
 
 # Found at import, before the process gives up its files.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -48,11 +49,28 @@ class RawImage:
         if action == Action.FLUSH:
             os.fdatasync(self._fd)
         elif action == Action.DISCARD:
-            if _fallocate(self._fd, _KEEP_SIZE_PUNCH_HOLE, operation.offset, operation.length):
-                code = ctypes.get_errno()
-                raise OSError(code, os.strerror(code))
+            self._punch(operation)
+        elif action == Action.ZERO:
+            self._zero(operation)
         else:
             self._move(operation)
+
+    def _punch(self, operation: Operation) -> None:
+        if _fallocate(self._fd, _KEEP_SIZE_PUNCH_HOLE, operation.offset, operation.length):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    def _zero(self, operation: Operation) -> None:
+        try:
+            self._punch(operation)
+            return
+        except OSError as exc:
+            if exc.errno not in UNSUPPORTED:
+                raise
+        end = operation.offset + operation.length
+        for offset in range(operation.offset, end, len(_NOTHING)):
+            piece = memoryview(_NOTHING)[: end - offset]
+            self._move(Operation(Action.WRITE, offset, len(piece), [piece]))
 
     def _move(self, operation: Operation) -> None:
         call = os.preadv if operation.action == Action.READ else os.pwritev
