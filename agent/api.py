@@ -13,8 +13,11 @@ When a step fails, the failed step and then the done ones, newest first, are
 undone. `Step.undo` looks at the world too: it is called for steps that may
 have run wholly, partly or not at all, and perhaps twice.
 
-Steps that several verbs take are in `agent.steps`, `agent.resizing` and `agent.configdrive`; a plugin may import
-those, too.
+A step may be the *point of no return* (`Step.commits`): once it is done the plan only goes forward. Its undo raises
+`TooLate` when it finds that it has happened after all.
+
+Steps that several verbs take are in `agent.steps`, `agent.resizing`, `agent.migrating` and `agent.configdrive`; a
+plugin may import those, too.
 
 A new verb is one module with a `Plugin` subclass and one line in the
 entry-point group ``reeve.instructions``; ``docs/instructions.md`` describes
@@ -27,12 +30,23 @@ import abc
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, NoReturn, Protocol, Self
 
-from agent.errors import InstructionError
+from agent.argument_schemas import (
+    DEVICE_WAIT_SCHEMA,
+    DISK_SCHEMA,
+    MAX_MEMORY_MIB,
+    METADATA_SCHEMA,
+    NAME_SCHEMA,
+    NIC_SCHEMA,
+    ONE_DOMAIN_SCHEMA,
+    PATH_SCHEMA,
+    UUID_SCHEMA,
+    WAIT_SCHEMA,
+)
+from agent.errors import BrokerError, InstructionError, ReplyTimeout
 from hypervisor.errors import NotOurs
 from hypervisor.toolstack.api import DomainInfo, Toolstack
-from hypervisor.toolstack.devices import MAX_NICS, DiskFormat
 
 __all__ = [
     "API_VERSION",
@@ -47,6 +61,7 @@ __all__ = [
     "UUID_SCHEMA",
     "WAIT_SCHEMA",
     "BootImage",
+    "BrokerError",
     "Check",
     "Claims",
     "Context",
@@ -54,100 +69,20 @@ __all__ = [
     "Images",
     "InstructionError",
     "JsonDict",
+    "NoPeers",
+    "Peers",
     "Plan",
     "Plugin",
+    "ReplyTimeout",
     "Step",
+    "TooLate",
     "own_domain",
 ]
 
-API_VERSION = (1, 1)
+API_VERSION = (1, 2)
 """Same major: compatible. A plugin built for another major is reported and skipped."""
 
 JsonDict = dict[str, Any]
-
-UUID_SCHEMA: Mapping[str, Any] = {
-    "type": "string",
-    "pattern": "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$",
-    "description": "The domain's UUID, in canonical lower-case form.",
-}
-ONE_DOMAIN_SCHEMA: Mapping[str, Any] = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["uuid"],
-    "properties": {"uuid": UUID_SCHEMA},
-}
-"""Arguments of a verb that takes a domain and nothing else."""
-NAME_SCHEMA: Mapping[str, Any] = {
-    "type": "string",
-    "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
-    "description": "1 to 63 letters, digits, '.', '_' or '-', a letter or digit first.",
-}
-PATH_SCHEMA: Mapping[str, Any] = {
-    "type": "string",
-    "pattern": "^/[^\\u0000-\\u001f]{0,4094}$",
-    "description": "Full path of a file on the host.",
-}
-METADATA_SCHEMA: Mapping[str, Any] = {
-    "type": "object",
-    "maxProperties": 64,
-    "propertyNames": {"pattern": "^(?!reeve\\.)[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"},
-    "additionalProperties": {"type": "string", "maxLength": 1024},
-    "description": "Kept with the domain. Names that begin with 'reeve.' are the agent's own.",
-}
-WAIT_SCHEMA: Mapping[str, Any] = {
-    "type": "number",
-    "minimum": 0,
-    "maximum": 3600,
-    "default": 60,
-    "description": "Seconds to wait until it has happened; 0 returns once the guest is asked.",
-}
-
-DEVICE_WAIT_SCHEMA: Mapping[str, Any] = {
-    **WAIT_SCHEMA,
-    "default": 10,
-    "description": "Seconds to wait until the guest has taken it up; one that has not by then is no failure.",
-}
-MAX_MEMORY_MIB = 1 << 24
-_LIMITS_SCHEMA: Mapping[str, Any] = {
-    "type": "object",
-    "additionalProperties": False,
-    "properties": {
-        "bytes_per_second": {"type": "integer", "minimum": 0, "maximum": (1 << 48) - 1},
-        "iops": {"type": "integer", "minimum": 0, "maximum": (1 << 48) - 1},
-        "burst_seconds": {"type": "number", "minimum": 0, "maximum": 3600},
-    },
-}
-DISK_SCHEMA: Mapping[str, Any] = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["id", "path"],
-    "properties": {
-        "id": {"type": "string", "pattern": "^xvd[a-p]$"},
-        "path": PATH_SCHEMA,
-        "format": {"type": "string", "enum": [item.value for item in DiskFormat], "default": "raw"},
-        "readonly": {"type": "boolean", "default": False},
-        "direct": {"type": "boolean", "default": False},
-        "discard": {"type": "boolean", "default": True},
-        "shared": {"type": "boolean", "default": False},
-        "limits": _LIMITS_SCHEMA,
-    },
-    "description": "A disk: id, path, and perhaps format, readonly, direct, discard, shared, limits.",
-}
-"""JSON form of a `hypervisor.toolstack.devices.DiskSpec`."""
-NIC_SCHEMA: Mapping[str, Any] = {
-    "type": "object",
-    "additionalProperties": False,
-    "properties": {
-        "id": {"type": "integer", "minimum": 0, "maximum": MAX_NICS - 1},
-        "mac": {"type": "string", "pattern": "^[0-9a-f]{2}(:[0-9a-f]{2}){5}$"},
-        "network": NAME_SCHEMA,
-        "addresses": {"type": "array", "maxItems": 64, "items": {"type": "string", "maxLength": 45}},
-        "queues": {"type": "integer", "minimum": 1, "maximum": 8},
-        "limits": _LIMITS_SCHEMA,
-    },
-    "description": "A nic: id, mac (one is made when it is left out), network, addresses, queues, limits.",
-}
-"""JSON form of a `hypervisor.toolstack.devices.NicSpec`, where `id` and `mac` may be left out."""
 
 
 class Check(enum.StrEnum):
@@ -196,6 +131,62 @@ class Images(Protocol):
         """Compare files with their checksums. :raises AgentError: ``image.invalid``, naming the file."""
 
 
+class Peers(Protocol):
+    """The agents of other hosts, and this one's own queue: spoken to as a scheduler does, over the broker."""
+
+    def call(self, host: str, verb: str, args: JsonDict, *, ident: str, timeout: float, expire: bool) -> JsonDict:
+        """Send an instruction and wait for its result.
+
+        The same `ident` again is the same instruction: it is not carried out twice, and its outcome is told again.
+
+        :param timeout: seconds to wait; gives way when the agent is stopped.
+        :param expire: the instruction is void when it is not begun by then; otherwise it waits for its agent.
+        :raises InstructionError: with the code of the other agent's refusal or failure.
+        :raises ReplyTimeout: no answer; it may still be carried out. :raises BrokerError: perhaps not sent.
+        """
+
+    def call_all(
+        self,
+        host: str,
+        verb: str,
+        calls: Sequence[tuple[str, JsonDict]],
+        *,
+        at_once: int,
+        done: Callable[[str, JsonDict | InstructionError], None],
+        more: Callable[[], bool],
+    ) -> None:
+        """Send many, (ident, args) each, at most `at_once` unanswered, and tell `done` of each outcome as it comes.
+
+        Ends when every one that was sent is answered. The broker may go and come back meanwhile.
+
+        :param more: asked before another one is sent; False: it is left out, as are all after it.
+        """
+
+
+class NoPeers:
+    """Where there is no broker: nobody else can be asked."""
+
+    def call(self, host: str, verb: str, args: JsonDict, *, ident: str, timeout: float, expire: bool) -> JsonDict:
+        self._alone(host)
+
+    def call_all(
+        self,
+        host: str,
+        verb: str,
+        calls: Sequence[tuple[str, JsonDict]],
+        *,
+        at_once: int,
+        done: Callable[[str, JsonDict | InstructionError], None],
+        more: Callable[[], bool],
+    ) -> None:
+        self._alone(host)
+
+    def _alone(self, host: str) -> NoReturn:
+        raise BrokerError(
+            f"host {host!r} cannot be asked from here: send the instruction to the agent", retryable=False
+        )
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Host:
     """What a plugin sees of its node.
@@ -204,6 +195,7 @@ class Host:
     :ivar owner: the marker that makes a domain ours (`DomainSpec.owner`); never changes for a node,
         not even when its hostname does.
     :ivar settings: strings from the configuration that plugins may read.
+    :ivar peers: the way to other hosts.
     """
 
     name: str
@@ -212,6 +204,7 @@ class Host:
     claims: Claims
     images: Images
     settings: Mapping[str, str]
+    peers: Peers = dataclasses.field(default_factory=NoPeers)
 
 
 class Context(Protocol):
@@ -238,8 +231,19 @@ class Context(Protocol):
         (the instruction then resumes at the next start).
         """
 
-    def progress(self, done: float, total: float, unit: str) -> None:
-        """Tell whoever listens how far a step is; may be called often."""
+    def progress(self, done: float, total: float, unit: str, **more: Any) -> None:
+        """Tell whoever listens how far a step is; may be called often. `more`: further JSON values."""
+
+
+class TooLate(Exception):
+    """Raised by the undo of a step that `Step.commits`: it has happened, and the plan goes on.
+
+    :param output: what its run would have returned.
+    """
+
+    def __init__(self, output: JsonDict) -> None:
+        super().__init__()
+        self.output = output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,11 +253,14 @@ class Step(abc.ABC):
     :cvar name: unique in its plugin and stable: it is stored in journals.
     :cvar title: what it does, for a human.
     :cvar changes: False for a step that only looks or waits: it leaves nothing to undo.
+    :cvar commits: True for the point of no return. Once it is done the deadline does not count any more, and a later
+        step that fails is tried again until the agent gives up (``unknown_seconds``); nothing is undone.
     """
 
     name: ClassVar[str]
     title: ClassVar[str] = ""
     changes: ClassVar[bool] = True
+    commits: ClassVar[bool] = False
 
     @abc.abstractmethod
     def run(self, ctx: Context) -> JsonDict | None:
@@ -267,7 +274,10 @@ class Step(abc.ABC):
         """Look at the world: has this step happened?"""
 
     def undo(self, ctx: Context) -> None:  # noqa: B027 - nothing to undo is the common case
-        """Take it back as far as the world shows that it is ours; must be repeatable."""
+        """Take it back as far as the world shows that it is ours; must be repeatable.
+
+        :raises TooLate: the step `commits`, and has happened.
+        """
 
     def to_json(self) -> JsonDict:
         return {"step": self.name, **dataclasses.asdict(self)}
@@ -314,6 +324,9 @@ class Plugin(abc.ABC):
     :cvar summary: one line for humans.
     :cvar args_schema: JSON Schema (2020-12) of ``args``; give ``additionalProperties: false``.
     :cvar step_kinds: every Step class a plan of this plugin may hold; plans are rebuilt from it.
+    :cvar lane: which workers carry it out. ``work``: the common ones. ``quick``: some of their own, for what somebody
+        else's instruction waits for and what must get past busy workers; it must not wait for long itself. ``drain``:
+        one of its own, for what waits for other instructions of this host.
     :cvar read_only: changes nothing, so its steps are not journalled and simply run again after a crash.
     """
 
@@ -323,6 +336,7 @@ class Plugin(abc.ABC):
     args_schema: ClassVar[Mapping[str, Any]]
     step_kinds: ClassVar[tuple[type[Step], ...]] = ()
     read_only: ClassVar[bool] = False
+    lane: ClassVar[Literal["work", "quick", "drain"]] = "work"
 
     @abc.abstractmethod
     def plan(self, args: Mapping[str, Any], host: Host) -> Plan:

@@ -54,7 +54,7 @@ def log_fields(instruction: str, domain: str = "-", request: str | None = None) 
 class StepContext:
     """:ivar deadline: seconds since the epoch, or None.
 
-    :ivar tell: takes ``{"done", "total", "unit"}`` while a step is under way.
+    :ivar tell: takes ``{"done", "total", "unit"}`` and more while a step is under way.
     """
 
     host: Host
@@ -80,11 +80,11 @@ class StepContext:
                 return None
             self.pause(POLL_SECONDS)
 
-    def progress(self, done: float, total: float, unit: str) -> None:
+    def progress(self, done: float, total: float, unit: str, **more: Any) -> None:
         now = time.monotonic()
         if done >= total or now >= self._told + PROGRESS_SECONDS:
             self._told = now
-            self.tell({"done": done, "total": total, "unit": unit})
+            self.tell({**more, "done": done, "total": total, "unit": unit})
 
     def pause(self, seconds: float) -> None:
         """:raises Interrupted: the agent is being stopped."""

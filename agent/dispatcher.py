@@ -1,7 +1,8 @@
 """From a message to a worker: make it durable, keep the order of each domain, run domains side by side.
 
 `Dispatcher.receive` is called by the consumer and returns when the message may be acknowledged. Workers (a
-fixed number) run instructions; two with the same domain key never run at once and run in the order they came.
+fixed number for each lane, see `agent.api.Plugin`) run instructions; two with the same domain key never run at once and
+run in the order they came.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from agent import dialects, oslo, wire
 from agent.context import Interrupted
@@ -23,6 +25,13 @@ from agent.loader import Verb
 LOG = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
+QUICK_WORKERS = 4
+
+
+class _Job(NamedTuple):
+    ident: str
+    key: str
+    lane: str
 
 
 class Dispatcher:
@@ -62,14 +71,15 @@ class Dispatcher:
         self._oslo_service = oslo_service
         self._heartbeats = heartbeats or Heartbeats()
         self._lock = threading.Condition()
-        self._ready: collections.deque[tuple[str, str]] = collections.deque()
-        self._behind: dict[
-            str, collections.deque[str]
-        ] = {}  # a key is here while one of its instructions is ready or runs
+        counts = {"work": max(1, workers), "quick": QUICK_WORKERS, "drain": 1}
+        self._ready: dict[str, collections.deque[_Job]] = {lane: collections.deque() for lane in counts}
+        self._behind: dict[str, collections.deque[_Job]] = {}  # has a key while a job of it is ready or runs
         self._pending = 0
         self._draining = False
         self._threads = [
-            threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(max(1, workers))
+            threading.Thread(target=self._work, args=(lane,), name=f"{lane}-{n}", daemon=True)
+            for lane, count in counts.items()
+            for n in range(count)
         ]
 
     def start(self) -> None:
@@ -112,7 +122,8 @@ class Dispatcher:
         for ident in idents:
             entry = self._journal.entry(ident)
             if entry is not None:
-                self._submit(ident, entry.domain or self._key(entry.instruction))
+                job = self._job(entry.instruction)
+                self._submit(job if job.key else job._replace(key=entry.domain))
         return len(idents)
 
     def receive(self, *raws: wire.Raw) -> None:
@@ -137,7 +148,7 @@ class Dispatcher:
             if item.heartbeat and outcome is not Accepted.REPLAYED:
                 self._heartbeats.watch(item.id, item.reply_to, item.correlation, item.heartbeat)
             if outcome is Accepted.NEW:
-                self._submit(item.id, self._key(item))
+                self._submit(self._job(item))
             elif outcome is not None:
                 LOG.info("instruction %s came again: %s", item.id, outcome.value)
         if reused:
@@ -159,26 +170,27 @@ class Dispatcher:
         text = f"the id {instruction.id} belongs to another instruction: give each its own"
         return self._refused(raw, MessageError(text, code="instruction.id_reused"))
 
-    def _key(self, instruction: wire.Instruction) -> str:
+    def _job(self, instruction: wire.Instruction) -> _Job:
         verb = self._verbs.get(instruction.verb)
         if verb is None:
-            return ""
+            return _Job(instruction.id, "", "work")
         try:
-            return verb.plugin.domain_of(instruction.args)
+            key = verb.plugin.domain_of(instruction.args)
         except Exception:
             LOG.debug("%s gives no domain for its arguments", instruction.verb, exc_info=True)
-            return ""
+            key = ""
+        return _Job(instruction.id, key, verb.plugin.lane)
 
-    def _submit(self, ident: str, key: str) -> None:
+    def _submit(self, job: _Job) -> None:
         with self._lock:
             self._pending += 1
-            if key and key in self._behind:
-                self._behind[key].append(ident)
+            if job.key and job.key in self._behind:
+                self._behind[job.key].append(job)
                 return
-            if key:
-                self._behind[key] = collections.deque()
-            self._ready.append((ident, key))
-            self._lock.notify()
+            if job.key:
+                self._behind[job.key] = collections.deque()
+            self._ready[job.lane].append(job)
+            self._lock.notify_all()
 
     def _done(self, key: str) -> None:
         with self._lock:
@@ -186,24 +198,26 @@ class Dispatcher:
             if key:
                 behind = self._behind[key]
                 if behind:
-                    self._ready.append((behind.popleft(), key))
+                    following = behind.popleft()
+                    self._ready[following.lane].append(following)
                 else:
                     del self._behind[key]
             self._lock.notify_all()
 
-    def _work(self) -> None:
+    def _work(self, lane: str) -> None:
+        ready = self._ready[lane]
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._ready or self._draining)
+                self._lock.wait_for(lambda: ready or self._draining)
                 if self._draining:
                     return
-                ident, key = self._ready.popleft()
+                job = ready.popleft()
             try:
-                self._run(ident)
+                self._run(job.ident)
             except Interrupted:
                 return
-            self._heartbeats.forget(ident)
-            self._done(key)
+            self._heartbeats.forget(job.ident)
+            self._done(job.key)
             self._on_change()
 
     def _run(self, ident: str) -> None:

@@ -6,7 +6,7 @@ start calls `Executor.run` with the same id and it goes on from what the journal
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import json
 import logging
 import re
@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from agent.api import Check, Host, Plan, Step
+from agent.api import Check, Host, Plan, Step, TooLate
 from agent.context import Interrupted, StepContext, log_fields
 from agent.errors import AgentError, InstructionError, JournalError
 from agent.faults import boundary
 from agent.journal import Entry, Journal, Phase, StepState
 from agent.loader import Verb
+from agent.plain import json_object, one_line
 from agent.wire import Reply
+from agent.work import Work
 from hypervisor.errors import ToolstackError
 
 LOG = logging.getLogger(__name__)
@@ -31,26 +33,6 @@ LONGEST_PAUSE = 10.0
 _FAULTS = (Exception, SystemExit)
 """What a plugin may do wrong, ``sys.exit()`` included."""
 OUTCOME_UNKNOWN = "instruction.outcome_unknown"
-
-
-@dataclasses.dataclass(slots=True)
-class _Work:
-    """An instruction under way. `states` and `seconds` are per step of the plan."""
-
-    entry: Entry
-    verb: Verb
-    ctx: StepContext
-    plan: Plan
-    states: list[StepState | None]
-    seconds: list[float]
-
-    @property
-    def journalled(self) -> bool:
-        return not self.verb.plugin.read_only
-
-    @property
-    def name(self) -> str:
-        return self.entry.instruction.verb
 
 
 class Executor:
@@ -128,7 +110,7 @@ class Executor:
                 )
             verb.check(instruction.args)
             plan = verb.plugin.plan(instruction.args, self._host)
-            data = _json(plan.to_json())
+            data = json_object(plan.to_json())
         except JournalError:
             raise
         except _FAULTS as exc:
@@ -171,43 +153,58 @@ class Executor:
                 self._mark(work, begun, StepState.DONE)
         self._forward(work, next((i for i, s in enumerate(work.states) if s is not StepState.DONE), len(plan.steps)))
 
-    def _settle_failure(self, work: _Work, index: int, exc: BaseException) -> None:
+    def _settle_failure(self, work: Work, index: int, exc: BaseException) -> None:
         error = self._error(work.entry, exc, work.plan.steps[index])
-        if error["code"] == OUTCOME_UNKNOWN:
+        if work.committed:
+            self._give_up(work, error, index)
+        elif error["code"] == OUTCOME_UNKNOWN:
             # Nobody can say whether it happened: taking it back blindly could destroy what is wanted.
             self._finish(work, error | {"undone": False})
-            return
-        self._undo(work, error, index)
+        else:
+            self._undo(work, error, index)
 
-    def _forward(self, work: _Work, first: int) -> None:
+    def _give_up(self, work: Work, error: dict[str, Any], index: int) -> None:
+        """What cannot be taken back could not be finished either."""
+        LOG.error("%s cannot be finished: %s", work.name, error["message"])
+        self._mark(work, index, StepState.FAILED)
+        self._finish(work, error | {"undone": False})
+
+    def _forward(self, work: Work, first: int) -> None:
         for index in range(first, len(work.plan.steps)):
             step = work.plan.steps[index]
+            committed = work.committed
+            if committed:
+                work.ctx.deadline = None
             try:
                 self._check_deadline(work, step)
                 self._mark(work, index, StepState.BEGUN)
                 boundary(f"{work.name}:{step.name}:begun")
                 started = time.monotonic()
-                output = _json(step.run(work.ctx) or {})
+                run = functools.partial(step.run, work.ctx)
+                output = json_object((self._patiently(work, run) if committed else run()) or {})
                 seconds = time.monotonic() - started
                 boundary(f"{work.name}:{step.name}:ran")
             except (Interrupted, JournalError):
                 raise
             except _FAULTS as exc:
                 error = self._error(work.entry, exc, step)
-                self._undo(work, error, index if work.states[index] is StepState.BEGUN else None)
+                if committed:
+                    self._give_up(work, error, index)
+                else:
+                    self._undo(work, error, index if work.states[index] is StepState.BEGUN else None)
                 return
             work.ctx.outputs[step.name] = output
             self._mark(work, index, StepState.DONE, output, seconds)
             boundary(f"{work.name}:{step.name}:done")
         try:
-            result = _json(work.verb.plugin.result(work.entry.instruction.args, work.plan, work.ctx))
+            result = json_object(work.verb.plugin.result(work.entry.instruction.args, work.plan, work.ctx))
         except _FAULTS as exc:
             # Every step is done: that the outcome cannot be described does not make it a failure.
             LOG.warning("%s is done, its result cannot be read: %s", work.name, exc)
-            result = {"detail": _line(f"done; its result could not be read: {exc}")}
+            result = {"detail": one_line(f"done; its result could not be read: {exc}")}
         self._finish(work, None, result)
 
-    def _undo(self, work: _Work, error: dict[str, Any], failed: int | None) -> None:
+    def _undo(self, work: Work, error: dict[str, Any], failed: int | None) -> None:
         """`error` ends the instruction: write that down, then take back what was done."""
         LOG.info("%s fails: %s", work.name, error["message"])
         if work.journalled:
@@ -216,7 +213,7 @@ class Executor:
             work.states[failed] = StepState.FAILED
         self._take_back(work, error)
 
-    def _take_back(self, work: _Work, error: dict[str, Any]) -> None:
+    def _take_back(self, work: Work, error: dict[str, Any]) -> None:
         """Undo every step that was begun, newest first, then report `error`."""
         for index in reversed(range(len(work.plan.steps))):
             step = work.plan.steps[index]
@@ -224,9 +221,12 @@ class Executor:
                 continue
             boundary(f"{work.name}:{step.name}:undoing")
             try:
-                self._patiently(work, lambda step=step: step.undo(work.ctx))  # type: ignore[misc]
+                self._patiently(work, functools.partial(step.undo, work.ctx))
             except (Interrupted, JournalError):
                 raise
+            except TooLate as late:
+                self._turn(work, index, late.output)
+                return
             except _FAULTS as exc:
                 why = self._error(work.entry, exc, step)
                 LOG.error("step %s cannot be undone: %s", step.name, why["message"])
@@ -237,7 +237,17 @@ class Executor:
         left = [step for step, state in zip(work.plan.steps, work.states, strict=True) if _remains(step, state)]
         self._finish(work, error | {"undone": not left})
 
-    def _look(self, work: _Work, index: int) -> Check:
+    def _turn(self, work: Work, index: int, output: dict[str, Any]) -> None:
+        """While it was taken back it was seen that the point of no return had been passed: forward again."""
+        step = work.plan.steps[index]
+        LOG.info("%s goes on: step %s cannot be taken back any more", work.name, step.name)
+        if work.journalled:
+            self._journal.forward(work.entry.instruction.id)
+        work.ctx.outputs[step.name] = json_object(output)
+        self._mark(work, index, StepState.DONE, work.ctx.outputs[step.name])
+        self._forward(work, index + 1)
+
+    def _look(self, work: Work, index: int) -> Check:
         """What became of an interrupted step. :raises InstructionError: nobody can say (outcome_unknown)."""
         step = work.plan.steps[index]
         verdict: Check | None = self._patiently(work, lambda: _known(step.check(work.ctx)))
@@ -249,7 +259,7 @@ class Executor:
             )
         return verdict
 
-    def _patiently(self, work: _Work, call: Callable[[], Any]) -> Any:
+    def _patiently(self, work: Work, call: Callable[[], Any]) -> Any:
         """`call`, again with growing pauses while it fails retryably or returns `Check.UNKNOWN` (None at the end)."""
         end = time.monotonic() + self._unknown_seconds
         pause = FIRST_PAUSE
@@ -267,7 +277,7 @@ class Executor:
             work.ctx.pause(pause)
             pause = min(pause * 2, LONGEST_PAUSE)
 
-    def _check_deadline(self, work: _Work, step: Step) -> None:
+    def _check_deadline(self, work: Work, step: Step) -> None:
         deadline = work.ctx.deadline
         if deadline is not None and self._now() >= deadline:
             raise InstructionError(
@@ -276,7 +286,7 @@ class Executor:
                 retryable=True,
             )
 
-    def _work(self, entry: Entry, verb: Verb, plan: Plan) -> _Work:
+    def _work(self, entry: Entry, verb: Verb, plan: Plan) -> Work:
         instruction = entry.instruction
         about = {"instruction": instruction.id, "verb": instruction.verb, "uuid": plan.domain}
         ctx = StepContext(
@@ -287,11 +297,11 @@ class Executor:
             tell=lambda data: self._progress(about | data),
         )
         count = len(plan.steps)
-        return _Work(entry, verb, ctx, plan, [None] * count, [0.0] * count)
+        return Work(entry, verb, ctx, plan, [None] * count, [0.0] * count)
 
     def _mark(
         self,
-        work: _Work,
+        work: Work,
         index: int,
         state: StepState,
         output: dict[str, Any] | None = None,
@@ -303,7 +313,7 @@ class Executor:
         work.states[index] = state
         work.seconds[index] += seconds
 
-    def _finish(self, work: _Work, error: dict[str, Any] | None, result: dict[str, Any] | None = None) -> None:
+    def _finish(self, work: Work, error: dict[str, Any] | None, result: dict[str, Any] | None = None) -> None:
         steps = tuple(
             {"name": step.name, "title": step.title, "state": state.value, "seconds": round(seconds, 6)}
             for step, state, seconds in zip(work.plan.steps, work.states, work.seconds, strict=True)
@@ -344,12 +354,12 @@ class Executor:
 
     def _error(self, entry: Entry, exc: BaseException, step: Step | None = None) -> dict[str, Any]:
         if isinstance(exc, ToolstackError | AgentError):
-            return {"code": exc.code, "message": _line(exc.message), "retryable": exc.retryable}
+            return {"code": exc.code, "message": one_line(exc.message), "retryable": exc.retryable}
         where = f"{entry.instruction.verb!r}" if step is None else f"step {step.name!r} of {entry.instruction.verb!r}"
         LOG.error("a mistake in %s", where, exc_info=exc)
         return {
             "code": "plugin.failed",
-            "message": _line(f"a mistake in the plugin: {where} raised {exc!r}; report it with the agent's log"),
+            "message": one_line(f"a mistake in the plugin: {where} raised {exc!r}; report it with the agent's log"),
             "retryable": False,
         }
 
@@ -369,15 +379,3 @@ def _remains(step: Step, state: StepState | None) -> bool:
     if state is None or not step.changes:
         return False
     return state is not StepState.UNDONE or type(step).undo is Step.undo
-
-
-def _line(text: str) -> str:
-    """One line that any encoder takes."""
-    return " ".join(text.encode(errors="replace").decode().split())[:1000]
-
-
-def _json(data: dict[str, Any]) -> dict[str, Any]:
-    """What a plugin gave, as it will be read back. :raises ValueError, TypeError: it is no JSON object."""
-    text = json.dumps(data, allow_nan=False, ensure_ascii=False)
-    text.encode()
-    return dict(json.loads(text))

@@ -5,6 +5,7 @@ its instruction is finished. What is free is computed from the domain table and 
 nothing to rebuild after a crash. A domain counts with the most of
 
 * what it has, and what its balloon was told to have;
+* what is set aside for it while it is on its way here;
 * what a claim says: so growth is taken before it happens, and what a shrinking guest gives back is free only when
   its instruction has ended well;
 * what it had before a cold resize that may still be reverted (`agent.resizing.Pending`).
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 from agent.journal import Journal
 from agent.resizing import Pending, held_mib
 from hypervisor.errors import InsufficientMemory, InsufficientVcpus
-from hypervisor.toolstack.api import Toolstack
+from hypervisor.toolstack.api import Capability, MigrationRole, Toolstack
 
 LOG = logging.getLogger(__name__)
 
@@ -90,6 +91,10 @@ class ResourceClaims:
         host = self._toolstack.host_info()
         domains = self._toolstack.list_domains()
         has = {domain.uuid: _Share(held_mib(domain), domain.vcpus) for domain in domains}
+        for half in self._toolstack.migration_list() if Capability.LIVE_MIGRATION in host.capabilities else ():
+            if half.role is MigrationRole.TARGET and not half.phase.ended:
+                # On its way here: the driver has set its memory aside before it lists the domain.
+                has[half.uuid] = has.get(half.uuid, _Share()).most(_Share(half.memory_mib, half.vcpus))
         counted = dict(has)
         for domain in domains:
             pending = Pending.of(domain.metadata)

@@ -34,6 +34,7 @@ from agent.reports import Reporter
 from agent.resources import ResourceClaims
 from agent.rpc import connection as broker
 from agent.rpc.consumer import Consumer
+from agent.rpc.peers import BrokerPeers
 from agent.rpc.publisher import Publisher
 from agent.rpc.queues import OsloQueues
 from hypervisor.errors import ToolstackError
@@ -134,6 +135,12 @@ class Service:
                 "core_dir": str(settings.core_dir),
                 "resize_confirm_seconds": str(settings.resize_confirm_seconds),
             },
+            peers=BrokerPeers(
+                settings.broker_url,
+                self.stopping,
+                poll_seconds=settings.poll_seconds,
+                max_message_bytes=settings.max_message_bytes,
+            ),
         )
 
     def _wire(self, verbs: dict[str, Verb], host: Host) -> None:

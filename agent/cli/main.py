@@ -16,7 +16,21 @@ from cliff import help as cliff_help
 from cliff.app import App
 from cliff.commandmanager import CommandManager
 
-from agent.cli import console, devices, doctor, domain, events, image, inside, instruct, node, resize, schema, top
+from agent.cli import (
+    console,
+    devices,
+    doctor,
+    domain,
+    events,
+    image,
+    inside,
+    instruct,
+    migration,
+    node,
+    resize,
+    schema,
+    top,
+)
 from agent.cli.base import EXIT_FAILED, EXIT_OK, CliError, UsageError, error_json, usage_error
 from agent.cli.settings import Connection
 
@@ -42,10 +56,16 @@ COMMANDS: dict[str, Any] = {
     "domain attach-nic": devices.DomainAttachNic,
     "domain detach-nic": devices.DomainDetachNic,
     "domain resize": resize.DomainResize,
+    "domain migrate": migration.DomainMigrate,
     "domain sysrq": inside.DomainSysrq,
     "domain dump-core": inside.DomainDumpCore,
     "block list": devices.BlockList,
     "network list": devices.NetworkList,
+    "migration list": migration.MigrationList,
+    "migration show": migration.MigrationShow,
+    "migration cancel": migration.MigrationCancel,
+    "migration resolve": migration.MigrationResolve,
+    "host evacuate": migration.HostEvacuate,
     "top": top.Top,
     "instruct": instruct.Instruct,
     "schema": schema.Schema,
@@ -58,8 +78,9 @@ COMMANDS: dict[str, Any] = {
 DESCRIPTION = """\
 Look after a Reeve node: its domains, its images and what it needs.
 
-`node`, `domain`, `block` and `network` commands and `top` talk to the driver on this machine;
-`instruct` sends an instruction through the message broker, as a cloud scheduler would.
+`node`, `domain`, `block`, `network` and `migration` commands and `top` talk to the driver on this machine;
+`domain migrate` and `host evacuate` ask the agent, since two hosts take part; `instruct` sends any instruction
+through the message broker, as a cloud scheduler would.
 Start with `reeve doctor`."""
 
 

@@ -201,6 +201,10 @@ class Journal:
 
         self._write(operation)
 
+    def forward(self, ident: str) -> None:
+        """The instruction cannot be taken back any more: it goes on."""
+        self._execute("UPDATE instructions SET phase = ?, error = NULL WHERE id = ?", (Phase.RUNNING, ident))
+
     def finish(self, reply: wire.Reply, keep_seconds: float) -> None:
         """Store the outcome, give back its claim and queue the reply for everyone who asked: one transaction.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -129,6 +129,18 @@ class Client:
                 )
             self._drain(min(left, 1.0))
         return self._replies.pop(instruction_id)
+
+    def wait_any(self, instruction_ids: Container[str], timeout: float) -> wire.Reply | None:
+        """The reply to one of several, whichever comes first; None when none did in time."""
+        end = time.monotonic() + timeout
+        while True:
+            for ident in self._replies:
+                if ident in instruction_ids:
+                    return self._replies.pop(ident)
+            left = end - time.monotonic()
+            if left <= 0:
+                return None
+            self._drain(min(left, 1.0))
 
     def listen(self, on_report: Callable[[wire.Report], None], pattern: str = "#") -> None:
         """From now on pass reports whose routing key (``kind.host``) matches `pattern`; they come during `drain`."""

@@ -240,7 +240,8 @@ class Toolstack(Protocol):
     #
     # While a domain is in the hands of a migration, every verb that would change it raises `WrongState`, naming the
     # migration. The half on a target is not listed before phase COMPLETE, but its UUID, name, memory, MACs and images
-    # count as taken; from COMPLETE on it is listed, paused, its `detail` saying why.
+    # count as taken; from COMPLETE on it is listed, paused, its `detail` saying why. One that waits drops itself after
+    # `hypervisor.toolstack.migration.WAIT_SECONDS`.
 
     def migration_offer(self, uuid: str) -> MigrationOffer:
         """Source: what a target must know; changes nothing. :raises WrongState: it has ended, or is on its way."""

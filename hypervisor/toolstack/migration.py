@@ -24,6 +24,8 @@ from hypervisor.errors import SpecInvalid
 from hypervisor.toolstack.spec import DomainSpec
 
 MAX_TIMEOUT = 86400.0
+WAIT_SECONDS = 300.0
+"""A target's half to which no source has connected drops itself after so long."""
 MAX_OFFER_BYTES = 192 * 1024
 """Longest JSON text of an offer or a ticket: it has to pass the control socket and a message."""
 

@@ -42,6 +42,7 @@ from hypervisor.toolstack.api import (
 from hypervisor.toolstack.drivers import _fake_guest as guest
 from hypervisor.toolstack.drivers._fake_moves import Move, Shut
 from hypervisor.toolstack.drivers._fake_store import FakeDomain, Store
+from hypervisor.toolstack.migration import WAIT_SECONDS
 
 ROUNDS = 3
 """Rounds of copying until a guest has converged, unless ``fake.rounds`` on its command line says otherwise."""
@@ -60,6 +61,8 @@ class Mover:
     def advance(self, ident: str) -> None:
         with self.store.transaction():
             move = self.found(ident)
+            if move is not None and move.phase is Phase.WAITING and time.time() - move.began > WAIT_SECONDS:
+                drop(self.store, move, MigrationFailed(f"no source has connected within {WAIT_SECONDS:g} s"))
         steps = {Phase.STARTING: self._connect, Phase.COPYING: self._copy, Phase.SWITCHING: self._switch}
         if move is None or move.role is not Role.SOURCE or move.phase not in steps:
             return

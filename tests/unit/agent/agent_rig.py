@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agent.api import Host
+from agent.api import Host, NoPeers, Peers
 from agent.executor import Executor
 from agent.journal import Accepted, Journal
 from agent.loader import Verb, load_verbs
@@ -90,7 +90,9 @@ def _verbs() -> Mapping[str, Verb]:
     return verbs
 
 
-def make_rig(folder: Path, toolstack: FakeToolstack | None = None, **options: Any) -> Rig:
+def make_rig(
+    folder: Path, toolstack: FakeToolstack | None = None, name: str = HOST, peers: Peers | None = None, **options: Any
+) -> Rig:
     toolstack = toolstack or FakeToolstack(None)
     journal = Journal(folder / "journal.sqlite")
     journal._db.execute("PRAGMA synchronous=OFF")  # no test cuts the power, and a sync takes longer than most tests
@@ -102,9 +104,10 @@ def make_rig(folder: Path, toolstack: FakeToolstack | None = None, **options: An
     images.mkdir(exist_ok=True)
     settings = {"image_dir": str(images), "core_dir": str(folder / "cores"), "resize_confirm_seconds": "0"}
     settings["config_drive_dir"] = str(folder / "drives")
-    for name in ("grub_x86_64", "grub_i386"):
-        settings[name] = str(folder / name)
-    host = Host(HOST, f"reeve/{journal.node_id()}", toolstack, claims, LocalImages(images), settings)
+    for loader in ("grub_x86_64", "grub_i386"):
+        settings[loader] = str(folder / loader)
+    owner = f"reeve/{journal.node_id()}"
+    host = Host(name, owner, toolstack, claims, LocalImages(images), settings, peers or NoPeers())
     stopping = threading.Event()
     options.setdefault("unknown_seconds", 0.3)
     executor = Executor(journal, verbs, host, stopping, **options)

@@ -30,7 +30,17 @@ def test_plans_of_every_verb_survive_json(rig: Rig, tmp_path: Path) -> None:
         "revert_resize": {"uuid": resized},
         "sysrq": {"uuid": uuid, "key": "h"},
         "dump_core": {"uuid": uuid, "name": "core"},
-    }
+        "migrations": {},
+        "cancel_migration": {"ident": uuid},
+        "resolve_migration": {"ident": uuid, "keep": True},
+        "migrate_finish": {"ident": uuid},
+        "migrate_settle": {"ident": uuid, "uuid": uuid, "keep": True},
+        "migrate_in": {"ident": uuid, "token": "0" * 32, "source": "node2", "mode": "live",
+                       "offer": rig.toolstack.migration_offer(uuid).to_json()},
+    }  # fmt: skip
+    # These two need a host that can be reached.
+    args |= {"migrate": {"uuid": uuid, "target": "node2"}, "evacuate": {"target": "node2"}}
+    rig.toolstack.state_dir = str(tmp_path)
     for name, verb in rig.verbs.items():
         plan = verb.plugin.plan(args.get(name, {"uuid": uuid}), rig.host)
         assert plan.steps

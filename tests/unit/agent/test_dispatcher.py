@@ -234,8 +234,9 @@ def test_interrupted_ends_the_worker(rig: Rig, runner: Runner) -> None:
     runner.errors = [Interrupted()]
     dispatcher = make(rig, runner, workers=1)
     dispatcher.receive(message())
-    until(lambda: not any(thread.is_alive() for thread in dispatcher._threads))
+    until(lambda: not any(thread.is_alive() for thread in dispatcher._threads if thread.name.startswith("work")))
     assert len(rig.journal.unfinished()) == 1
+    end(rig, dispatcher)
 
 
 def oslo_message(method: str = "list", **fields: Any) -> Raw:

@@ -48,5 +48,6 @@ def test_every_code_is_listed() -> None:
     used = set(re.findall(r'"((?:message|instruction|plugin|image|resize)\.[a-z_]+)"', source))
     # The base class's own, always overridden; what only building an image raises.
     used -= {"instruction.failed", "image.build_failed"}
+    used |= {"reply.timeout", "broker.unreachable"}  # what an agent gets that asks another one
     used |= set(errors._tree(errors.ToolstackError)) | {"host.failure"}
     assert used <= listed | {"host.failure"} and listed <= used, (used - listed, listed - used)

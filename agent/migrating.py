@@ -1,0 +1,126 @@
+"""What the verbs of migration share: their arguments, the idents of instructions between agents, and looking at a half.
+
+The id of the instruction ``migrate`` is the migration's ident on both hosts. What the source's agent asks of the
+target's has ids that are made from it and from the step's name: asked again after a crash, the other agent answers from
+its journal.
+"""
+
+from __future__ import annotations
+
+import uuid as uuid_module
+from collections.abc import Mapping
+from typing import Any
+
+from agent.api import NAME_SCHEMA, UUID_SCHEMA, Context, InstructionError, JsonDict
+from hypervisor.errors import MigrationNotFound, MigrationUnresolved, WrongState
+from hypervisor.toolstack.api import MigrationPhase, MigrationRole, MigrationStatus, Toolstack
+
+IDENT_SCHEMA: Mapping[str, Any] = {**UUID_SCHEMA, "description": "Of the migration: the id of the instruction migrate."}
+HOST_SCHEMA: Mapping[str, Any] = {**NAME_SCHEMA, "description": "The other host, as instructions address it."}
+TOKEN_SCHEMA: Mapping[str, Any] = {
+    "type": "string",
+    "pattern": "^[0-9a-f]{32,128}$",
+    "description": "The secret by which the source's connection is known.",
+}
+MODE_SCHEMA: Mapping[str, Any] = {
+    "type": "string",
+    "enum": ["auto", "live", "image"],
+    "default": "auto",
+    "description": "live: unnoticed by the guest; image: it suspends and resumes; auto: live, or else as an image.",
+}
+OPTIONS_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "bandwidth_bytes": {"type": "integer", "minimum": 0, "maximum": (1 << 48) - 1},
+        "downtime_ms": {"type": "number", "exclusiveMinimum": 0, "maximum": 60000},
+        "compress": {"type": "string", "enum": ["none", "zstd"]},
+        "max_rounds": {"type": "integer", "minimum": 1, "maximum": 1000},
+        "throttle": {"type": "boolean"},
+        "timeout_s": {"type": "number", "exclusiveMinimum": 0, "maximum": 86400},
+    },
+    "description": "See hypervisor.toolstack.migration.MigrationOptions.",
+}
+
+ATTEMPTS = 4
+"""So often another agent is asked for one thing, while it says that it may succeed later."""
+PAUSE = 0.5
+ANSWER_SECONDS = 30.0
+"""For another agent's answer to something quick."""
+
+UNDER_WAY = (MigrationPhase.STARTING, MigrationPhase.COPYING, MigrationPhase.SWITCHING)
+WHOLE = (MigrationPhase.COMPLETE, MigrationPhase.UNRESOLVED)
+
+
+def derived(ident: str, what: str) -> str:
+    """The id of an instruction that follows from another one."""
+    return str(uuid_module.uuid5(uuid_module.UUID(ident), what))
+
+
+def ask(
+    ctx: Context,
+    host: str,
+    verb: str,
+    args: JsonDict,
+    *,
+    step: str,
+    timeout: float = ANSWER_SECONDS,
+    expire: bool = False,
+) -> JsonDict:
+    """One thing of another agent; `step` names it within this instruction.
+
+    A failure that may pass is the other's answer for good under its id, so that another attempt gets another id. All of
+    them follow from this instruction: a repetition after a crash takes the same way.
+    """
+    for attempt in range(ATTEMPTS):
+        ident = derived(ctx.instruction, f"{step}:{attempt}")
+        try:
+            return ctx.host.peers.call(host, verb, args, ident=ident, timeout=timeout, expire=expire)
+        except InstructionError as exc:
+            if not exc.retryable or attempt + 1 == ATTEMPTS:
+                raise
+            ctx.poll(lambda _left: False, PAUSE)
+    raise AssertionError("unreachable")
+
+
+def find_status(toolstack: Toolstack, ident: str) -> MigrationStatus | None:
+    try:
+        return toolstack.migration_status(ident)
+    except MigrationNotFound:
+        return None
+
+
+def commands(status: MigrationStatus) -> list[str]:
+    """What an operator can type to decide for a half that waits for a decision."""
+    if status.phase not in WHOLE:
+        return []
+    return [f"reeve migration resolve {status.ident} {how}" for how in ("--keep", "--drop")]
+
+
+def described(status: MigrationStatus) -> JsonDict:
+    return {**status.to_json(), "resolve": commands(status)}
+
+
+def settle_half(toolstack: Toolstack, ident: str, *, keep: bool) -> MigrationStatus | None:
+    """Make it so that the domain runs here, or not; quiet when it is so. None: there is no such migration.
+
+    The caller knows that the other half agrees.
+
+    :raises WrongState: it is under way, or the other way round. :raises MigrationUnresolved: no whole copy is here.
+    """
+    status = find_status(toolstack, ident)
+    if status is None:
+        return None
+    if status.phase in UNDER_WAY:
+        raise WrongState(f"migration {ident} is still {status.phase.value}: wait for it, or cancel it")
+    arriving = (MigrationPhase.WAITING, MigrationPhase.RECEIVING)
+    if status.role is MigrationRole.TARGET and keep and status.phase in (*arriving, MigrationPhase.DROPPED):
+        raise MigrationUnresolved(f"migration {ident} is {status.phase.value} here: there is no whole copy to run")
+    if status.phase in arriving:
+        try:
+            toolstack.migration_cancel(ident)
+        except WrongState:  # it has become complete meanwhile
+            toolstack.migration_resolve(ident, keep=False)
+    elif not (status.phase is MigrationPhase.DROPPED and not keep):
+        toolstack.migration_resolve(ident, keep=keep)
+    return toolstack.migration_status(ident)

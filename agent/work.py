@@ -1,0 +1,36 @@
+"""An instruction under way in a worker."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from agent.api import Plan
+from agent.context import StepContext
+from agent.journal import Entry, StepState
+from agent.loader import Verb
+
+
+@dataclasses.dataclass(slots=True)
+class Work:
+    """An instruction under way. `states` and `seconds` are per step of the plan."""
+
+    entry: Entry
+    verb: Verb
+    ctx: StepContext
+    plan: Plan
+    states: list[StepState | None]
+    seconds: list[float]
+
+    @property
+    def journalled(self) -> bool:
+        return not self.verb.plugin.read_only
+
+    @property
+    def name(self) -> str:
+        return self.entry.instruction.verb
+
+    @property
+    def committed(self) -> bool:
+        """Past the point of no return."""
+        done = zip(self.plan.steps, self.states, strict=True)
+        return any(step.commits and state is StepState.DONE for step, state in done)

@@ -1,0 +1,303 @@
+"""``migrate``: move a domain to another host while it runs. The source's side; the target's begins with ``migrate_in``.
+
+The source's record of the migration, kept by its driver, decides. Until it says ``moved`` a failure leaves the domain
+running here and nothing there; from then on the plan only goes forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import secrets
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from agent.api import (
+    UUID_SCHEMA,
+    BrokerError,
+    Check,
+    Context,
+    Host,
+    InstructionError,
+    JsonDict,
+    Plan,
+    Plugin,
+    ReplyTimeout,
+    Step,
+    TooLate,
+    own_domain,
+)
+from agent.migrating import (
+    HOST_SCHEMA,
+    MODE_SCHEMA,
+    OPTIONS_SCHEMA,
+    ask,
+    commands,
+    find_status,
+)
+from hypervisor.errors import (
+    HostUnavailable,
+    MigrationFailed,
+    MigrationNotTransparent,
+    MigrationUnresolved,
+    OperationTimeout,
+    ToolstackError,
+    Unsupported,
+    WrongState,
+    from_json,
+)
+from hypervisor.toolstack.api import (
+    Capability,
+    DomainState,
+    MigrationOptions,
+    MigrationPhase,
+    MigrationStatus,
+    MigrationTicket,
+)
+
+PREPARE_SECONDS = 60.0
+CANCEL_SECONDS = 60.0
+MARGIN = 120.0
+"""Seconds beyond the options' own timeout: for the switch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckStep(Step):
+    name: ClassVar[str] = "check"
+    title: ClassVar[str] = "see what the target must know"
+    changes: ClassVar[bool] = False
+
+    uuid: str
+
+    def run(self, ctx: Context) -> JsonDict | None:
+        own_domain(ctx.host, self.uuid)
+        return {"offer": ctx.host.toolstack.migration_offer(self.uuid).to_json()}
+
+    def check(self, ctx: Context) -> Check:
+        return Check.NOT_DONE
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareStep(Step):
+    """:ivar token: the secret by which the target knows the source's connection."""
+
+    name: ClassVar[str] = "prepare"
+    title: ClassVar[str] = "have the target check and set aside what it needs"
+
+    uuid: str
+    target: str
+    token: str
+    mode: str
+
+    def run(self, ctx: Context) -> JsonDict | None:
+        modes = ("live", "image") if self.mode == "auto" else (self.mode,)
+        for mode in modes:
+            args = {
+                "ident": ctx.instruction,
+                "token": self.token,
+                "source": ctx.host.name,
+                "mode": mode,
+                "offer": ctx.outputs["check"]["offer"],
+            }
+            seconds = ctx.seconds_left(PREPARE_SECONDS)
+            try:
+                return ask(ctx, self.target, "migrate_in", args, step=f"prepare-{mode}", timeout=seconds, expire=True)
+            except InstructionError as exc:
+                if exc.code != MigrationNotTransparent.code or mode == modes[-1]:
+                    raise
+        raise AssertionError("unreachable")
+
+    def check(self, ctx: Context) -> Check:
+        # Also when it was: the target answers from its journal.
+        return Check.NOT_DONE
+
+    def undo(self, ctx: Context) -> None:
+        # The step after this one was undone before: the domain runs here, or it was never begun. Only then may the
+        # target's half go.
+        status = find_status(ctx.host.toolstack, ctx.instruction)
+        if status is not None and status.phase is not MigrationPhase.KEPT:
+            raise MigrationUnresolved(f"the source is {status.phase.value}")
+        try:
+            ask(ctx, self.target, "migrate_settle", _settling(ctx, self.uuid, keep=False), step="drop")
+        except ReplyTimeout as exc:
+            # It lies in the target's queue: its agent will do it.
+            raise MigrationUnresolved(
+                f"the domain runs here; {exc.message} What it has set aside it drops when it hears of this"
+            ) from exc
+        ctx.host.toolstack.migration_forget(ctx.instruction)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransferStep(Step):
+    """:ivar options: JSON form of `MigrationOptions`."""
+
+    name: ClassVar[str] = "transfer"
+    title: ClassVar[str] = "send it over"
+    commits: ClassVar[bool] = True
+
+    uuid: str
+    target: str
+    token: str
+    options: JsonDict
+
+    def run(self, ctx: Context) -> JsonDict | None:
+        options = MigrationOptions.from_json(self.options)
+        if not ctx.poll(lambda _left: self._begun(ctx, options), PREPARE_SECONDS):
+            raise HostUnavailable("the host process does not answer: the migration is not begun; try again")
+        status = ctx.poll(lambda _left: self._over(ctx), options.timeout_s + MARGIN)
+        if status is None:
+            raise OperationTimeout(f"domain {self.uuid} did not move in time: it is kept here")
+        if status.phase is MigrationPhase.UNRESOLVED:
+            raise _unresolved(status)
+        if status.phase is MigrationPhase.KEPT:
+            raise from_json(status.error) if status.error else MigrationFailed(f"domain {self.uuid} runs on here")
+        return {"status": status.to_json()}
+
+    def check(self, ctx: Context) -> Check:
+        status = find_status(ctx.host.toolstack, ctx.instruction)
+        return Check.DONE if status is not None and status.phase is MigrationPhase.MOVED else Check.NOT_DONE
+
+    def undo(self, ctx: Context) -> None:
+        status = find_status(ctx.host.toolstack, ctx.instruction)
+        if status is None:
+            return  # it was never begun
+        with contextlib.suppress(WrongState):
+            ctx.host.toolstack.migration_cancel(ctx.instruction)
+        status = ctx.poll(lambda _left: self._over(ctx), CANCEL_SECONDS)
+        if status is None:
+            raise OperationTimeout(f"migration {ctx.instruction} has neither ended nor been cancelled yet")
+        if status.phase is MigrationPhase.MOVED:
+            raise TooLate({"status": status.to_json()})
+        if status.phase is MigrationPhase.UNRESOLVED:
+            raise MigrationUnresolved("the guest is paused")
+
+    def _begun(self, ctx: Context, options: MigrationOptions) -> bool:
+        """False: the host does not answer, and nobody knows whether it was."""
+        ticket = MigrationTicket.from_json(ctx.outputs["prepare"]["ticket"])
+        try:
+            ctx.host.toolstack.migration_start(
+                self.uuid, ident=ctx.instruction, token=self.token, ticket=ticket, options=options, peer=self.target
+            )
+        except HostUnavailable:
+            return False
+        return True
+
+    def _over(self, ctx: Context) -> MigrationStatus | None:
+        """The status, once it is decided or an operator has to."""
+        try:
+            status = ctx.host.toolstack.migration_status(ctx.instruction)
+        except ToolstackError as exc:
+            if exc.retryable:
+                return None
+            raise
+        decided = status.phase.ended or status.phase is MigrationPhase.UNRESOLVED
+        total = max(1, status.pages_total)
+        told = {name: value for name, value in status.to_json().items() if name in _TOLD}
+        ctx.progress(total if decided else min(total - status.dirty_pages, total - 1), total, "pages", **told)
+        return status if decided else None
+
+
+_TOLD = (
+    "phase",
+    "rounds",
+    "pages_sent",
+    "bytes_sent",
+    "dirty_pages",
+    "rate_bytes",
+    "dirty_rate_pages",
+    "downtime_estimate_ms",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SettleStep(Step):
+    name: ClassVar[str] = "settle"
+    title: ClassVar[str] = "see to it that it runs on the target"
+
+    uuid: str
+    target: str
+
+    def run(self, ctx: Context) -> JsonDict | None:
+        try:
+            return ask(ctx, self.target, "migrate_settle", _settling(ctx, self.uuid, keep=True), step="settle")
+        except (BrokerError, ReplyTimeout) as exc:
+            raise InstructionError(
+                MigrationUnresolved.code,
+                f"domain {self.uuid} has left this host and host {self.target} cannot be asked whether it runs there "
+                f"({exc.message}): if it is paused, give there: reeve migration resolve {ctx.instruction} --keep",
+                retryable=True,
+            ) from exc
+
+    def check(self, ctx: Context) -> Check:
+        return Check.NOT_DONE
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishStep(Step):
+    name: ClassVar[str] = "finish"
+    title: ClassVar[str] = "forget the migration on both hosts"
+
+    uuid: str
+    target: str
+
+    def run(self, ctx: Context) -> JsonDict | None:
+        ask(ctx, self.target, "migrate_finish", {"ident": ctx.instruction}, step="finish")
+        status = find_status(ctx.host.toolstack, ctx.instruction)
+        ctx.host.toolstack.migration_forget(ctx.instruction)
+        return {"status": status.to_json()} if status is not None else None
+
+    def check(self, ctx: Context) -> Check:
+        return Check.NOT_DONE
+
+
+def _settling(ctx: Context, uuid: str, *, keep: bool) -> JsonDict:
+    return {"ident": ctx.instruction, "uuid": uuid, "keep": keep}
+
+
+def _unresolved(status: MigrationStatus) -> MigrationUnresolved:
+    how = " or ".join(commands(status)) or f"reeve migration show {status.ident}"
+    return MigrationUnresolved(f"migration {status.ident} of domain {status.uuid} is {status.phase.value}: {how}")
+
+
+class Migrate(Plugin):
+    verb = "migrate"
+    summary = "Move a domain to another host while it runs."
+    step_kinds = (CheckStep, PrepareStep, TransferStep, SettleStep, FinishStep)
+    args_schema: ClassVar[Mapping[str, Any]] = {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["uuid", "target"],
+        "properties": {"uuid": UUID_SCHEMA, "target": HOST_SCHEMA, "mode": MODE_SCHEMA, "options": OPTIONS_SCHEMA},
+    }
+
+    def plan(self, args: Mapping[str, Any], host: Host) -> Plan:
+        info = own_domain(host, args["uuid"])
+        target = args["target"]
+        if target == host.name:
+            raise InstructionError("instruction.bad_args", f"args.target: {target!r} is this host: give another")
+        if Capability.LIVE_MIGRATION not in host.toolstack.capabilities():
+            raise Unsupported(f"the {host.toolstack.name} driver moves no domains: see reeve node show")
+        if info.state not in (DomainState.RUNNING, DomainState.PAUSED):
+            raise WrongState(f"domain {info.uuid} is {info.state.value}: only one that runs or is paused can move")
+        token = secrets.token_hex(32)
+        options = MigrationOptions.from_json(args.get("options", {})).to_json()
+        return Plan(
+            (
+                CheckStep(info.uuid),
+                PrepareStep(info.uuid, target, token, args.get("mode", "auto")),
+                TransferStep(info.uuid, target, token, options),
+                SettleStep(info.uuid, target),
+                FinishStep(info.uuid, target),
+            ),
+            info.uuid,
+        )
+
+    def result(self, args: Mapping[str, Any], plan: Plan, ctx: Context) -> JsonDict:
+        found = ctx.outputs.get("transfer") or ctx.outputs.get("finish") or {}
+        status = found.get("status", {})
+        figures = ("mode", "rounds", "pages_sent", "bytes_sent", "downtime_ms", "total_s")
+        return {
+            "domain": ctx.outputs.get("settle", {}).get("domain"),
+            "target": args["target"],
+            **{name: status[name] for name in figures if name in status},
+        }
