@@ -53,6 +53,7 @@ class NativeView:
 
     :ivar env: the registers; `offsets` within, by the names of the engine's layout.
     :ivar read_eflags, load_cr3, stop: C functions: ``u64 (*)(env)``, ``void (*)(env, u64)``, ``void (*)(engine)``.
+    :ivar raise_exception: ``void (*)(env, int vector, int error)``: from the hook of a port, which it never returns to.
     :ivar syscall, interrupt: what is called for what native hooks leave: ``void (*)(engine, data)``,
         ``void (*)(engine, u32 number, data)``.
     """
@@ -62,6 +63,7 @@ class NativeView:
     read_eflags: int
     load_cr3: int
     stop: int
+    raise_exception: int
     syscall: int
     interrupt: int
 
@@ -69,11 +71,15 @@ class NativeView:
 class NativeHooks(Protocol):
     """C functions that are called instead of the handler, and call it for what they do not do themselves.
 
-    :ivar syscall, interrupt: their addresses; `data` is passed to both.
+    :ivar syscall, interrupt: their addresses; `data` is passed to all.
+    :ivar port_in, port_out: what `in` and `out` do: ``u32 (*)(engine, u32 port, int size, data)``,
+        ``void (*)(engine, u32 port, int size, u32 value, data)``.
     """
 
     syscall: int
     interrupt: int
+    port_in: int
+    port_out: int
     data: int
 
     def attach(self, view: NativeView) -> None: ...

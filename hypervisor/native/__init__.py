@@ -45,6 +45,7 @@ class Context(ctypes.Structure):
         ("read_eflags", _PTR),
         ("load_cr3", _PTR),
         ("stop", _PTR),
+        ("raise_exception", _PTR),
         ("python_syscall", _PTR),
         ("python_interrupt", _PTR),
         ("state", _PTR),
@@ -55,6 +56,7 @@ class Context(ctypes.Structure):
         ("irets", _U64),
         ("faults", _U64),
         ("events", _U64),
+        ("ports", _U64),
     )
 
 
@@ -66,7 +68,7 @@ def _layout() -> tuple[int, ...]:
         ctypes.sizeof(Context),
         context.state.offset,
         context.old_exception.offset,
-        context.events.offset,
+        context.ports.offset,
         ctypes.sizeof(VcpuState),
         state.iopl.offset,
         state.syscall_masks.offset,
@@ -113,12 +115,15 @@ class FastPath:
         self.context.base, self.context.limit = memory.base_mpa, memory.frames * 4096
         self.syscall = ctypes.cast(code.reeve_syscall, _PTR).value or 0
         self.interrupt = ctypes.cast(code.reeve_interrupt, _PTR).value or 0
+        self.port_in = ctypes.cast(code.reeve_port_in, _PTR).value or 0
+        self.port_out = ctypes.cast(code.reeve_port_out, _PTR).value or 0
         self.data = ctypes.addressof(self.context)
 
     def attach(self, view: NativeView) -> None:
         context = self.context
         context.env, context.read_eflags, context.load_cr3 = view.env, view.read_eflags, view.load_cr3
         context.stop, context.python_syscall, context.python_interrupt = view.stop, view.syscall, view.interrupt
+        context.raise_exception = view.raise_exception
         for name in _OFFSETS:
             setattr(context, name, view.offsets[name])
 
@@ -137,4 +142,4 @@ class FastPath:
     def counts(self) -> dict[str, int]:
         """What was done here, by kind."""
         context = self.context
-        return {name: getattr(context, name) for name in ("syscalls", "irets", "faults", "events")}
+        return {name: getattr(context, name) for name in ("syscalls", "irets", "faults", "events", "ports")}

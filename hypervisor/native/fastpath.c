@@ -38,13 +38,14 @@ struct context {
     u64 (*read_eflags)(void *env);
     void (*load_cr3)(void *env, u64 cr3);
     void (*stop)(void *engine);
+    void (*raise)(void *env, int vector, int error); /* does not return */
     void (*python_syscall)(void *engine, void *data);
     void (*python_interrupt)(void *engine, u32 number, void *data);
     struct vcpu_state *state; /* of the vCPU that runs */
     u64 windows;              /* its descriptor windows: word offset of their L1 entries in the memory */
     u32 leaving;              /* the run is being left: no event is delivered any more */
     u32 regs, eip, eflags, cc_src, cc_op, df, hflags, segs, cr, error_code, is_int, old_exception;
-    u64 syscalls, irets, faults, events; /* done here, for statistics */
+    u64 syscalls, irets, faults, events, ports; /* done here, for statistics */
 };
 
 enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11 };
@@ -326,10 +327,38 @@ __attribute__((visibility("default"))) void reeve_interrupt(void *engine, u32 nu
     c->python_interrupt(engine, number, data);
 }
 
+/* PrivilegedOps._io_allowed, and the ports of a machine without devices */
+static int port_allowed(struct context *c)
+{
+    if (!c->on || c->state->iopl < (c->state->kernel_mode ? 1 : 3))
+        return 0;
+    c->ports++;
+    return 1;
+}
+
+__attribute__((visibility("default"))) u32 reeve_port_in(void *engine, u32 port, int size, void *data)
+{
+    struct context *c = data;
+
+    (void)engine, (void)port, (void)size;
+    if (!port_allowed(c))
+        c->raise(c->env, 13, 0);
+    return 0xffffffff;
+}
+
+__attribute__((visibility("default"))) void reeve_port_out(void *engine, u32 port, int size, u32 value, void *data)
+{
+    struct context *c = data;
+
+    (void)engine, (void)port, (void)size, (void)value;
+    if (!port_allowed(c))
+        c->raise(c->env, 13, 0);
+}
+
 /* What Python's structures are compared with: sizes, then offsets of the last fields. */
 __attribute__((visibility("default"))) const u32 reeve_layout[] = {
     sizeof(struct context), offsetof(struct context, state), offsetof(struct context, old_exception),
-    offsetof(struct context, events), sizeof(struct vcpu_state), offsetof(struct vcpu_state, iopl),
+    offsetof(struct context, ports), sizeof(struct vcpu_state), offsetof(struct vcpu_state, iopl),
     offsetof(struct vcpu_state, syscall_masks), offsetof(struct vcpu_state, trap_address),
     offsetof(struct vcpu_state, trap_flags),
 };

@@ -30,9 +30,6 @@ DEADLINE = 60.0
 
 JUDGES = ("traps", "mmu", "tables", "hypercalls", "channels", "ticks", "memtouch", "grants", "cpuid")
 
-# "Instructions" in docs/xen-differences.md says why: the engine does not check the privilege of port instructions.
-KNOWN = {"traps": ["FAIL #GP: port without IOPL"]}
-
 
 class Host:
     def __init__(self, rig: HostRig, toolstack: EmbeddedToolstack) -> None:
@@ -87,8 +84,8 @@ def test_a_guest_finds_what_it_would_on_xen(host: Host, name: str, page: bool) -
         cmdline = f"foreign={host.rig.record(neighbour)['claim']['base_mfn'] + 5:#x}"
     info, said = host.end(host.start(name, cmdline, page=page))
     assert (info.state, info.shutdown_reason) == (DomainState.SHUTDOWN, ShutdownReason.POWEROFF), info.detail
-    assert [line for line in said.splitlines() if line.startswith("FAIL")] == KNOWN.get(name, []), said
-    assert (f"passed, {len(KNOWN[name])} failed" if name in KNOWN else f"{name}: OK") in said, said[-500:]
+    assert [line for line in said.splitlines() if line.startswith("FAIL")] == [], said
+    assert f"{name}: OK" in said, said[-500:]
     assert name != "mmu" or "PASS refused: a neighbour's frame" in said
 
 
@@ -145,6 +142,6 @@ def test_a_level_that_the_engine_does_not_have_is_refused_by_name(tmp_path: Path
 
 
 def test_a_failed_case_crashes_a_guest_that_was_told_to(host: Host) -> None:
-    """So the verdict above means something: the known difference of `traps` is a failed case."""
-    info, _ = host.end(host.start("traps", "crash_if_failed"))
+    """So the verdict above means something: a guest that was told wrongly what it may know of its processor."""
+    info, _ = host.end(host.start("cpuid", "popcnt=0 count=10 crash_if_failed"))
     assert info.shutdown_reason is ShutdownReason.CRASH

@@ -10,18 +10,18 @@ uses public calls alone.
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from hypervisor.engines import x86
-from hypervisor.engines.base import EngineError, NativeHooks, NativeView, TrapHandler
+from hypervisor.engines.base import EngineError, NativeHooks, TrapHandler
 from hypervisor.engines.tsc import read_tsc
 from hypervisor.engines.unicorn.codebuffer import CodeBuffer, executable_areas
 from hypervisor.engines.unicorn.direct import DirectRegisters
 from hypervisor.engines.unicorn.features import find, hide
 from hypervisor.engines.unicorn.library import uc_const, uc_x86, unicorn
-from hypervisor.engines.unicorn.ports import PORT_IN_CB, port_in
+from hypervisor.engines.unicorn.nativeview import native_view
+from hypervisor.engines.unicorn.ports import HOOKS, PORT_IN_CB, PortFaults, port_in
 from hypervisor.engines.unicorn.private import EXIT_PAUSE, LIBRARY_PATH, Layout, handle_of
 from hypervisor.engines.unicorn.public import PublicRegisters
 from hypervisor.engines.unicorn.ring3 import enter_ring3
@@ -118,11 +118,11 @@ class UnicornEngine(Segments):
 
     def set_handler(self, handler: TrapHandler, native: NativeHooks | None = None) -> bool:
         self._handler = handler
-        if self._direct:
+        if self._direct and self.layout:
             interrupt, syscall = _INTR_CB(self._direct_intr), _INSN_CB(self._direct_syscall)
             data = None
             if native is not None:
-                native.attach(self._native_view(syscall, interrupt))
+                native.attach(native_view(self._leaf, self._env.value or 0, self.layout, syscall, interrupt))
                 self._hooks.append((interrupt, syscall, native))
                 interrupt, syscall, data = _INTR_CB(native.interrupt), _INSN_CB(native.syscall), native.data
             self._add_hook(unicorn.UC_HOOK_INTR, interrupt, data=data)
@@ -136,24 +136,17 @@ class UnicornEngine(Segments):
         # Behind the hook of `syscall`: the library walks one list for all instructions and leaves it when a stop was
         # requested meanwhile, so a hook before it would lose system calls.
         self._add_hook(unicorn.UC_HOOK_INSN, _CPUID_CB(self._cpuid_instruction), uc_x86.UC_X86_INS_CPUID)
-        self._add_hook(unicorn.UC_HOOK_INSN, PORT_IN_CB(port_in), uc_x86.UC_X86_INS_IN)
+        if self._direct and native is not None:
+            for instruction, hook in zip(HOOKS, (native.port_in, native.port_out), strict=True):
+                self._add_hook(unicorn.UC_HOOK_INSN, _PTR(hook), instruction, data=native.data)
+        elif self._direct:
+            ports = PortFaults(self._leaf)
+            self._hooks.append(ports)
+            for instruction in HOOKS:
+                self._add_hook(unicorn.UC_HOOK_INSN, ports.hook(instruction), instruction, data=self._env.value)
+        else:
+            self._add_hook(unicorn.UC_HOOK_INSN, PORT_IN_CB(port_in), uc_x86.UC_X86_INS_IN)
         return native is not None and self._direct is not None
-
-    def _native_view(self, syscall: Any, interrupt: Any) -> NativeView:
-        assert self.layout is not None
-
-        def address(function: Any) -> int:
-            return ctypes.cast(function, _PTR).value or 0
-
-        return NativeView(
-            env=self._env.value or 0,
-            offsets={name[4:]: at for name, at in dataclasses.asdict(self.layout).items() if name.startswith("env_")},
-            read_eflags=address(self._leaf.helper_read_eflags_x86_64),
-            load_cr3=address(self._f_cr3),
-            stop=address(self._lib.uc_emu_stop),
-            syscall=address(syscall),
-            interrupt=address(interrupt),
-        )
 
     def _add_hook(self, kind: int, callback: Any, *extra: int, data: int | None = None) -> None:
         handle = ctypes.c_size_t()

@@ -17,6 +17,7 @@ import struct
 from typing import Any
 
 from hypervisor.engines.unicorn.library import GPR_NAMES, uc_x86, unicorn
+from hypervisor.engines.unicorn.ports import HOOKS, PortFaults
 
 LIBRARY_PATH = os.path.join(os.path.dirname(unicorn.__file__), "lib", "libunicorn.so.2")
 
@@ -32,6 +33,7 @@ REQUIRED_SYMBOLS = (
     "helper_read_eflags_x86_64",
     "tb_invalidate_phys_range_x86_64",
     "cpu_x86_cpuid_x86_64",
+    "raise_exception_err_x86_64",
 )
 
 
@@ -214,6 +216,41 @@ def _check_exceptions(scratch: _Scratch, layout: Layout, env: int) -> None:
     ctypes.c_uint32.from_address(env + layout.env_old_exception).value = 0xFFFF_FFFF
 
 
+def _check_ports(scratch: _Scratch, layout: Layout, env: int, lib: Any) -> None:
+    """stc; in al, 0x60. Then out dx, al. Then rep outsb: #GP(0) at the instruction, with its flags."""
+    faults = PortFaults(lib)
+    add = ctypes.CDLL(LIBRARY_PATH).uc_hook_add
+    pointers, words = [ctypes.c_void_p] * 2, [ctypes.c_uint64] * 2
+    add.argtypes = [*pointers, ctypes.c_int, *pointers, *words, ctypes.c_int]
+    handles = [ctypes.c_size_t() for _ in HOOKS]
+    for handle, instruction in zip(handles, HOOKS, strict=True):
+        kind, hook = unicorn.UC_HOOK_INSN, faults.hook(instruction)
+        _expect("hook", add(handle_of(scratch.uc), ctypes.byref(handle), kind, hook, env, 1, 0, instruction), 0)
+    seen: list[tuple[int, int, int]] = []
+
+    def note(uc: Any, number: int, _data: object) -> None:
+        seen.append((number, _u64(env + layout.env_eip), _u32(env + layout.env_error_code)))
+        uc.emu_stop()
+
+    handle = scratch.uc.hook_add(unicorn.UC_HOOK_INTR, note)
+    for code, at in ((b"\xf9\xe4\x60\x90", 1), (b"\x90\xee\x90", 1), (b"\x90\x90\xf3\x6e\x90", 2)):
+        scratch.uc.reg_write(uc_x86.UC_X86_REG_RCX, 2)
+        scratch.uc.reg_write(uc_x86.UC_X86_REG_RSI, scratch.base + _DATA)
+        start = scratch.code(code)
+        scratch.uc.emu_start(start, start + len(code))
+        _expect("exits of a port instruction", len(seen), 1)
+        number, rip, error = seen.pop()
+        _expect("vector of a port instruction", number, 13)
+        _expect("RIP at a port instruction", rip, start + at)
+        _expect("error code of a port instruction", error, 0)
+        ctypes.c_uint32.from_address(env + layout.env_old_exception).value = 0xFFFF_FFFF
+    scratch.uc.hook_del(handle)
+    delete = ctypes.CDLL(LIBRARY_PATH).uc_hook_del
+    delete.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    for each in handles:
+        delete(handle_of(scratch.uc), each.value)
+
+
 def _check_pause(scratch: _Scratch, layout: Layout, env: int) -> None:
     """nop; pause; nop — with the intercept on it is an exit at the instruction, without it none."""
     seen: list[tuple[int, int]] = []
@@ -292,6 +329,7 @@ def verify(layout: Layout | None = None) -> SelfCheck:
             _, _, env = _check_registers(scratch, layout)
             _check_flags(scratch, layout, env, lib)
             _check_exceptions(scratch, layout, env)
+            _check_ports(scratch, layout, env, lib)
             _check_pause(scratch, layout, env)
         finally:
             scratch.close()

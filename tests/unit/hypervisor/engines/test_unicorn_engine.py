@@ -124,6 +124,20 @@ def test_ring3_refuses_privileged_instructions(bench: Bench) -> None:
     assert bench.run(b"\xf4")[0][:3] == ("exception", x86.GP, 0)  # hlt
 
 
+# in al, 0x60; in eax, dx; out dx, ax; insb; rep outsb
+@pytest.mark.parametrize("code", ["e460", "ed", "66ef", "6c", "f36e"])
+def test_ports_fault_at_the_instruction(code: str) -> None:
+    """And the next one is not carried out: stc; inc rbx; <port>; inc rbx."""
+    if selfcheck().layout is None:
+        pytest.skip(selfcheck().reason)
+    bench = Bench(use_private=True)
+    regs = bench.engine.regs
+    regs.gpr[x86.RCX] = 4
+    regs.gpr[x86.RSI] = regs.gpr[x86.RDI] = STACK_TOP - 256
+    assert bench.run(bytes.fromhex("f9 48ffc3" + code + "48ffc3")) == [("exception", x86.GP, 0, False, CODE + 4)]
+    assert regs.gpr[x86.RBX] == 1 and regs.rflags & 1
+
+
 def test_software_interrupt(bench: Bench) -> None:
     assert bench.run(b"\xcd\x82") == [("exception", 0x82, 0, True, CODE + 2)]
 
@@ -230,8 +244,9 @@ def test_saved_state_restores(bench: Bench) -> None:
     assert bench.engine.regs.gpr[x86.RCX] == 0x1122_3344_5566_7788
 
 
-def test_ports_read_as_an_empty_bus(bench: Bench) -> None:
+def test_ports_read_as_an_empty_bus_on_the_public_path() -> None:
     """in al, 0x64; syscall"""
+    bench = Bench(use_private=False)
     assert bench.run(bytes.fromhex("31c0 e464 0f05"))[0][2] == 0xFF
 
 

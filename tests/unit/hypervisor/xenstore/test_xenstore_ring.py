@@ -315,7 +315,9 @@ def test_two_rings_for_one_domain_are_refused(world, guest) -> None:
         Guest().connect(world.server)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.integers(0, 2**32))
 def test_a_page_of_noise_hurts_its_own_guest_only(make_world, caplog, seed: int) -> None:
     world = make_world()

@@ -69,7 +69,9 @@ def test_the_longest_payload_passes_and_a_longer_one_does_not() -> None:
         parser.next()
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.integers(0, 30), st.binary(max_size=60))
 def test_no_payload_is_a_bug_of_ours(make_world, caplog, op: int, payload: bytes) -> None:
     world = make_world()

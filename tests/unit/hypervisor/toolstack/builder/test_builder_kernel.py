@@ -206,7 +206,9 @@ def _check_contained(data: bytes) -> None:
         assert 0 <= kernel.start <= kernel.end <= 1 << 30
 
 
-FUZZ = settings(max_examples=150, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=150, deadline=10_000, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 @FUZZ

@@ -107,7 +107,9 @@ def test_files(tmp_path: Path, cpio_entry: Entry) -> None:
     assert load_ramdisk(tmp_path / "good") == (tmp_path / "good").read_bytes()
 
 
-@settings(max_examples=200, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=10_000, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(junk=st.binary(max_size=200), kind=st.sampled_from(sorted(FORMATS)), at=st.integers(0, 300))
 def test_any_bytes_are_contained(cpio_entry: Entry, junk: bytes, kind: str, at: int) -> None:
     data = FORMATS[kind](cpio_entry("init", b"x" * 50) + cpio_entry("TRAILER!!!"))
