@@ -129,9 +129,9 @@ OPTIONS = [
         "networks",
         default=["default user"],
         help="A network that nics may name, one a line: NAME internal (between domains of this host only); NAME tap "
-        "interface=TAP [bridge=BRIDGE | ovs=BRIDGE] (needs CAP_NET_ADMIN, or a TAP made before with vnet_hdr for this "
-        "user); NAME user [cidr=10.0.2.0/24] [forward=tcp:127.0.0.1:2222-10.0.2.15:22 ...] [host_loopback=yes] "
-        "[mtu=1500] [dns=no] [ipv6=yes] (to the outside by slirp4netns, without privileges).",
+        "interface=TAP [bridge=BRIDGE | ovs=BRIDGE] [offload=no] (needs CAP_NET_ADMIN, or a TAP made before with "
+        "vnet_hdr for this user); NAME user [cidr=10.0.2.0/24] [forward=tcp:127.0.0.1:2222-10.0.2.15:22 ...] "
+        "[host_loopback=yes] [mtu=1500] [dns=no] [ipv6=yes] (to the outside by slirp4netns, without privileges).",
     ),
     cfg.Opt(
         "cpu_policy",

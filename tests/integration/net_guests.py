@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -104,16 +104,29 @@ def switch_pid(folder: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def net_host(folder: Path, networks: Sequence[str], memory_mib: int = 1024) -> Iterator[Toolstack]:
-    """A host process with these networks; its log is ``host.log`` in the folder."""
+def net_host(
+    folder: Path,
+    networks: Sequence[str],
+    memory_mib: int = 1024,
+    prefix: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Toolstack]:
+    """A host process with these networks; its log is ``host.log`` in the folder.
+
+    :param prefix: a command that becomes what it is given, as ``ip netns exec`` and ``setpriv`` do.
+    """
     program = shutil.which("reeve-hypervisor", path=str(Path(sys.executable).parent)) or "reeve-hypervisor"
     folder.mkdir(exist_ok=True)
     config, log, control = folder / "hypervisor.conf", folder / "host.log", folder / "hypervisor.sock"
     config.write_text("[hypervisor]\n" + "".join(f"networks = {network}\n" for network in networks))
-    command = [program, "--config-file", str(config), "--state-dir", str(folder), "--socket", str(control)]
+    command = [*prefix, program, "--config-file", str(config), "--state-dir", str(folder), "--socket", str(control)]
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [*command, "--memory-mib", str(memory_mib)], stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            [*command, "--memory-mib", str(memory_mib)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **(environment or {})},
         )
     try:
         deadline = time.monotonic() + 30

@@ -20,7 +20,7 @@ _INTERFACE = re.compile(r"[A-Za-z0-9_.:-]{1,15}")
 _FORWARD = re.compile(r"(?:(tcp|udp):)?(?:([0-9.]+):)?([0-9]{1,5})-([0-9.]+):([0-9]{1,5})")
 _KEYS = {
     INTERNAL: frozenset[str](),
-    TAP: frozenset(("interface", "bridge", "ovs")),
+    TAP: frozenset(("interface", "bridge", "ovs", "offload")),
     USER: frozenset(("cidr", "forward", "host_loopback", "mtu", "ipv6", "dns")),
 }
 
@@ -41,6 +41,7 @@ class NetworkConfig:
     """
     :ivar kind: ``internal`` (nothing but the host's own domains), ``tap`` or ``user`` (slirp4netns, no privileges).
     :ivar interface: the TAP's name; `bridge` or `ovs` the bridge that it is made a port of.
+    :ivar offload: what is behind the TAP takes large frames and frames without a checksum, as the kernel does.
     :ivar cidr: of a user network: host at .2, name server at .3, DHCP from .15 on. :ivar mtu: of frames there.
     :ivar host_loopback: guests reach what listens on 127.0.0.1 of the host at .2.
     """
@@ -50,6 +51,7 @@ class NetworkConfig:
     interface: str = ""
     bridge: str = ""
     ovs: str = ""
+    offload: bool = True
     cidr: str = DEFAULT_CIDR
     forwards: tuple[Forward, ...] = ()
     host_loopback: bool = False
@@ -101,7 +103,8 @@ def _tap(name: str, values: Mapping[str, str]) -> NetworkConfig:
         raise SpecInvalid(f"network {name}: interface is missing: give interface=TAPNAME")
     if "bridge" in values and "ovs" in values:
         raise SpecInvalid(f"network {name}: give bridge= or ovs=, not both")
-    return NetworkConfig(name, TAP, interface, values.get("bridge", ""), values.get("ovs", ""))
+    offload = _yes_or_no(name, "offload", values.get("offload", "yes"))
+    return NetworkConfig(name, TAP, interface, values.get("bridge", ""), values.get("ovs", ""), offload)
 
 
 def _user(name: str, values: Mapping[str, list[str]]) -> NetworkConfig:
@@ -110,9 +113,7 @@ def _user(name: str, values: Mapping[str, list[str]]) -> NetworkConfig:
         fields["cidr"] = _cidr(name, values["cidr"][0])
     for key in ("host_loopback", "ipv6", "dns"):
         if key in values:
-            if values[key][0] not in ("yes", "no"):
-                raise SpecInvalid(f"network {name}: {key}={values[key][0]!r}: give yes or no")
-            fields[key] = values[key][0] == "yes"
+            fields[key] = _yes_or_no(name, key, values[key][0])
     if "mtu" in values:
         text = values["mtu"][0]
         if not text.isdecimal() or not 576 <= int(text) <= 65520:
@@ -126,6 +127,12 @@ def _user(name: str, values: Mapping[str, list[str]]) -> NetworkConfig:
                 f"network {name}: {forward.guest_address} is not in {subnet}: forward to an address there"
             )
     return NetworkConfig(name, USER, forwards=forwards, **fields)
+
+
+def _yes_or_no(name: str, key: str, text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise SpecInvalid(f"network {name}: {key}={text!r}: give yes or no")
+    return text == "yes"
 
 
 def _cidr(name: str, text: str) -> str:

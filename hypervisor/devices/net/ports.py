@@ -230,10 +230,53 @@ class TapPort(BasePort):
             os.close(self._fd)
 
 
-class PlainPort(BasePort):
-    """slirp4netns: a SOCK_SEQPACKET socket of bare frames, of at most the network's MTU, with checksums."""
+class _BarePort(BasePort):
+    """What takes frames without a header only: of at most the network's MTU, with checksums."""
 
     overhead = 0
+
+    def deliver(self, header: Header, data: memoryview) -> None:
+        frames = offload.plain(header, data[HEADER_BYTES:])
+        if frames is None:
+            self.counters.dropped += 1
+            return
+        for frame in frames:
+            self._post(memoryview(frame))
+
+    def _read(self, buffer: memoryview) -> int:
+        count = self._receive(buffer[HEADER_BYTES:])
+        return count + HEADER_BYTES if count else 0
+
+    def _receive(self, buffer: memoryview) -> int:
+        """A frame into `buffer`; its length."""
+        raise NotImplementedError
+
+
+class BareTapPort(_BarePort):
+    """A TAP without offloads, for a switch beyond it that cannot do what the kernel does.
+
+    What comes from there was checked by nobody: it is passed on as it is, its checksum for the guest to look at.
+    """
+
+    def __init__(self, fd: int, network: Network, loop: Timers) -> None:
+        network.add_uplink(self)
+        os.set_blocking(fd, False)
+        super().__init__(fd, network, loop)
+
+    def _receive(self, buffer: memoryview) -> int:
+        return os.readv(self._fd, [buffer])
+
+    def _write(self, data: memoryview | bytes) -> None:
+        os.write(self._fd, data)
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
+
+
+class PlainPort(_BarePort):
+    """slirp4netns: a SOCK_SEQPACKET socket of bare frames, whose checksums it has made itself."""
+
     budget = 2 * BUDGET  # some 90 KiB in frames of 1500 bytes: more than fits into a large one
 
     def __init__(self, fd: int, network: Network, loop: Timers) -> None:
@@ -253,17 +296,8 @@ class PlainPort(BasePort):
         if data is not None:
             self._network.receive(self, memoryview(data))
 
-    def deliver(self, header: Header, data: memoryview) -> None:
-        frames = offload.plain(header, data[HEADER_BYTES:])
-        if frames is None:
-            self.counters.dropped += 1
-            return
-        for frame in frames:
-            self._post(memoryview(frame))
-
-    def _read(self, buffer: memoryview) -> int:
-        count = self._sock.recv_into(buffer[HEADER_BYTES:])
-        return count + HEADER_BYTES if count else 0
+    def _receive(self, buffer: memoryview) -> int:
+        return self._sock.recv_into(buffer)
 
     def _write(self, data: memoryview | bytes) -> None:
         self._sock.send(data)

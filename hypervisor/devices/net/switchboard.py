@@ -2,7 +2,7 @@
 
 Messages are JSON objects, one a datagram of a SOCK_SEQPACKET socket, with at most one descriptor::
 
-    {"op": "network", "name", "uplink": "tap" | "plain" | ""}         + the uplink's descriptor; again: another uplink
+    {"op": "network", "name", "uplink": "tap" | "bare-tap" | "plain" | ""}   + its descriptor; again: another uplink
     {"op": "nic", "port", "network", "mac", "addresses", "limits"}    + its socket; again: another one
     {"op": "remove", "port"}
     {"op": "stats", "id"}   answered with {"id", "networks", "ports"}
@@ -17,14 +17,18 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hypervisor.devices.net.ports import BasePort, NicPort, PlainPort, TapPort, Timers
+from hypervisor.devices.net.ports import BareTapPort, BasePort, NicPort, PlainPort, TapPort, Timers
 from hypervisor.devices.net.switch import Network
 
 LOG = logging.getLogger(__name__)
 
 MAX_MESSAGE = 1 << 16
 
-_UPLINKS: dict[str, Callable[[int, Network, Timers], BasePort]] = {"tap": TapPort, "plain": PlainPort}
+_UPLINKS: dict[str, Callable[[int, Network, Timers], BasePort]] = {
+    "tap": TapPort,
+    "bare-tap": BareTapPort,
+    "plain": PlainPort,
+}
 
 
 class Switchboard:

@@ -34,7 +34,10 @@ _IFREQ = "16s24x"
 
 
 class Uplink:
-    """:ivar kind: of the switch's port: ``tap`` or ``plain``. :ivar fd: kept here, for the switch after this one."""
+    """
+    :ivar kind: of the switch's port: ``tap``, ``bare-tap`` or ``plain``.
+    :ivar fd: kept here, for the switch after this one.
+    """
 
     def __init__(self, kind: str, fd: int, process: subprocess.Popen[bytes] | None = None) -> None:
         self.kind = kind
@@ -80,9 +83,12 @@ def _open_tap(network: NetworkConfig) -> Uplink:
     try:
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         name = network.interface.encode()
-        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name, _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))
-        fcntl.ioctl(fd, _TUNSETOFFLOAD, _TUN_F_CSUM | _TUN_F_TSO4 | _TUN_F_TSO6)
-        _bring_up(network)
+        flags = _IFF_TAP | _IFF_NO_PI | (_IFF_VNET_HDR if network.offload else 0)
+        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name, flags))
+        fcntl.ioctl(fd, _TUNSETOFFLOAD, _TUN_F_CSUM | _TUN_F_TSO4 | _TUN_F_TSO6 if network.offload else 0)
+        _join_bridge(network)
+        _join_ovs(network)
+        _bring_up(network.interface)
     except OSError as exc:
         if fd >= 0:
             os.close(fd)
@@ -90,24 +96,59 @@ def _open_tap(network: NetworkConfig) -> Uplink:
             f"network {network.name}: TAP {network.interface} cannot be used ({exc.strerror}): give the host process "
             f"CAP_NET_ADMIN, or make it before: ip tuntap add {network.interface} mode tap vnet_hdr user USER"
         ) from exc
-    return Uplink("tap", fd)
+    except NetworkUnknown:
+        os.close(fd)
+        raise
+    return Uplink("tap" if network.offload else "bare-tap", fd)
 
 
-def _bring_up(network: NetworkConfig) -> None:
-    """:raises OSError: it is not up, or no port of its bridge, and may not be made so."""
-    name = network.interface.encode()
+def _bring_up(interface: str) -> None:
+    """:raises OSError: it is not up and may not be made so."""
+    name = interface.encode()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        if network.bridge and not Path(f"/sys/class/net/{network.bridge}/brif/{network.interface}").exists():
-            (index,) = struct.unpack_from("i", fcntl.ioctl(sock, _SIOCGIFINDEX, struct.pack(_IFREQ, name)), 16)
-            fcntl.ioctl(sock, _SIOCBRADDIF, struct.pack("16si20x", network.bridge.encode(), index))
         (flags,) = struct.unpack_from("H", fcntl.ioctl(sock, _SIOCGIFFLAGS, struct.pack(_IFREQ, name)), 16)
         if not flags & _IFF_UP:
             fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sH22x", name, flags | _IFF_UP))
-    if network.ovs:
-        command = ["ovs-vsctl", "--timeout=5", "--may-exist", "add-port", network.ovs, network.interface]
+
+
+def _join_bridge(network: NetworkConfig) -> None:
+    """:raises NetworkUnknown: the TAP is no port of its bridge and cannot be made one."""
+    bridge, interface = network.bridge, network.interface
+    if not bridge or Path(f"/sys/class/net/{bridge}/brif/{interface}").exists():
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            (index,) = struct.unpack_from(
+                "i", fcntl.ioctl(sock, _SIOCGIFINDEX, struct.pack(_IFREQ, interface.encode())), 16
+            )
+            fcntl.ioctl(sock, _SIOCBRADDIF, struct.pack("16si20x", bridge.encode(), index))
+        except OSError as exc:
+            cure = f"ip link add {bridge} type bridge"
+            if Path(f"/sys/class/net/{bridge}/bridge").exists():
+                cure = f"ip link set {interface} master {bridge}"
+            raise NetworkUnknown(
+                f"network {network.name}: TAP {interface} cannot be made a port of bridge {bridge} ({exc.strerror}): "
+                f"run {cure} before"
+            ) from exc
+
+
+def _join_ovs(network: NetworkConfig) -> None:
+    """:raises NetworkUnknown: Open vSwitch does not take the TAP."""
+    if not network.ovs:
+        return
+    command = ["ovs-vsctl", "--timeout=5", "--may-exist", "add-port", network.ovs, network.interface]
+    try:
         done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
-        if done.returncode:
-            raise OSError(0, f"ovs-vsctl: {done.stderr.decode(errors='replace').strip()[:200]}")
+    except OSError as exc:
+        raise NetworkUnknown(
+            f"network {network.name}: ovs-vsctl cannot be run ({exc.strerror}): apt-get install openvswitch-switch"
+        ) from exc
+    if done.returncode:
+        said = " ".join(done.stderr.decode(errors="replace").split())[:200]
+        raise NetworkUnknown(
+            f"network {network.name}: TAP {network.interface} cannot be made a port of {network.ovs} ({said}): "
+            f"run ovs-vsctl add-br {network.ovs} before, or correct ovs="
+        )
 
 
 # -- slirp4netns ------------------------------------------------------------------------------------------------------

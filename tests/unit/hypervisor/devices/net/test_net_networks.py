@@ -15,6 +15,7 @@ def test_networks_as_configured() -> None:
         "default user",
         "inner internal",
         "lan tap interface=tap0 bridge=br0",
+        "dpdk tap interface=tap1 ovs=br1 offload=no",
         "nat user cidr=10.9.0.0/24 mtu=9000 host_loopback=yes dns=no "
         "forward=2222-10.9.0.15:22 forward=udp:127.0.0.2:53-10.9.0.16:5353",
     ]
@@ -22,6 +23,7 @@ def test_networks_as_configured() -> None:
         "default": NetworkConfig("default", "user"),
         "inner": NetworkConfig("inner", "internal"),
         "lan": NetworkConfig("lan", "tap", "tap0", "br0"),
+        "dpdk": NetworkConfig("dpdk", "tap", "tap1", ovs="br1", offload=False),
         "nat": NetworkConfig(
             "nat",
             "user",
@@ -59,6 +61,7 @@ def test_networks_as_configured() -> None:
         (["a tap"], "interface is missing"),
         (["a tap interface=../../etc"], "no interface name"),
         (["a tap interface=t bridge=b ovs=o"], "not both"),
+        (["a tap interface=t offload=0"], "yes or no"),
         (["a tap interface=t", "b tap interface=t"], "same interface"),
     ],
 )
