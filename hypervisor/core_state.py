@@ -1,17 +1,19 @@
 """What a core dump says of a machine besides its memory: where things lie, and each vCPU's context.
 
 The contexts are those that XEN_DOMCTL_getvcpucontext gives (arch_get_info_guest in
-xen/arch/x86/domctl.c), but for FPU registers, which are left zero.
+xen/arch/x86/domctl.c).
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from typing import Any
 
 from hypervisor import abi
 from hypervisor.abi import structs
 from hypervisor.cpu.state import Vcpu
+from hypervisor.domain import Domain
 from hypervisor.domain32 import Domain32
 from hypervisor.engines import x86
 from hypervisor.errors import HostFailure
@@ -63,13 +65,13 @@ class CoreState:
             raise HostFailure(f"there is no vCPU {number}")
         vcpu = machine.domain.vcpus[number]
         if self._over.is_set():
-            return _context(machine, vcpu)
+            return bytes(vcpu_context(machine.domain, vcpu))
         found: list[bytes] = []
         done = threading.Event()
 
         def look() -> None:
             try:
-                found.append(_context(machine, vcpu))
+                found.append(bytes(vcpu_context(machine.domain, vcpu)))
             finally:
                 done.set()
 
@@ -79,19 +81,20 @@ class CoreState:
         return found[0]
 
 
-def _context(machine: Machine, vcpu: Vcpu) -> bytes:
-    """In the run loop's thread."""
-    domain, engine = machine.domain, machine.engine
+def vcpu_context(domain: Domain, vcpu: Vcpu) -> Any:
+    """``struct vcpu_guest_context`` of the guest's word size, with machine frame numbers. In the run loop's thread."""
+    engine = domain.engine
     narrow = isinstance(domain, Domain32)
     context: Any = structs.VcpuGuestContextCompat() if narrow else structs.VcpuGuestContext()
     if not vcpu.initialised:
-        return bytes(context)
+        return context
     running = None
     if vcpu is not domain.running:
         running = engine.save_cpu()
         engine.restore_cpu(vcpu.cpu)
     try:
         _fill_registers(context, engine.regs, vcpu, narrow=narrow)
+        ctypes.memmove(ctypes.addressof(context.fpu_ctxt), engine.save_fpu(), ctypes.sizeof(context.fpu_ctxt))
     finally:
         if running is not None:
             engine.restore_cpu(running)
@@ -105,7 +108,7 @@ def _context(machine: Machine, vcpu: Vcpu) -> bytes:
         context.ctrlreg[3] = (root << 12 | root >> 20) & 0xFFFF_FFFF  # xen_pfn_to_cr3 of 32-bit guests
     else:
         context.ctrlreg[3], context.ctrlreg[1] = vcpu.state.kernel_cr3, vcpu.state.user_cr3
-    return bytes(context)
+    return context
 
 
 def _fill_registers(context: Any, regs: Any, vcpu: Vcpu, *, narrow: bool) -> None:
@@ -130,7 +133,7 @@ def _fill_registers(context: Any, regs: Any, vcpu: Vcpu, *, narrow: bool) -> Non
 
 def _fill_rest(context: Any, vcpu: Vcpu, *, narrow: bool) -> None:
     state = vcpu.state
-    context.flags = (
+    context.flags = abi.VGCF_i387_valid | (
         (abi.VGCF_in_kernel if state.kernel_mode else 0)
         | (abi.VGCF_online if vcpu.up else 0)
         | (abi.VGCF_failsafe_disables_events if state.failsafe_masks else 0)

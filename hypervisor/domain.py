@@ -53,6 +53,7 @@ class MachineConfig:
     :ivar max_event_port: highest event channel port, up to 131071; the 2-level ABI ends at 4095.
     :ivar lazy_nx: see `PageTables.lazy_nx`: for guests that map all their memory executable and do not look at it.
     :ivar cpu_policy: a level and features in words, or a policy that was saved (`hypervisor.cpu.policy`).
+    :ivar mcg_cap: MSR 0x179, for guests that were shown machine-check banks elsewhere (`hypervisor.cpu.msr`).
     """
 
     uuid: str
@@ -69,6 +70,7 @@ class MachineConfig:
     max_event_port: int = DEFAULT_MAX_PORT
     lazy_nx: bool = False
     cpu_policy: str | dict[str, Any] = policy.DEFAULT
+    mcg_cap: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -128,6 +130,7 @@ class Domain:
         self.cpuid = GuestCpuid(self._cpu_policy(), self.scale)
         self.table_writes = self.TABLE_WRITES(engine.regs, self.guest, self.tables)
         self.privileged = self.PRIVILEGED(self.traps, self.cpuid, self.new_baseptr)
+        self.privileged.msr.mcg_cap = config.mcg_cap
         self.watchdogs = Watchdogs()
         self.vm_assist = 0
         self.shutdown_code: int | None = None
@@ -310,7 +313,7 @@ class Domain:
         taken: list[int] = []
         try:
             for page in range((entries * 8 + PAGE_SIZE - 1) // PAGE_SIZE):
-                at = self.guest.translate(base + page * PAGE_SIZE)
+                at = self.kernel_view(vcpu).translate(base + page * PAGE_SIZE)
                 if at < 0:
                     raise XenError(errno.EINVAL, "LDT is not mapped")
                 self.tables.get_type(at >> 12, SEGDESC)

@@ -60,6 +60,8 @@ class Machine(Trapping, Posting):
     :param engine: a fresh engine; None: one is made.
     :param use_private: False makes the engine use its public path only.
     :param fast_path: ``auto``: plain traps natively where that can be, ``off``: never, ``on``: or not at all.
+    :ivar on_suspend: called in the run loop when the guest has suspended itself; then the machine waits for `resume` or
+        `stop`. None: a suspension ends the run.
     :raises native.Unavailable: `fast_path` is ``on``, and cannot be.
     """
 
@@ -107,6 +109,8 @@ class Machine(Trapping, Posting):
         self._condition = threading.Condition()
         self._paused = True
         self._stopped: Shutdown | None = None
+        self._suspended = False
+        self.on_suspend: Callable[[], None] | None = None
         self._leaving = False
         self._cpu_time_ns = 0
         self._entered_ns = 0
@@ -173,8 +177,12 @@ class Machine(Trapping, Posting):
         if self._stopped:
             return self._stopped
         now = domain.clock.now()
-        self._timers.fire(now)
+        if not self._suspended:
+            self._timers.fire(now)
         if domain.shutdown_code is not None:
+            if domain.shutdown_code == abi.SHUTDOWN_suspend and self.on_suspend is not None:
+                self._rest(self.on_suspend)
+                return None
             return Shutdown(REASONS.get(domain.shutdown_code, ShutdownReason.CRASH))
         capped = self._cap.wait_until(now)
         vcpu = None if self._paused or capped else self._choose(now)
@@ -291,6 +299,17 @@ class Machine(Trapping, Posting):
             self._quiet.look(now, self._cpu_time_ns)
             timeout = max(0, deadline - self.domain.clock.now()) / 1e9 if deadline else _LONGEST_WAIT_S
             self._condition.wait(min(timeout, _LONGEST_WAIT_S))
+
+    def _rest(self, told: Callable[[], None]) -> None:
+        """The guest is suspended: wait for what becomes of it."""
+        if not self._suspended:
+            self._suspended = True
+            self._stand_still(True)
+            told()
+        with self._condition:
+            if not self._posts:
+                self._alarm.quiet()
+                self._condition.wait(_LONGEST_WAIT_S)
 
     def _nap(self, now: int) -> None:
         """Let other processes have the CPU for a moment; a post or a timer ends it."""

@@ -14,6 +14,7 @@ from typing import Any
 from hypervisor.cpu import time as guest_time
 from hypervisor.domain import Domain
 from hypervisor.ending import Shutdown
+from hypervisor.engines import x86
 from hypervisor.native import FastPath
 from hypervisor.sched.alarm import Alarm
 from hypervisor.sched.cap import Cap
@@ -36,6 +37,7 @@ class Posting:
     _paused: bool
     _posts: collections.deque[Callable[[], None]]
     _stopped: Shutdown | None
+    _suspended: bool
 
     def post(self, function: Callable[[], None]) -> None:
         """Have `function` called in the run loop soon."""
@@ -55,6 +57,22 @@ class Posting:
 
     def _set_paused(self, paused: bool) -> None:
         self._paused = paused
+        if not self._suspended:
+            self._stand_still(paused)
+
+    def resume(self) -> None:
+        """Let a guest that has suspended itself go on where it is: to it the suspension was cancelled."""
+        self.post(self._resume)
+
+    def _resume(self) -> None:
+        if self._suspended:
+            self._suspended = False
+            self.domain.shutdown_code = None
+            # What SCHEDOP_shutdown returns when nothing came of it (public/sched.h).
+            self.engine.regs.gpr[x86.RAX] = 1
+            self._stand_still(self._paused)
+
+    def _stand_still(self, paused: bool) -> None:
         now = self.domain.clock.now()
         for vcpu in self.domain.vcpus:
             if paused and vcpu.runstate in (guest_time.RUNSTATE_RUNNING, guest_time.RUNSTATE_RUNNABLE):

@@ -49,7 +49,7 @@ class PrivilegedOps32(PrivilegedOps):
 
     def __init__(self, traps: Traps, cpuid: GuestCpuid, new_baseptr: Callable[[int], None]) -> None:
         super().__init__(traps, cpuid, new_baseptr)
-        self._msr = MsrPolicy32(traps, cpuid.policy.msrs)
+        self.msr = MsrPolicy32(traps, cpuid.policy.msrs)
 
     guest_root: Callable[[], int]
     """Frame of the running vCPU's L3; set by the domain."""

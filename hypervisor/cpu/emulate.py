@@ -35,7 +35,7 @@ class PrivilegedOps:
     ) -> None:
         self._traps = traps
         self._cpuid = cpuid
-        self._msr = MsrPolicy(traps, cpuid.policy.msrs)
+        self.msr = MsrPolicy(traps, cpuid.policy.msrs)
         self._new_baseptr = new_baseptr
         self._regs: Any = traps.regs
 
@@ -113,7 +113,7 @@ class PrivilegedOps:
 
     def _read_msr(self) -> bool:
         gpr = self._regs.gpr
-        value = self._msr.read(gpr[x86.RCX] & x86.MASK32)
+        value = self.msr.read(gpr[x86.RCX] & x86.MASK32)
         if value is None:
             return False
         gpr[x86.RAX], gpr[x86.RDX] = value & x86.MASK32, value >> 32
@@ -122,7 +122,7 @@ class PrivilegedOps:
     def _write_msr(self) -> bool:
         gpr = self._regs.gpr
         value = gpr[x86.RAX] & x86.MASK32 | (gpr[x86.RDX] & x86.MASK32) << 32
-        return self._msr.write(gpr[x86.RCX] & x86.MASK32, value)
+        return self.msr.write(gpr[x86.RCX] & x86.MASK32, value)
 
     def _control_register(self, ins: Instruction) -> bool:
         gpr, state, memory = self._regs.gpr, self._traps.state, self._traps.memory

@@ -24,7 +24,7 @@ DEFAULT = "engine"
 
 _EXTENDED = 0x8000_0000
 _MAX_BASIC, _MAX_EXTENDED = 0xD, 0x8000_0008
-_SUBLEAVES = {4: 4, 7: 1, 0xB: 2, 0xD: 2}
+SUBLEAVES = {4: 4, 7: 1, 0xB: 2, 0xD: 2}
 """Leaves that have subleaves, and how many of them a policy holds."""
 _MAX_LEAVES = 256
 
@@ -122,7 +122,7 @@ class CpuPolicy:
     msrs: Mapping[int, int]
 
     def query(self, leaf: int, subleaf: int) -> Leaf:
-        return self.leaves.get((leaf, subleaf if leaf in _SUBLEAVES else 0), (0, 0, 0, 0))
+        return self.leaves.get((leaf, subleaf if leaf in SUBLEAVES else 0), (0, 0, 0, 0))
 
     @property
     def features(self) -> frozenset[str]:
@@ -216,7 +216,7 @@ def build(native: Cpuid, choice: Choice, bits: int) -> CpuPolicy:
     for first, most in ((0, _MAX_BASIC), (_EXTENDED, _MAX_EXTENDED)):
         last = min(native(first, 0)[0], most)
         for leaf in range(first, last + 1):
-            for subleaf in range(_SUBLEAVES.get(leaf, 1)):
+            for subleaf in range(SUBLEAVES.get(leaf, 1)):
                 leaves[leaf, subleaf] = (0, 0, 0, 0) if leaf in _EMPTY else _leaf(native, leaf, subleaf)
         leaves[first, 0] = last, *leaves.get((first, 0), (0, 0, 0, 0))[1:]
     _level(leaves, choice, bits)

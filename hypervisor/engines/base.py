@@ -202,3 +202,9 @@ class Engine(Protocol):
         """The whole register state, FPU included, for `restore_cpu` of the same engine build."""
 
     def restore_cpu(self, state: bytes) -> None: ...
+
+    def save_fpu(self) -> bytes:
+        """The floating-point registers alone, as FXSAVE64 stores them (512 bytes)."""
+
+    def load_fpu(self, image: bytes) -> None:
+        """:raises ValueError: no 512 bytes."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from hypervisor import abi
+from hypervisor import abi, vcpu_context32
 from hypervisor.domain import Domain
-from hypervisor.hypercalls import vcpu_context32
 from hypervisor.hypercalls.compat_registry import compat, guest_of, native
 from hypervisor.hypercalls.xlat import Pair
 
@@ -35,7 +34,9 @@ def vcpu_op(domain: Domain, command: int, number: int, argument: int, _4: int, _
     guest = guest_of(domain)
     handler = native(abi.HYPERVISOR_vcpu_op)
     if command == abi.VCPUOP_initialise:
-        return vcpu_context32.initialise(domain, domain.vcpu(number), argument)
+        given = vcpu_context32.read_context(domain, argument)
+        vcpu_context32.initialise(domain, domain.vcpu(number), given)
+        return 0
     if command == abi.VCPUOP_get_runstate_info:
         answer = guest.put(bytes(_RUNSTATE.native_size))
         result = handler(domain, command, number, answer, 0, 0, 0)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import struct
 
-from hypervisor import abi
+from hypervisor import abi, vcpu_context
 from hypervisor.abi import errno
 from hypervisor.cpu.state import Vcpu
 from hypervisor.domain import Domain
 from hypervisor.errors import XenError
-from hypervisor.hypercalls import vcpu_context
 from hypervisor.hypercalls.registry import hypercall
 
 _U32 = struct.Struct("<I")

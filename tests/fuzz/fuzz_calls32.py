@@ -11,7 +11,7 @@ from fuzz_values import DESCRIPTORS
 
 from hypervisor import abi
 from hypervisor.engines.x86 import MASK32
-from hypervisor.hypercalls.vcpu_context32 import MAX_GDT_FRAMES
+from hypervisor.vcpu_context32 import MAX_GDT_FRAMES
 
 KERNEL_CS, KERNEL_DS, USER_CS, USER_DS = 0xE019, 0xE021, 0xE02B, 0xE033
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import io
 import mmap
 import os
 import pathlib
@@ -15,8 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 from hypervisor.devices.console import ConsoleRing
 from hypervisor.domain import MachineConfig
@@ -24,8 +29,12 @@ from hypervisor.ending import Shutdown
 from hypervisor.engines.tsc import measure_khz
 from hypervisor.machine import Machine
 from hypervisor.memory import layout
+from hypervisor.suspended.capture import capture
+from hypervisor.suspended.rebuild import rebuild
+from hypervisor.suspended.transfer import Incoming, write
 from hypervisor.toolstack import builder
 from hypervisor.toolstack.api import ShutdownReason
+from hypervisor.toolstack.stream.source import Source
 from hypervisor.types import Mfn
 from hypervisor.xenstore import domain_nodes
 from hypervisor.xenstore.domain_nodes import DomainNodes
@@ -100,7 +109,10 @@ class GuestRun:
 
     :param pages: RAM at boot and at most.
     :param resumed: a saved state, the memory and the boot state that belong to it: that guest goes on.
+    :param stream: a libxc stream: the guest in it goes on, in a new machine.
+    :param parks: a suspended guest waits for `GuestRun.wake`, instead of ending.
     :ivar ended: why the run loop returned, None while it runs.
+    :ivar suspensions: how often it has suspended itself.
     """
 
     def __init__(
@@ -116,20 +128,35 @@ class GuestRun:
         cpu_policy: str | dict[str, Any] = "engine",
         fast_path: str = "auto",
         resumed: tuple[dict[str, Any], bytes, Any] | None = None,
+        stream: bytes | None = None,
+        parks: bool = False,
     ) -> None:
-        kernel = _kernel(name)
         self.memory = make_memory(pages)
+        if stream is not None:
+            incoming = Incoming(Source.of_file(io.BytesIO(stream)))
+            incoming.begin()
+            bits, ram = incoming.bits, 0
+            if incoming.policy is not None:
+                cpu_policy = incoming.policy.save()
+            state, frames = incoming.finish(np.frombuffer(self.memory, np.uint64, pages * 512), pages)
+        else:
+            bits, ram = _kernel(name).bits, pages
         config = MachineConfig(
-            UUID, name, domid, base_mfn, pages, pages, vcpus, vcpus,
-            tsc_khz=_tsc_khz(), bits=kernel.bits, cpu_policy=cpu_policy,
+            UUID, name, domid, base_mfn, ram, pages, vcpus, vcpus,
+            tsc_khz=_tsc_khz(), bits=bits, cpu_policy=cpu_policy,
         )  # fmt: skip
         self.machine = Machine(
             config, self.memory, notify_host=self._from_guest, use_private=not public, fast_path=fast_path
         )
         view = memoryview(self.memory)
-        if resumed is None:
-            target = builder.BuildMemory(view, Mfn(base_mfn), pages)
-            self.boot = builder.build(target, kernel, None, cmdline, shared_info_mfn=Mfn(self.machine.shared_info_mfn))
+        self.suspensions = 0
+        if parks:
+            self.machine.on_suspend = self._on_suspend
+        if stream is not None:
+            self.boot = rebuild(self.machine.domain, state, frames, (STORE_PORT, CONSOLE_PORT))
+        elif resumed is None:
+            target, info = builder.BuildMemory(view, Mfn(base_mfn), pages), Mfn(self.machine.shared_info_mfn)
+            self.boot = builder.build(target, _kernel(name), None, cmdline, shared_info_mfn=info)
             self.machine.start(self.boot)
         else:
             state, memory, self.boot = resumed
@@ -166,6 +193,11 @@ class GuestRun:
             view[page : page + 4096], lambda: machine.notify(CONSOLE_PORT), sink, self._call_later
         )
         self.domid = domid
+
+    def _on_suspend(self) -> None:
+        with self.changed:
+            self.suspensions += 1
+            self.changed.notify_all()
 
     def _from_guest(self, port: int) -> None:
         if port == STORE_PORT:
@@ -215,17 +247,20 @@ class GuestRun:
         return self.ended
 
     def call(self, function: Callable[[], Any], seconds: float = DEADLINE) -> Any:
-        """`function` in the machine's thread, between two guest instructions; its result."""
-        done = threading.Event()
-        result: list[Any] = []
+        """`function` in the machine's thread, between two guest instructions; its result, or what it raises."""
+        done: Future[Any] = Future()
 
         def run() -> None:
-            result.append(function())
-            done.set()
+            try:
+                done.set_result(function())
+            except Exception as exc:
+                done.set_exception(exc)
 
         self.machine.post(run)
-        assert done.wait(seconds), f"the machine took no post; ended: {self.ended}"
-        return result[0]
+        try:
+            return done.result(seconds)
+        except FutureTimeout:
+            raise AssertionError(f"the machine took no post; ended: {self.ended}") from None
 
     def wait_stats(self, ready: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
         """Ask for the machine's numbers, through its own thread, until `ready` likes them."""
@@ -239,6 +274,25 @@ class GuestRun:
 
     def request_shutdown(self, reason: str) -> None:
         self.call(lambda: domain_nodes.request_shutdown(self.store, self.domid, reason))
+
+    def suspend(self) -> None:
+        """Ask for it, and wait until it is done."""
+        before = self.suspensions
+        self.request_shutdown("suspend")
+        self.wait_suspended(before + 1)
+
+    def wait_suspended(self, times: int = 1) -> None:
+        self.wait(lambda: self.suspensions >= times, "suspension")
+
+    def wake(self) -> None:
+        """It goes on where it is."""
+        self.machine.resume()
+
+    def stream(self) -> bytes:
+        """The suspended guest as a libxc stream."""
+        out = bytearray()
+        write(self.call(lambda: capture(self.machine.domain)), out.extend)
+        return bytes(out)
 
     def failures(self) -> list[str]:
         """The guest's own verdicts that were not PASS."""

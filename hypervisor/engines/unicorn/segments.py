@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from hypervisor.engines.unicorn.fpu import FloatingPoint
 from hypervisor.engines.unicorn.library import uc_x86
 
 _SLOT_LDT = 6
 
 
-class Segments:
+class Segments(FloatingPoint):
     """A part of `hypervisor.engines.unicorn.engine.UnicornEngine`."""
 
     regs: Any

@@ -1,4 +1,7 @@
-"""Bringing up a vCPU from a `struct vcpu_guest_context` (arch_set_info_guest in xen/arch/x86/domain.c)."""
+"""Bringing up a vCPU from a `struct vcpu_guest_context` (arch_set_info_guest in xen/arch/x86/domain.c).
+
+For a guest that asks for one, and for one that comes from a saved image.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,9 @@ _CANONICAL = (
 
 
 def initialise(domain: Domain, vcpu: Vcpu, context: structs.VcpuGuestContext) -> None:
-    """VCPUOP_initialise: the vCPU stays down until VCPUOP_up.
+    """VCPUOP_initialise: the vCPU stays down until VCPUOP_up. An LDT is the caller's to set before.
 
-    The FPU starts as the calling vCPU's; a guest initialises its own.
+    Without VGCF_i387_valid the FPU starts as the calling vCPU's; a guest initialises its own.
 
     :raises XenError: EINVAL; nothing changed.
     """
@@ -59,7 +62,7 @@ def initialise(domain: Domain, vcpu: Vcpu, context: structs.VcpuGuestContext) ->
     _fill_state(vcpu, context)
     vcpu.state.kernel_cr3 = domain.memory.mpa(kernel_root)
     vcpu.state.user_cr3 = user_mfn << 12
-    vcpu.cpu = _engine_state(domain, vcpu, context)
+    vcpu.cpu = registers(domain, vcpu, context)
     vcpu.initialised = True
 
 
@@ -96,29 +99,48 @@ def _fill_state(vcpu: Vcpu, context: structs.VcpuGuestContext) -> None:
         set_debug_register(vcpu.debug_registers, number, context.debugreg[number])
 
 
-def _engine_state(domain: Domain, vcpu: Vcpu, context: structs.VcpuGuestContext) -> bytes:
-    """The engine's form of the registers, made by loading them for a moment."""
+def registers(domain: Domain, vcpu: Vcpu, context: structs.VcpuGuestContext) -> bytes:
+    """The engine's form of the registers, made by loading them for a moment. The state must have been filled before."""
     engine, state = domain.engine, vcpu.state
     running = engine.save_cpu()
     try:
         regs, user_regs = engine.regs, context.user_regs
         engine.load_cr3(state.kernel_cr3 if state.kernel_mode else state.user_cr3)
         engine.set_gdt(domain.area.gdt_va(vcpu.id), 0xFFFF)
-        engine.set_ldt(0, 0, 0)
+        domain.load_ldt(vcpu)
         for number, name in enumerate(_REGISTERS):
             regs.gpr[number] = getattr(user_regs, name)
         regs.rip = user_regs.rip
         regs.rflags = (user_regs.rflags & ~(x86.FLAG_IOPL | x86.FLAG_VM)) | x86.FLAG_IF
-        engine.load_flat64(abi.FLAT_RING3_CS64, abi.FLAT_RING3_SS64)
+        _load_code(domain, vcpu, user_regs)
         for index, selector in ((x86.DS, user_regs.ds), (x86.ES, user_regs.es), (x86.FS, user_regs.fs)):
-            engine.load_segment(index, selector, domain.area.descriptor(vcpu.id, selector, 0))
-        engine.load_segment(x86.GS, user_regs.gs, domain.area.descriptor(vcpu.id, user_regs.gs, 0))
+            engine.load_segment(index, selector, domain.area.descriptor(vcpu.id, selector, vcpu.ldt_entries))
+        gs = domain.area.descriptor(vcpu.id, user_regs.gs, vcpu.ldt_entries)
+        engine.load_segment(x86.GS, user_regs.gs, gs)
         regs.fs_base = context.fs_base
         regs.gs_base = context.gs_base_kernel if state.kernel_mode else context.gs_base_user
         regs.task_switched = bool(context.ctrlreg[0] & x86.CR0_TS)
+        if context.flags & abi.VGCF_i387_valid:
+            engine.load_fpu(bytes(context.fpu_ctxt))
         return bytes(engine.save_cpu())
     finally:
         engine.restore_cpu(running)
+
+
+def _load_code(domain: Domain, vcpu: Vcpu, user_regs: structs.CpuUserRegs) -> None:
+    """Code and stack of a program that is not a flat 64-bit one are what its selectors name, if they can be loaded."""
+    engine, area = domain.engine, domain.area
+    cs, ss = user_regs.cs | 3, user_regs.ss | 3
+    if not vcpu.state.kernel_mode and (cs, ss) != (abi.FLAT_RING3_CS64, abi.FLAT_RING3_SS64):
+        code = area.descriptor(vcpu.id, cs, vcpu.ldt_entries)
+        stack = area.descriptor(vcpu.id, ss, vcpu.ldt_entries)
+        kinds = x86.DESC_P | x86.DESC_S | x86.DESC_CODE
+        usable = code & kinds == kinds and stack & kinds == x86.DESC_P | x86.DESC_S
+        if usable and x86.desc_dpl(code) == x86.desc_dpl(stack) == 3:
+            engine.load_segment(x86.CS, cs, code)
+            engine.load_segment(x86.SS, ss, stack)
+            return
+    engine.load_flat64(abi.FLAT_RING3_CS64, abi.FLAT_RING3_SS64)
 
 
 def read_context(domain: Domain, address: int) -> structs.VcpuGuestContext:

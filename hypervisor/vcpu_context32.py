@@ -1,10 +1,14 @@
-"""Bringing up a vCPU of a 32-bit guest from its `struct vcpu_guest_context` (arch_set_info_guest)."""
+"""Bringing up a vCPU of a 32-bit guest from its `struct vcpu_guest_context` (arch_set_info_guest).
+
+See `hypervisor.vcpu_context`.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from typing import cast
 
+from hypervisor import abi
 from hypervisor.abi import errno, structs
 from hypervisor.cpu.compat import mfn_of
 from hypervisor.cpu.emulate import set_debug_register
@@ -23,10 +27,14 @@ _REGISTERS = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi")
 _DATA_SEGMENTS = ((x86.DS, "ds"), (x86.ES, "es"), (x86.FS, "fs"), (x86.GS, "gs"))
 
 
-def initialise(domain: Domain, vcpu: Vcpu, address: int) -> int:
-    """VCPUOP_initialise: the vCPU stays down until VCPUOP_up. :raises XenError: nothing changed."""
+def read_context(domain: Domain, address: int) -> structs.VcpuGuestContextCompat:
+    """Copy a context in. :raises XenError: EFAULT."""
     size = ctypes.sizeof(structs.VcpuGuestContextCompat)
-    context = structs.VcpuGuestContextCompat.from_buffer_copy(domain.guest.read(address, size))
+    return structs.VcpuGuestContextCompat.from_buffer_copy(domain.guest.read(address, size))
+
+
+def initialise(domain: Domain, vcpu: Vcpu, context: structs.VcpuGuestContextCompat) -> None:
+    """VCPUOP_initialise: the vCPU stays down until VCPUOP_up. :raises XenError: nothing changed."""
     if vcpu.initialised:
         raise XenError(errno.EEXIST, f"vCPU {vcpu.id} has a context")
     if context.ldt_base & (PAGE_SIZE - 1) or context.ldt_ents > 8192:
@@ -43,9 +51,8 @@ def initialise(domain: Domain, vcpu: Vcpu, address: int) -> int:
         raise
     _fill_state(vcpu, context)
     cast(XenArea32, domain.area).set_guest_root(vcpu.id, domain.memory.mfn(root))
-    vcpu.cpu = _engine_state(domain, vcpu, context)
+    vcpu.cpu = registers(domain, vcpu, context)
     vcpu.initialised = True
-    return 0
 
 
 def _fill_state(vcpu: Vcpu, context: structs.VcpuGuestContextCompat) -> None:
@@ -64,21 +71,23 @@ def _fill_state(vcpu: Vcpu, context: structs.VcpuGuestContextCompat) -> None:
         set_debug_register(vcpu.debug_registers, number, context.debugreg[number])
 
 
-def _engine_state(domain: Domain, vcpu: Vcpu, context: structs.VcpuGuestContextCompat) -> bytes:
-    """The engine's form of the registers, made by loading them for a moment."""
+def registers(domain: Domain, vcpu: Vcpu, context: structs.VcpuGuestContextCompat) -> bytes:
+    """The engine's form of the registers, made by loading them for a moment. The state must have been filled before."""
     engine, user_regs = domain.engine, context.user_regs
     running = engine.save_cpu()
     try:
         regs = engine.regs
         engine.load_cr3(vcpu.state.kernel_cr3)
         engine.set_gdt(domain.area.gdt_va(vcpu.id), 0xFFFF)
-        engine.set_ldt(0, 0, 0)
+        domain.load_ldt(vcpu)
         for number in range(16):
             regs.gpr[number] = getattr(user_regs, _REGISTERS[number]) if number < len(_REGISTERS) else 0
         regs.rip = user_regs.eip
         regs.rflags = (user_regs.eflags & ~(x86.FLAG_IOPL | x86.FLAG_VM)) | x86.FLAG_IF
         _load_segments(domain, vcpu, user_regs)
         regs.task_switched = bool(context.ctrlreg[0] & x86.CR0_TS)
+        if context.flags & abi.VGCF_i387_valid:
+            engine.load_fpu(bytes(context.fpu_ctxt))
         return bytes(engine.save_cpu())
     finally:
         engine.restore_cpu(running)
@@ -95,7 +104,7 @@ def _load_segments(domain: Domain, vcpu: Vcpu, user_regs: structs.CpuUserRegsCom
     engine.load_segment(x86.SS, ss, found.stack)
     for index, name in _DATA_SEGMENTS:
         selector = getattr(user_regs, name)
-        descriptor = area.descriptor(vcpu.id, selector, 0) if selector & ~3 else 0
+        descriptor = area.descriptor(vcpu.id, selector, vcpu.ldt_entries) if selector & ~3 else 0
         if not descriptor & x86.DESC_P or not descriptor & x86.DESC_S:
             selector = descriptor = 0
         engine.load_segment(index, selector, descriptor)

@@ -1,0 +1,79 @@
+"""Micro-guests that suspend: they go on where they were, or in another machine on other frames, from a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from harness import GuestRun, build, guest_runs, running
+
+pytestmark = pytest.mark.skipif(bool(build.available()), reason=str(build.available()))
+ELSEWHERE = {"base_mfn": 0x31000, "domid": 9}
+
+
+@pytest.fixture
+def runs() -> Iterator[list[GuestRun]]:
+    yield from guest_runs()
+
+
+def awake(run: GuestRun, number: int, how: str) -> str:
+    """The line that the guest prints when it is awake again: nothing in it is bad."""
+    run.wait_text(f"suspend: awake {number}, {how}, ")
+    line = next(line for line in run.text.splitlines() if line.startswith(f"suspend: awake {number}, "))
+    assert "BAD" not in line and f"domid {run.domid}" in line, line
+    return line
+
+
+@pytest.mark.parametrize("cmdline", ["", "tree", "balloon=100"])
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_goes_on_elsewhere(runs: list[GuestRun], cmdline: str, vcpus: int) -> None:
+    here = running(runs, "suspend", cmdline=cmdline, vcpus=vcpus, parks=True)
+    here.wait_text("suspend: ready")
+    here.suspend()
+    image = here.stream()
+    pages = here.call(here.machine.domain.frames.pages)
+    there = running(runs, "suspend", stream=image, vcpus=vcpus, parks=True, **ELSEWHERE)
+    line = awake(there, 1, "elsewhere")
+    assert ("second good" in line) == (vcpus == 2)
+    assert there.call(there.machine.domain.recount) == []
+    assert there.call(there.machine.domain.frames.pages) == pages
+    there.type("still there\r")
+    there.wait_text("echo: still there")
+    there.suspend()
+    back = running(runs, "suspend", stream=there.stream(), vcpus=vcpus)
+    awake(back, 2, "elsewhere")
+    back.request_shutdown("poweroff")
+    back.wait_end()
+
+
+def test_goes_on_where_it_was(runs: list[GuestRun]) -> None:
+    run = running(runs, "suspend", vcpus=2, parks=True)
+    run.wait_text("suspend: ready")
+    for number in (1, 2):
+        run.suspend()
+        run.stream()
+        run.wake()
+        awake(run, number, "cancelled")
+    assert run.call(run.machine.domain.recount) == []
+    run.request_shutdown("poweroff")
+    run.wait_end()
+
+
+@pytest.mark.parametrize("cmdline", ["", "t"])
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_a_32_bit_guest(runs: list[GuestRun], cmdline: str, vcpus: int) -> None:
+    here = running(runs, "suspend32", cmdline=cmdline, vcpus=vcpus, parks=True)
+    here.wait_suspended()
+    image = here.stream()
+    here.wake()
+    here.wait_text("suspend32: awake, cancelled, ")
+    here.wait_suspended(2)
+    there = running(runs, "suspend32", stream=image, vcpus=vcpus, parks=True, **ELSEWHERE)
+    there.wait_suspended()
+    assert there.call(there.machine.domain.recount) == []
+    last = running(runs, "suspend32", stream=there.stream(), vcpus=vcpus)
+    last.wait_text("suspend32: done")
+    for run, how in ((here, "cancelled"), (there, "elsewhere"), (last, "elsewhere")):
+        line = next(line for line in run.text.splitlines() if "awake" in line)
+        assert how in line and "BAD" not in line and ("second good" in line) == (vcpus == 2), line
+    last.wait_end()
