@@ -129,6 +129,31 @@ class FrameTable:
             "pinned": zlib.compress(bytes(self.pinned), 1),
         }
 
+    _RAW = ("kind_np", "count_np", "refs_np", "executed_np", "holding_np")
+
+    def raw(self) -> bytes:
+        """All of it but the stamps, as it lies in memory: for a host of the same build."""
+        return b"".join([*(getattr(self, name).tobytes() for name in self._RAW), bytes(self.pinned)])
+
+    def load_raw(self, data: bytes) -> None:
+        """Become what `raw` gave, in place. :raises ValueError: it is not of a domain of this size, or impossible."""
+        arrays = [getattr(self, name) for name in self._RAW]
+        if len(data) != sum(array.nbytes for array in arrays) + self.size:
+            raise ValueError(f"frame table of {len(data)} bytes, not one of {self.ram} frames and {self.size} in all")
+        parts, at = [], 0
+        for array in arrays:
+            parts.append(np.frombuffer(data, dtype=array.dtype, count=array.size, offset=at))
+            at += array.nbytes
+        kind, count, refs, executed, holding = parts
+        pinned = np.frombuffer(data, dtype=np.uint8, offset=at)
+        most = max(int(count.max()), int(refs.max()))
+        if kind.max() > L2_XEN or holding.max() > STOLEN or most >= 1 << 31 or max(executed.max(), pinned.max()) > 1:
+            raise ValueError("frame table with kinds or counts that there are not")
+        for array, part in zip(arrays, parts, strict=True):
+            array[:] = part
+        self.stamp_np[:] = 0
+        self.pinned[:] = pinned.tobytes()
+
     def load(self, state: dict[str, Any]) -> None:
         """Become what `save` gave, in place. :raises ValueError: it is of a domain of another size."""
         saved = FrameTable.restore(state)

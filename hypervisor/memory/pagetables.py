@@ -238,6 +238,13 @@ class PageTables:
         frames.stamp_np[writable[frames.count_np[writable] == 0]] = self.tlb.flush_epoch
         self.code.changed_many(writable)
 
+    def own_slots(self, kind: int) -> np.ndarray[Any, Any]:
+        """Which of a table's 512 slots are the guest's to choose."""
+        own = np.ones(512, dtype=bool)
+        if kind == L4:
+            own[XEN_SLOT_FIRST : XEN_SLOT_LAST + 1] = False
+        return own
+
     def present(self, index: int, kind: int) -> list[tuple[int, int]]:
         """(slot, entry) of the present entries that are the guest's to choose."""
         table = self.memory.array[index * 512 : index * 512 + 512]

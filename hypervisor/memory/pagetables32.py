@@ -48,6 +48,11 @@ class PaeTables(PageTables):
     def _adjusted_l1(self, entries: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return entries
 
+    def own_slots(self, kind: int) -> np.ndarray[Any, Any]:
+        own = np.zeros(512, dtype=bool)
+        own[: {L3: L3_ENTRIES, L2_XEN: FIRST_XEN_L2_SLOT}.get(kind, 512)] = True
+        return own
+
     def present(self, index: int, kind: int) -> list[tuple[int, int]]:
         slots = 512 if kind != L2_XEN else FIRST_XEN_L2_SLOT
         if kind == L3:

@@ -15,6 +15,7 @@ from hypervisor.engines import x86
 from hypervisor.errors import XenError
 from hypervisor.memory import layout
 from hypervisor.memory.frames import HELD, L1, L4, SEGDESC, WRITABLE
+from hypervisor.memory.tally import Tally
 
 SMALL = 14  # few frames, so that random choices meet
 
@@ -122,6 +123,7 @@ class PageTableMachine(RuleBasedStateMachine):
         super().__init__()
         self.rig = Rig(pages=SMALL)
         self.domain = self.rig.domain
+        self.tally = Tally(self.domain.tables)
 
     @rule(frame=frames, level=levels)
     def pin(self, frame: int, level: int) -> None:
@@ -196,6 +198,8 @@ class PageTableMachine(RuleBasedStateMachine):
     @invariant()
     def counts_are_exact(self) -> None:
         assert self.domain.recount() == []
+        if not self.domain.tables.linear.save():
+            assert self.tally.agrees(self.domain.holds())
         frames = self.rig.frames
         for index in range(SMALL):
             if frames.count[index] and L1 <= frames.kind[index] <= SEGDESC:

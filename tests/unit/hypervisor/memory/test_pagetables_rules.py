@@ -11,6 +11,7 @@ from hypervisor.engines import x86
 from hypervisor.memory import layout
 from hypervisor.memory.frames import L1, L2, L3, L4, NONE, SEGDESC, WRITABLE
 from hypervisor.memory.pagetables import LAZY_NX
+from hypervisor.memory.tally import Tally
 
 A, B, C, D, EXTRA = range(FIRST_FREE, FIRST_FREE + 5)
 
@@ -318,7 +319,10 @@ def test_recount_notices_each_kind_of_error() -> None:
     ):
         rig = Rig().boot()
         rig.check()
+        tally = Tally(rig.domain.tables)
+        assert tally.agrees(rig.domain.holds()) and tally.agrees(rig.domain.holds())
         spoil(rig)
+        assert not tally.agrees(rig.domain.holds()) and not Tally(rig.domain.tables).agrees(rig.domain.holds())
         assert any(word in line for line in rig.domain.recount()), word
 
 
