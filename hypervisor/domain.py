@@ -376,8 +376,8 @@ class Domain:
 
     # -- consistency
 
-    def recount(self) -> list[str]:
-        """Broken invariants of the domain's memory; empty when all is well."""
+    def holds(self) -> list[tuple[int, int]]:
+        """(frame, kind) of each use that no page table shows."""
         holds: list[tuple[int, int]] = []
         for vcpu in self.vcpus:
             state = vcpu.state
@@ -386,5 +386,8 @@ class Domain:
             if state.vcpu_info >> 12 != self.area.shared_info:
                 holds.append((state.vcpu_info >> 12, WRITABLE))
         holds += [(index, WRITABLE) for index in self.fifo.held_frames()]
-        holds += self.grants.mapper.device_holds()
-        return recount(self.tables, holds)
+        return holds + self.grants.mapper.device_holds()
+
+    def recount(self) -> list[str]:
+        """Broken invariants of the domain's memory; empty when all is well."""
+        return recount(self.tables, self.holds())

@@ -1,5 +1,8 @@
 """A domain as a whole, saved and restored: all that its memory does not hold.
 
+What is restored is checked in form and range (`hypervisor.state_checks`), and the frame table against the page tables:
+it may come from another host.
+
 `save` is for a domain that does not run, between two guest instructions. Its memory, Xen's own frames in it included,
 is the caller's to copy. `restore` is for a domain of the same shape on the same machine frames that was made but not
 started, whose memory holds the copy already; the guest goes on at the next instruction, its system time where it
@@ -9,8 +12,10 @@ stopped. The registers have the form of the engine build (`Engine.save_cpu`): a 
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from hypervisor import state_checks
 from hypervisor.cpu.state import Vcpu
 
 if TYPE_CHECKING:
@@ -26,6 +31,11 @@ def save(domain: Domain) -> dict[str, Any]:
 
     :raises ValueError: frames of other domains are mapped, which only this host knows.
     """
+    return {**save_but_frames(domain), "frames": _text(domain.frames.save())}
+
+
+def save_but_frames(domain: Domain) -> dict[str, Any]:
+    """The same without the frame table, which is large."""
     running = domain.running
     running.cpu = domain.engine.save_cpu()
     try:
@@ -37,7 +47,6 @@ def save(domain: Domain) -> dict[str, Any]:
         "engine": domain.engine.name,
         "config": {**domain.config.to_json(), "cpu_policy": domain.cpuid.policy.save()},
         "clock": domain.clock.save(),
-        "frames": _text(domain.frames.save()),
         "area": domain.area.save(),
         "limit": domain.reservation.limit,
         "linear": domain.tables.linear.save(),
@@ -61,11 +70,25 @@ def restore(domain: Domain, data: dict[str, Any]) -> None:
     """
     _check(domain, data)
     domain.frames.load(_bytes(data["frames"]))
+    restore_but_frames(domain, data, lambda: not domain.recount())
+
+
+def restore_but_frames(domain: Domain, data: dict[str, Any], agrees: Callable[[], bool]) -> None:
+    """Take over the rest, when the frame table is in place already.
+
+    :param agrees: whether page tables and frame table are of one mind. :raises ValueError: as `restore`.
+    """
+    _check(domain, data)
+    state_checks.check_form(data)
     domain.area.restore(data["area"])
     domain.reservation.limit = int(data["limit"])
     domain.tables.linear.restore(data["linear"])
     for number, saved in enumerate(data["vcpus"]):
-        domain.vcpus[number] = Vcpu.restore(saved)
+        vcpu = Vcpu.restore(saved)
+        if vcpu.id != number:
+            raise ValueError(f"a domain's state with vCPU {vcpu.id} in the place of {number}")
+        state_checks.check_vcpu(domain, vcpu)
+        domain.vcpus[number] = vcpu
     domain.clock.restore(data["clock"])
     domain.fifo.restore(data["events"])
     domain.grants.restore(data["grants"])
@@ -75,8 +98,7 @@ def restore(domain: Domain, data: dict[str, Any]) -> None:
     domain.shutdown_code, domain.declared_code = data["shutdown_code"], data["declared_code"]
     _load(domain, domain.vcpus[data["running"]])
     domain.clock.update_wallclock(domain.memory, domain.area.shared_info)
-    wrong = domain.recount()
-    if wrong:
+    if not agrees() and (wrong := domain.recount()):
         raise ValueError(f"the saved state and the memory do not belong together: {wrong[0]}")
 
 
@@ -101,6 +123,9 @@ def _load(domain: Domain, vcpu: Vcpu) -> None:
     if vcpu.cpu is None:
         raise ValueError(f"vCPU {vcpu.id} ran, but has no registers")
     engine.reset_pv64(vcpu.state.kernel_cr3, domain.area.gdt_va(vcpu.id), 0xFFFF)
+    for each in domain.vcpus:
+        if each.cpu is not None:
+            each.cpu = engine.regs.checked(each.cpu)
     engine.restore_cpu(vcpu.cpu)
     vcpu.cpu = None
     domain.running = vcpu

@@ -113,6 +113,12 @@ class Registers(Protocol):
     long_mode_code: bool
     """The code segment is a 64-bit one (read only)."""
 
+    def checked(self, state: bytes) -> bytes:
+        """What `Engine.save_cpu` gave on another host, safe for `Engine.restore_cpu`; after `Engine.reset_pv64`.
+
+        :raises ValueError: it is not of this build, or of a mode that no PV guest runs in.
+        """
+
     def segment_base(self, index: int) -> int:
         """Base address of the segment that register `index` (`hypervisor.engines.x86`) names."""
 

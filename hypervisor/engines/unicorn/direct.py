@@ -12,6 +12,10 @@ HF_CPL = 3
 HF_CS32, HF_SS32, HF_ADDSEG, HF_PE, HF_TS = 1 << 4, 1 << 5, 1 << 6, 1 << 7, 1 << 11
 HF_LMA, HF_CS64, HF_OSFXSR = 1 << 14, 1 << 15, 1 << 22
 
+_HF_INHIBIT_IRQ = 1 << 3
+_HF_GUESTS = HF_CPL | _HF_INHIBIT_IRQ | HF_CS32 | HF_SS32 | HF_ADDSEG | HF_TS | HF_CS64 | HF_GUEST
+"""What of it a guest can change."""
+
 # Arithmetic flags that live in cc_src while cc_op says so.
 CC_FLAGS = 0x8D5
 CC_OP_EFLAGS = 1
@@ -271,6 +275,31 @@ class DirectRegisters:
 
     def save(self) -> bytes:
         return bytes(self._byte)
+
+    def checked(self, state: bytes) -> bytes:
+        """What `save` gave on another host, safe to `restore` here.
+
+        Beside the registers lie things that the library trusts: pointers of its own, the top of the FPU's stack as an
+        index, the mode of translation with its privilege. They become what they are here, or stay in range.
+
+        :raises ValueError: it is not of this build, or of a mode that no PV guest runs in.
+        """
+        layout = self._layout
+        if len(state) != layout.env_size:
+            raise ValueError(f"registers of {len(state)} bytes, not {layout.env_size}: another build's")
+        data = bytearray(state)
+        words, own = memoryview(data).cast("I"), self._i
+        mode = words[self._hflags] & _HF_GUESTS
+        if mode & HF_CPL not in (1, 3):
+            raise ValueError(f"registers of privilege level {mode & HF_CPL}")
+        words[self._hflags] = own[self._hflags] & ~_HF_GUESTS | mode
+        words[self._hflags + 1] = own[self._hflags + 1]
+        words[layout.env_fpstt // 4] &= 7
+        for at, size in ((layout.env_breakpoints, 32), (layout.env_cr + 32, 12)):  # CR4, A20
+            data[at : at + size] = self._byte[at : at + size]
+        task_switched = words[self._cr * 2] & x86.CR0_TS
+        words[self._cr * 2] = own[self._cr * 2] & ~x86.CR0_TS | task_switched
+        return bytes(data)
 
     def restore(self, state: bytes) -> None:
         self._byte[:] = state

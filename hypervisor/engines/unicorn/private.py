@@ -53,8 +53,10 @@ class Layout:
     env_hflags: int = 176
     env_segs: int = 184  # selector, base, limit, flags: 24 bytes each, six of them, then LDT, TR, GDT, IDT
     env_cr: int = 424
+    env_fpstt: int = 604
     env_error_code: int = 5384
     env_is_int: int = 5388
+    env_breakpoints: int = 5464  # four pointers of the library's own
     env_old_exception: int = 5496
     env_intercept: int = 5520
     env_size: int = 5568  # what a context switch must copy
@@ -277,6 +279,14 @@ def _check_pause(scratch: _Scratch, layout: Layout, env: int) -> None:
     ctypes.c_uint32.from_address(env + layout.env_old_exception).value = 0xFFFF_FFFF
 
 
+def _check_fpu(scratch: _Scratch, layout: Layout, env: int) -> None:
+    """fninit; fld1; fld1 — the top of the stack is register 6. And no breakpoint is set."""
+    start = scratch.code(b"\xdb\xe3\xd9\xe8\xd9\xe8\x90")
+    scratch.uc.emu_start(start, start + 6)
+    _expect("FPU stack top", _u32(env + layout.env_fpstt), 6)
+    _expect("breakpoints", int.from_bytes(safe_read(env + layout.env_breakpoints, 32), "little"), 0)
+
+
 def _check_stop(layout: Layout) -> None:
     """A stop request during a store ends the run behind the block, not behind the store.
 
@@ -331,6 +341,7 @@ def verify(layout: Layout | None = None) -> SelfCheck:
             _check_exceptions(scratch, layout, env)
             _check_ports(scratch, layout, env, lib)
             _check_pause(scratch, layout, env)
+            _check_fpu(scratch, layout, env)
         finally:
             scratch.close()
         _check_stop(layout)

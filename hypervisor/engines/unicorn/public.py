@@ -20,6 +20,7 @@ from hypervisor.engines.base import EngineError
 from hypervisor.engines.unicorn.library import GPR_NAMES, uc_x86, unicorn
 
 _GPR_IDS = [getattr(uc_x86, f"UC_X86_REG_{name}") for name in GPR_NAMES]
+_WORDS = 16 + 6 + 1 + 6 + 4
 _XMM_IDS = [getattr(uc_x86, f"UC_X86_REG_XMM{i}") for i in range(16)]
 _FP_IDS = [getattr(uc_x86, f"UC_X86_REG_FP{i}") for i in range(8)]
 _FP_CONTROL_IDS = [uc_x86.UC_X86_REG_FPCW, uc_x86.UC_X86_REG_FPSW, uc_x86.UC_X86_REG_FPTAG, uc_x86.UC_X86_REG_MXCSR]
@@ -194,9 +195,15 @@ class PublicRegisters:
             data += struct.pack("<QH", mantissa, exponent)
         return data
 
+    def checked(self, state: bytes) -> bytes:
+        """What `save` gave on another host, if it is of the right length: the library takes any value of a register."""
+        if len(state) != 8 * _WORDS + 16 * len(_XMM_IDS) + 10 * len(_FP_IDS):
+            raise ValueError(f"registers of {len(state)} bytes: another build's")
+        return state
+
     def restore(self, state: bytes) -> None:
         write = self._uc.reg_write
-        count = 16 + 6 + 1 + 6 + 4
+        count = _WORDS
         words = struct.unpack_from(f"<{count}Q", state)
         at = 8 * count
         write(uc_x86.UC_X86_REG_CR3, words[19])
