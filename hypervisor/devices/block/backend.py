@@ -101,6 +101,8 @@ class BlockBackend:
     async def resize(self, opened: Opened, spec: Any, size_bytes: int) -> dict[str, str]:
         """:raises SpecInvalid: no such size. :raises WrongState: it would shrink. :raises Unsupported: read-only."""
         hold = self._holds[id(opened)]
+        if hold.record is not None:
+            raise WrongState(f"disk {spec.id} is being mirrored: make it larger afterwards")
         if size_bytes % SECTOR or not 0 < size_bytes <= MAX_BYTES:
             raise SpecInvalid(
                 f"disk {spec.id}: {size_bytes} bytes is no size: give a multiple of {SECTOR}, at most 16 TiB"

@@ -25,16 +25,27 @@ def create(path: str | Path, backing: str | Path, backing_format: str, size: int
     path, backing = Path(path), Path(os.path.realpath(backing))
     if not backing.is_file():
         raise ImageInvalid(f"backing file {backing} is not there: make it first")
+    # -u: the backing file is not opened, so that nothing is guessed of it; then the size must be given.
+    options = ["-u", "-o", f"backing_fmt={backing_format}", "-b", str(backing)]
+    _make(path, options, size or disk_size(backing, backing_format))
+
+
+def create_empty(path: str | Path, size: int) -> None:
+    """Make `path`, a disk of `size` bytes that reads as zeroes, whole or not at all.
+
+    :raises ImageInvalid: `path` exists, or it is no size. :raises HostFailure: no qemu-img.
+    """
+    _make(Path(path), [], size)
+
+
+def _make(path: Path, options: list[str], size: int) -> None:
     if path.exists():
         raise ImageInvalid(f"image {path} exists already: remove it or choose another name")
     program = shutil.which(PROGRAM)
     if program is None:
         raise HostFailure(f"{PROGRAM} is not installed: apt-get install qemu-utils")
     work = path.with_name(f".{path.name}.new")
-    # -u: the backing file is not opened, so that nothing is guessed of it; then the size must be given.
-    real_size = size or disk_size(backing, backing_format)
-    command = [program, "create", "-q", "-u", "-f", "qcow2", "-o", f"backing_fmt={backing_format}"]
-    command += ["-b", str(backing), str(work), str(real_size)]
+    command = [program, "create", "-q", "-f", "qcow2", *options, str(work), str(size)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT, check=False, env={"LC_ALL": "C"}
