@@ -4,12 +4,17 @@ Each domain gets one contiguous extent of machine frames, unique on the host, so
 that a foreign mapping or a grant names one frame and no other. Extents cost
 nothing by themselves; what is limited is the *commitment*: the frames a domain
 may really fill. The sum of all commitments never exceeds the host's total.
+
+A domain that moves to another host takes its frame numbers along, so its extent must be free there. That is left to
+chance, and chance is helped: extents that may lie anywhere are put at a random place of the wide space. What
+must lie low (see `WIDE_MFN`) is put as low as it goes.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +24,15 @@ from hypervisor.memory import layout
 from hypervisor.types import Mfn
 
 PAGES_PER_MIB = 256
+
+WIDE_MFN = 1 << 20
+"""Frames from here on have machine addresses beyond 4 GiB, which are of no use to 32-bit guests."""
+ALIGN = 512
+"""Wide extents begin at multiples of so many frames: the M2P of each then fills its pages."""
+
+
+class ExtentTaken(Exception):
+    """The frames that were asked for are not free; the message says whose they are."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,13 +69,22 @@ class Claim:
 
 
 class Ledger:
-    """Machine frames of one host, first fit from `layout.FIRST_MFN`.
+    """Machine frames of one host.
 
     :param total: frames that may be committed altogether.
+    :param chance: where wide extents go.
     """
 
-    def __init__(self, total: int, *, first_mfn: int = layout.FIRST_MFN, end_mfn: int = layout.MAX_MFN) -> None:
+    def __init__(
+        self,
+        total: int,
+        *,
+        first_mfn: int = layout.FIRST_MFN,
+        end_mfn: int = layout.MAX_MFN,
+        chance: random.Random | None = None,
+    ) -> None:
         self.total = total
+        self._chance = chance or random.SystemRandom()
         self._first = first_mfn
         self._end = end_mfn
         self._claims: list[Claim] = []  # ordered by base_mfn
@@ -79,12 +102,38 @@ class Ledger:
     def claims(self) -> tuple[Claim, ...]:
         return tuple(self._claims)
 
-    def claim(self, owner: str, frames: int, committed: int) -> Claim:
+    def claim(self, owner: str, frames: int, committed: int, *, wide: bool = False) -> Claim:
         """Reserve an extent.
 
+        :param wide: it may lie anywhere, and shall lie where chance puts it; otherwise as low as it goes.
         :raises InsufficientMemory: the host cannot commit so much; nothing is reserved.
         :raises HostFailure: no hole in the machine address space is long enough.
         """
+        self._check_commitment(frames, committed)
+        base = self._somewhere(frames) if wide else None
+        if base is None:
+            base = self._first_fit(frames)
+        if base is None:
+            raise HostFailure(
+                f"no {frames} machine frames in a row are free on this host: end a domain or lower max_memory_mib"
+            )
+        return self._give(owner, base, frames, committed)
+
+    def claim_at(self, owner: str, base_mfn: int, frames: int, committed: int) -> Claim:
+        """Reserve just this extent, for a domain that comes with its frame numbers.
+
+        :raises InsufficientMemory: the host cannot commit so much. :raises ExtentTaken: another has some of it, or it
+            lies outside the machine address space. Nothing is reserved.
+        """
+        self._check_commitment(frames, committed)
+        if base_mfn < self._first or base_mfn + frames > self._end:
+            raise ExtentTaken(f"machine frames {base_mfn:#x} to {base_mfn + frames:#x} are none of this host's")
+        index = bisect.bisect_right(self._claims, base_mfn, key=lambda held: held.end_mfn)
+        if index < len(self._claims) and self._claims[index].base_mfn < base_mfn + frames:
+            raise ExtentTaken(f"machine frames of domain {self._claims[index].owner} lie in its place")
+        return self._give(owner, base_mfn, frames, committed)
+
+    def _check_commitment(self, frames: int, committed: int) -> None:
         if not 0 < committed <= frames:
             raise HypervisorBug(f"claim of {committed} committed frames in an extent of {frames}")
         if committed > self.free:
@@ -93,11 +142,8 @@ class Ledger:
                 f"{self.free // PAGES_PER_MIB} of {self.total // PAGES_PER_MIB} MiB left: "
                 "give it less memory, end another domain, or raise memory_mib of the host process"
             )
-        base = self._first_fit(frames)
-        if base is None:
-            raise HostFailure(
-                f"no {frames} machine frames in a row are free on this host: end a domain or lower max_memory_mib"
-            )
+
+    def _give(self, owner: str, base: int, frames: int, committed: int) -> Claim:
         self._serial += 1
         claim = Claim(self._serial, owner, Mfn(base), frames, committed)
         self._insert(claim)
@@ -174,6 +220,24 @@ class Ledger:
                 return base
             base = claim.end_mfn
         return base if self._end - base >= frames else None
+
+    def _somewhere(self, frames: int) -> int | None:
+        """A random multiple of `ALIGN` beyond `WIDE_MFN`; every one that is possible is as likely."""
+        holes: list[tuple[int, int]] = []  # first possible place and how many there are
+        base = max(self._first, WIDE_MFN)
+        for end, after in [*((claim.base_mfn, claim.end_mfn) for claim in self._claims), (self._end, self._end)]:
+            first = -(-base // ALIGN) * ALIGN
+            if end - first >= frames:
+                holes.append((first, (end - first - frames) // ALIGN + 1))
+            base = max(base, after)
+        if not holes:
+            return None
+        number = self._chance.randrange(sum(count for _, count in holes))
+        for first, count in holes:
+            if number < count:
+                return first + number * ALIGN
+            number -= count
+        raise HypervisorBug("a place beyond all holes")
 
     def _insert(self, claim: Claim) -> None:
         index = bisect.bisect_left(self._claims, claim.base_mfn, key=lambda held: held.base_mfn)

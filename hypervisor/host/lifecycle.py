@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
 from hypervisor.errors import (
-    HostFailure,
     HostUnavailable,
     InsufficientMemory,
     InsufficientVcpus,
@@ -21,11 +19,10 @@ from hypervisor.errors import (
     Unsupported,
     WrongState,
 )
+from hypervisor.host import building, priority
 from hypervisor.host import channel as channels
-from hypervisor.host import priority
 from hypervisor.host.channel import Message
 from hypervisor.host.consoles import ConsoleHub
-from hypervisor.host.handles import Handles
 from hypervisor.host.introductions import introduce
 from hypervisor.host.ledger import PAGES_PER_MIB, Claim, Ledger
 from hypervisor.host.process import ProcessHold, describe_exit
@@ -34,13 +31,13 @@ from hypervisor.host.resize import Resizer
 from hypervisor.host.runtime import BuildRequest, RuntimeFacts
 from hypervisor.host.settings import HostSettings
 from hypervisor.host.table import Attachment, Devices, Domain, DomainTable
+from hypervisor.host.word_size import is_64bit
 from hypervisor.host.zygote_client import ZygoteClient
 from hypervisor.memory import layout
 from hypervisor.toolstack.api import DomainSpec, DomainState, DomainType, OnEvent, ShutdownReason
 
 LOG = logging.getLogger(__name__)
 
-DOMAIN_LOG_NAME = "domain.log"
 MAX_SPEC_BYTES = channels.MAX_MESSAGE // 2
 
 ENDED_STATES = (DomainState.SHUTDOWN, DomainState.CRASHED)
@@ -208,6 +205,7 @@ class Lifecycle:
         record.phase = Phase.REMAKING if record.restarts else Phase.BUILDING
         record.state = DomainState.PAUSED
         record.reason, record.detail, record.cpu_time_ns, record.console = None, "", 0, {}
+        folder = self.records.directory(spec.uuid)
         record.claim = self._claim(spec, frames, pages + layout.xen_frames(max_pages))
         record.domid = self.records.next_domid(self.table.domids())
         self.records.save(record)
@@ -225,19 +223,10 @@ class Lifecycle:
             fast_path=self.settings.fast_path,
             cpu_policy=self.settings.cpu_policy,
         )
-        await self._fork(domain, request, frames)
+        await self.fork(domain, request, frames)
         process = domain.process
         assert process is not None
-        try:
-            message = await process.built(self.settings.build_timeout)
-        except HostFailure:
-            self._log_domain_log(domain)
-            raise
-        for line in _strings(message, "missing"):
-            LOG.warning("domain %s runs without full sandbox: %s", spec.uuid, line)
-        boot = message.get("boot")
-        if not isinstance(boot, dict):
-            raise HostFailure("the domain process did not say where it built the rings: see domain.log")
+        boot = await building.built(domain, folder, self.settings.build_timeout)
         domain.attachment = self.backends.attach(domain, boot, adopted=False)
         domain.devices.begin()
         await process.request("commit")
@@ -249,32 +238,10 @@ class Lifecycle:
         self.watch(domain)
         self.table.changed()
 
-    async def _fork(self, domain: Domain, request: BuildRequest, frames: int) -> None:
+    async def fork(self, domain: Domain, request: BuildRequest, frames: int) -> None:
+        """Give the domain a process, which begins to build. :raises ToolstackError: it has none."""
         folder = self.records.directory(domain.uuid)
-        handles = Handles.create(f"reeve-{domain.uuid}", frames)
-        ours, theirs = channels.pair()
-        log = -1
-        try:
-            log = os.open(folder / DOMAIN_LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            message = {"request": request.to_json(), "directory": str(folder), "sandbox": self.settings.sandbox}
-            pid, pidfd = await self.zygote.spawn(message, [theirs.fileno(), log, *handles.pack()])
-        except BaseException:
-            handles.close()
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-            if log >= 0:
-                os.close(log)
-        domain.process = ProcessHold(pid, pidfd, ours, handles, self.zygote)
-
-    def _log_domain_log(self, domain: Domain) -> None:
-        """What the process said last, before its folder goes."""
-        try:
-            text = (self.records.directory(domain.uuid) / DOMAIN_LOG_NAME).read_bytes()[-4000:]
-        except OSError as exc:
-            text = str(exc).encode()
-        LOG.error("domain %s, domain.log ends with:\n%s", domain.uuid, text.decode(errors="replace"))
+        domain.process = await building.fork(self.zygote, folder, request, frames, self.settings.sandbox)
 
     async def _unmake(self, domain: Domain) -> None:
         """Take back all that `_make` did. The record and the table entry stay."""
@@ -345,7 +312,7 @@ class Lifecycle:
 
     def _claim(self, spec: DomainSpec, frames: int, committed: int) -> Claim:
         try:
-            return self.ledger.claim(spec.uuid, frames, committed)
+            return self.ledger.claim(spec.uuid, frames, committed, wide=is_64bit(spec.boot.kernel))
         except InsufficientMemory as exc:
             raise InsufficientMemory(f"memory_mib is {spec.memory_mib}: {exc}") from None
 
@@ -392,9 +359,3 @@ class Lifecycle:
         task = asyncio.get_running_loop().create_task(guarded())
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
-
-
-def _strings(message: Message, key: str) -> list[str]:
-    report = message.get("sandbox")
-    values = report.get(key) if isinstance(report, dict) else None
-    return [str(value)[:200] for value in values[:8]] if isinstance(values, list) else []

@@ -12,6 +12,7 @@ import enum
 import json
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ LOG = logging.getLogger(__name__)
 
 FORMAT = 1
 RECORD_NAME = "domain.json"
+LAST_DOMID = 0x7FEF
+"""Domains have 1 up to this (below DOMID_FIRST_RESERVED, public/xen.h)."""
 
 
 class Phase(enum.StrEnum):
@@ -157,14 +160,17 @@ class RecordStore:
                 yield record
 
     def next_domid(self, taken: frozenset[int]) -> int:
-        """A domain number that was not given out lately; 1..0x7fef (DOMID_FIRST_RESERVED, public/xen.h)."""
+        """A domain number that was not given out lately.
+
+        A new state folder begins at a random one: a domain that moves keeps its number, which must be free there.
+        """
         try:
             last = int(self._counter.read_text())
         except (OSError, ValueError):
-            last = max(taken, default=0)
+            last = max(taken, default=secrets.randbelow(LAST_DOMID))
         domid = last
-        for _ in range(0x7FEF):
-            domid = domid % 0x7FEF + 1
+        for _ in range(LAST_DOMID):
+            domid = domid % LAST_DOMID + 1
             if domid not in taken:
                 write_atomically(self._counter, str(domid))
                 return domid

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hypervisor.errors import HypervisorBug, InsufficientMemory
-from hypervisor.host.ledger import Claim, Ledger
+from hypervisor.host.ledger import ALIGN, WIDE_MFN, Claim, ExtentTaken, Ledger
 from hypervisor.memory import layout
 from hypervisor.types import Mfn
 
@@ -21,15 +23,16 @@ def check(ledger: Ledger) -> None:
     assert ledger.committed + ledger.free == ledger.total
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 5000), st.integers(0, 100)), max_size=60))
-def test_claims_never_overlap_and_frames_are_conserved(steps: list[tuple[bool, int, int]]) -> None:
-    ledger = Ledger(40_000)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 5000), st.integers(0, 100), st.booleans()), max_size=60))
+def test_claims_never_overlap_and_frames_are_conserved(steps: list[tuple[bool, int, int, bool]]) -> None:
+    ledger = Ledger(40_000, chance=random.Random(1))
     held: list[Claim] = []
-    for take, frames, pick in steps:
+    for take, frames, pick, wide in steps:
         if take:
             free = ledger.free
             try:
-                held.append(ledger.claim(f"d{pick}", frames + 10, frames))
+                held.append(ledger.claim(f"d{pick}", frames + 10, frames, wide=wide))
+                assert (held[-1].base_mfn >= WIDE_MFN) == wide
                 assert ledger.free == free - frames
             except InsufficientMemory:
                 assert frames > free
@@ -53,6 +56,39 @@ def test_first_fit_reuses_the_lowest_hole() -> None:
     ledger.release(first)
     assert ledger.claim("c", 101, 101).base_mfn == second.end_mfn
     assert ledger.claim("d", 100, 100).base_mfn == layout.FIRST_MFN
+
+
+def test_wide_extents_lie_anywhere_beyond_4_gib_until_there_is_no_room() -> None:
+    first, end = WIDE_MFN - 3000, WIDE_MFN + 20 * ALIGN
+    places = set()
+    for seed in range(400):
+        ledger = Ledger(10**6, first_mfn=first, end_mfn=end, chance=random.Random(seed))
+        ledger.claim_at("a", WIDE_MFN + 7 * ALIGN, ALIGN + 1, 1)
+        places.add(ledger.claim("b", 2 * ALIGN, 1, wide=True).base_mfn)
+    assert places == {WIDE_MFN + at * ALIGN for at in (*range(6), *range(9, 19))}
+    ledger = Ledger(10**6, first_mfn=first, end_mfn=end)
+    claims = [ledger.claim("c", ALIGN, 1, wide=True) for _ in range(20)]
+    assert {claim.base_mfn for claim in claims} == {WIDE_MFN + at * ALIGN for at in range(20)}
+    assert ledger.claim("d", ALIGN, 1, wide=True).base_mfn == first
+
+
+def test_a_given_extent_is_claimed_or_refused() -> None:
+    ledger = Ledger(1000)
+    base = layout.FIRST_MFN + 1000
+    claim = ledger.claim_at("a", base, 100, 100)
+    assert (claim.base_mfn, claim.frames) == (base, 100)
+    assert ledger.claim_at("b", base + 100, 50, 1).base_mfn == base + 100
+    assert ledger.claim_at("c", base - 50, 50, 1).base_mfn == base - 50
+    before = ledger.claims()
+    for at in (base - 1, base, base + 99, base + 149, base - 100 + 1):
+        with pytest.raises(ExtentTaken):
+            ledger.claim_at("d", at, 100, 1)
+    for at in (0, layout.FIRST_MFN - 1, layout.MAX_MFN - 99, -5):
+        with pytest.raises(ExtentTaken):
+            ledger.claim_at("d", at, 100, 1)
+    with pytest.raises(InsufficientMemory):
+        ledger.claim_at("d", base + 5000, 2000, 2000)
+    assert ledger.claims() == before
 
 
 def test_too_much_names_what_is_left_and_the_cure() -> None:

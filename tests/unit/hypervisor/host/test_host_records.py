@@ -73,12 +73,18 @@ def test_a_record_in_anothers_folder_is_not_believed(tmp_path: Path) -> None:
 
 def test_domids_are_not_used_again_at_once(tmp_path: Path) -> None:
     store = RecordStore(tmp_path)
+    (tmp_path / "next-domid").write_text("0")
     assert [store.next_domid(frozenset()) for _ in range(3)] == [1, 2, 3]
     assert RecordStore(tmp_path).next_domid(frozenset({4, 5})) == 6
     write_atomically(tmp_path / "next-domid", str(0x7FEF))
     assert store.next_domid(frozenset({1})) == 2
     (tmp_path / "next-domid").write_text("nonsense")
     assert store.next_domid(frozenset({8})) == 9
+
+
+def test_new_hosts_begin_with_different_domids(tmp_path: Path) -> None:
+    first = {RecordStore(tmp_path / str(number)).next_domid(frozenset()) for number in range(20)}
+    assert len(first) > 10 and min(first) >= 1 and max(first) <= 0x7FEF
 
 
 def test_a_failed_write_keeps_the_old_content(tmp_path: Path) -> None:
