@@ -22,12 +22,14 @@ class AgentProcess:
     """One state folder and whatever agent runs on it.
 
     :ivar broker_url: "" for the folder broker in the state folder.
+    :ivar host: its name, as instructions address it.
     :ivar driver: options that choose the driver; by default the fake one, with its host in `folder`.
     """
 
     folder: Path
     broker_url: str = ""
     driver: tuple[str, ...] = ()
+    host: str = HOST
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -50,7 +52,7 @@ class AgentProcess:
         command = [
             sys.executable, "-m", "agent.service",
             "--agent-state-dir", str(self.folder / "state"),
-            "--agent-host", HOST,
+            "--agent-host", self.host,
             "--log-file", str(self.folder / "agent.log"),
             "--broker-url", self.url,
             *(self.driver or ("--driver-name", "fake", "--driver-settings", f"state_dir:{self.folder / 'host'}")),
@@ -87,7 +89,7 @@ class AgentProcess:
         return self.process.returncode
 
     def client(self) -> Client:
-        return Client(self.url, HOST)
+        return Client(self.url, self.host)
 
     def toolstack(self) -> FakeToolstack:
         return FakeToolstack(str(self.folder / "host"))

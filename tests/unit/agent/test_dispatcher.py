@@ -292,3 +292,34 @@ def test_callers_hear_from_a_call_until_it_is_finished(rig: Rig, runner: Runner)
     runner.gate.set()
     until(lambda: heartbeats.due()[1] == NEVER)
     end(rig, dispatcher)
+
+
+def test_lanes_do_not_wait_for_each_other(rig: Rig, runner: Runner) -> None:
+    """Every common worker is busy: what another agent waits for is carried out all the same."""
+    dispatcher = make(rig, runner, workers=2)
+    runner.gate.clear()
+    for _ in range(5):
+        dispatcher.receive(message("list"))
+    runner.wait_started(2)
+    quick, drain = str(uuid.uuid4()), str(uuid.uuid4())
+    dispatcher.receive(message("migrations", quick), message("evacuate", drain, args={"target": "node2"}))
+    runner.wait_started(4)
+    assert {quick, drain} <= set(runner.started)
+    runner.gate.set()
+    end(rig, dispatcher)
+
+
+def test_one_migration_s_instructions_keep_their_order_and_wait_for_no_domain(rig: Rig, runner: Runner) -> None:
+    dispatcher = make(rig, runner, workers=1)
+    runner.gate.clear()
+    domain, ident = UUIDS[1], UUIDS[2]
+    dispatcher.receive(message("pause", args={"uuid": domain}))
+    first, second = str(uuid.uuid4()), str(uuid.uuid4())
+    dispatcher.receive(message("migrate_in", first, args={"ident": ident}))
+    dispatcher.receive(message("migrate_settle", second, args={"ident": ident, "keep": False}))
+    runner.wait_started(2)
+    assert first in runner.started and second not in runner.started
+    runner.gate.set()
+    until(lambda: dispatcher.pending == 0)
+    assert runner.started.index(first) < runner.started.index(second)
+    end(rig, dispatcher)
