@@ -27,6 +27,7 @@ from hypervisor.engines import unicorn as unicorn_engine
 from hypervisor.engines.base import EngineError
 from hypervisor.engines.tsc import measure_khz
 from hypervisor.errors import GuestFault, HypervisorBug
+from hypervisor.evtchn.core import ChannelState
 from hypervisor.evtchn.hostside import HostRouter
 from hypervisor.hypercalls.compat import Dispatcher32
 from hypervisor.hypercalls.dispatch import Dispatcher
@@ -144,6 +145,16 @@ class Machine(Trapping, Posting):
             domain.events.open_host(port)
         domain.clock.update_wallclock(domain.memory, domain.area.shared_info)
         domain.clock.update_vcpu(domain.memory, vcpu)
+
+    def came_from_elsewhere(self, cpu_time_ns: int) -> None:
+        """The domain was restored with what it was on another host.
+
+        What the host side signalled there in the last moment may be lost: it is signalled once more here.
+        """
+        self._cpu_time_ns = cpu_time_ns
+        for port, channel in enumerate(self.domain.events.channels):
+            if channel.state is ChannelState.INTERDOMAIN and channel.peer == 0:
+                self.domain.events.pend(port)
 
     # -- the run loop
 

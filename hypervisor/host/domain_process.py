@@ -7,15 +7,13 @@ After the guest has ended the process stays, holding memory and the reason, unti
 is killed: so the end of a domain is provable even if nobody looked.
 
 Messages from the host: ``{"id", "op"}`` with op ``commit``, ``pause``, ``unpause``, ``stats``, ``limit_memory``,
-``set_cap``, ``link``, ``unlink``
-(`hypervisor.devices.link`), ``hold``, ``release``, ``core`` (for core dumps); the answer is ``{"id", "result"}`` or
-``{"id", "error"}``. Events to the host: ``built``, ``failed``, ``ended`` and, first thing on a new connection,
-``identity`` with the descriptors of `Handles`.
+``set_cap``, ``link``, ``unlink`` (`hypervisor.devices.link`), ``hold``, ``release``, ``core`` (for core dumps), and
+those of `hypervisor.host.moving`; the answer is ``{"id", "result"}`` or ``{"id", "error"}``. Events to the host:
+``built``, ``failed``, ``ended`` and, first thing on a new connection, ``identity`` with the descriptors of `Handles`.
 """
 
 from __future__ import annotations
 
-import base64
 import functools
 import gc
 import logging
@@ -29,10 +27,11 @@ from typing import Any, NoReturn
 
 from hypervisor.errors import HostFailure, ToolstackError, WrongState
 from hypervisor.host import channel as channels
-from hypervisor.host import sandbox
+from hypervisor.host import core_op, moving, sandbox
 from hypervisor.host.channel import BadMessage, Channel, ChannelClosed, Message
 from hypervisor.host.guest_link import GuestLinks
 from hypervisor.host.handles import Handles, answer, ring
+from hypervisor.host.moving import MigrationPart
 from hypervisor.host.neighbours import Neighbours, neighbours_of
 from hypervisor.host.poller import Poller
 from hypervisor.host.runtime import BuildRequest, Ended, Guest, Runtime
@@ -73,6 +72,7 @@ class DomainProcess:
         self._poller = Poller()
         self._links: GuestLinks | None = None
         self._neighbours: Neighbours | None = None
+        self._migration: MigrationPart | None = None
 
     def main(self) -> None:
         """Returns only if the domain never came to life; otherwise the process ends by a signal from the host."""
@@ -106,6 +106,7 @@ class DomainProcess:
     def _build(self) -> Guest:
         self._listener = channels.listen(self.directory / SOCKET_NAME, socket.SOCK_SEQPACKET, backlog=4)
         memory = mmap.mmap(self.handles.memory, 0)
+        log = moving.open_log()
         sealed: list[sandbox.Report] = []
         guest = self.runtime.build(self.request, memory, self._notify_host, lambda: sealed.append(sandbox.restrict()))
         self._guest = guest
@@ -113,7 +114,9 @@ class DomainProcess:
         if target is not None:
             self._links = GuestLinks(target, self._poller)
             self._neighbours = neighbours_of(target, self.handles.memory, self._poller, self._ask_for)
-        self._report = sandbox.lock_down(sealed[0] if sealed else sandbox.restrict(), required=self.sandbox_required)
+            self._migration = moving.part(guest.moving(), log, target.writable, self._neighbours)
+        report = sealed[0] if sealed else sandbox.restrict()
+        self._report = sandbox.lock_down(report, required=self.sandbox_required, profile=moving.profile(log))
         return guest
 
     def _committed(self) -> bool:
@@ -203,9 +206,11 @@ class DomainProcess:
             "peer": lambda: self._peer(message, fds),
             "hold": self._hold,
             "release": self._release,
-            "core": lambda: self._core(message.get("vcpu")),
+            "core": lambda: core_op.tell(self._running_guest().core(), message.get("vcpu")),
         }
         try:
+            if message.get("op") in moving.OPS:
+                return {"result": moving.answer(self._migration, message, fds)}
             verb = verbs.get(str(message.get("op")))
             if message.get("op") not in ("link", "peer"):
                 channels.close_all(fds)
@@ -284,16 +289,6 @@ class DomainProcess:
                 self._running_guest().unpause()
         return {}
 
-    def _core(self, vcpu: object) -> dict[str, Any]:
-        source = self._running_guest().core()
-        if source is None:
-            raise WrongState("this runtime tells no registers")
-        if vcpu is None:
-            return source.describe()
-        if not isinstance(vcpu, int):
-            raise HostFailure(f"op core of vCPU {vcpu!r}")
-        return {"context": base64.b64encode(source.context(vcpu)).decode()}
-
     def _running_guest(self) -> Guest:
         assert self._guest is not None
         return self._guest
@@ -319,6 +314,7 @@ class DomainProcess:
                 "state": self.state,
                 "ended": _ended_json(self.ended) if self.ended else None,
                 "sandbox": self._report.to_json(),
+                "migration": self._migration.state() if self._migration is not None else {},
             }
             try:
                 new.send(identity, self.handles.pack())

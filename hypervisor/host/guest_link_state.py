@@ -22,6 +22,7 @@ from hypervisor.grants.active import ActiveGrants
 from hypervisor.grants.peer import HOST_DOMID, HOST_READ, HOST_WRITE, GrantError
 from hypervisor.host.guest_link_guard import Guard
 from hypervisor.host.handles import ring
+from hypervisor.host.writable_pages import WritablePages
 from hypervisor.types import PAGE_SIZE
 
 LOG = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class LinkTarget:
     :ivar frames: pages of its memfd; `index` the page of a machine frame, -1 when there is none.
     :ivar post: has a function called in the run loop's thread (`Machine.post`).
     :ivar machine: what neighbours reach; None: it has none.
-    :ivar mapped: how often driver processes have a page of the memfd mapped.
+    :ivar mapped: how often driver processes have a page of the memfd mapped; `writable`: those they can write to.
     :ivar shared: pages that a neighbour uses; they are not in the memfd now.
     """
 
@@ -62,6 +63,7 @@ class LinkTarget:
     machine: Domain | None = None
     mapped: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
     shared: set[int] = dataclasses.field(default_factory=set)
+    writable: WritablePages = dataclasses.field(default_factory=WritablePages)
 
 
 @dataclasses.dataclass(slots=True)
@@ -148,6 +150,8 @@ class LinkState:
             raise Refused(exc.status, exc.why) from exc
         held = Held(ref, mfn, self._target.index(mfn), readonly)
         self._target.mapped[held.page] += 1
+        if not readonly:
+            self._target.writable.mapped(held.page)
         if held.page in self._target.shared:
             self._unpin(held)
             raise Refused(abi.GNTST_general_error, f"grant {ref}: another domain has the frame mapped")
@@ -155,6 +159,8 @@ class LinkState:
 
     def _unpin(self, held: Held) -> None:
         mapped, grants = self._target.mapped, self._target.grants
+        if not held.readonly:
+            self._target.writable.unmapped(held.page)
         mapped[held.page] -= 1
         if not mapped[held.page]:
             del mapped[held.page]

@@ -107,6 +107,14 @@ class Neighbours:
 
     # -- the run loop's thread
 
+    def entangled(self) -> str:
+        """Which neighbour uses something of this domain's, or is used by it; "" for none."""
+        for domid, peer in self._peers.items():
+            server = self._servers.get(domid)
+            if peer.in_use or (server is not None and not server.idle):
+                return f"it and domain {domid} share frames or event channels"
+        return "it shares frames with another domain" if self.shared else ""
+
     def end(self) -> None:
         """The guest runs no more: neighbours see the end of their links, frames are back in the domain's memory."""
         self._ended = True

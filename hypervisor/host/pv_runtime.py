@@ -6,6 +6,7 @@ starts with it and shares its pages.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import mmap
 from collections.abc import Callable
@@ -16,14 +17,15 @@ from hypervisor.core_state import CoreState
 from hypervisor.domain import MachineConfig
 from hypervisor.engines import unicorn
 from hypervisor.engines.tsc import measure_khz
-from hypervisor.errors import HostFailure, HypervisorBug, XenError
+from hypervisor.errors import HostFailure, HypervisorBug, MigrationFailed, WrongState, XenError
 from hypervisor.evtchn.hostside import HostRouter
 from hypervisor.host.guest_link_state import LinkTarget
 from hypervisor.host.runtime import CONSOLE_PORT, STORE_PORT, BuildRequest, Ended, RuntimeFacts
 from hypervisor.machine import Machine
+from hypervisor.moving import MovingState
 from hypervisor.toolstack import builder
 from hypervisor.toolstack.api import Capability
-from hypervisor.toolstack.builder import BootState, BuildMemory, Kernel
+from hypervisor.toolstack.builder import BuildMemory, Kernel
 from hypervisor.types import Mfn, Port
 
 LOG = logging.getLogger(__name__)
@@ -51,27 +53,32 @@ DIRECT_CAPABILITIES = (Capability.PV32,)
 class PvGuest:
     """A `hypervisor.host.runtime.Guest` over a `Machine`."""
 
-    def __init__(self, machine: Machine, boot: BootState) -> None:
+    def __init__(self, machine: Machine, boot: dict[str, Any], *, incoming: bool = False) -> None:
         self._machine = machine
-        self.boot: dict[str, Any] = {
-            "store_mfn": int(boot.store_mfn),
-            "console_mfn": int(boot.console_mfn),
-            "entry": boot.entry,
-            "guest_os": boot.guest_os,
-            "guest_version": boot.guest_version,
-        }
+        self.boot = boot
         self.pause = machine.pause
-        self.unpause = machine.unpause
         self.notify = machine.notify
         self.stats = machine.stats
         self.limit_memory = machine.limit_memory
         self.set_cap = machine.set_cap
         self._core = CoreState(machine)
+        self._moving = MovingState(machine, boot, incoming=incoming)
+
+    def unpause(self) -> None:
+        if self._moving.incoming:
+            raise WrongState("the guest has not arrived yet")
+        self._machine.unpause()
 
     def run(self) -> Ended:
+        if self._moving.incoming:
+            self._moving.stand_still()
         shutdown = self._machine.run()
         self._core.ended()
+        self._moving.ended()
         return Ended(shutdown.reason, shutdown.detail)
+
+    def moving(self) -> MovingState:
+        return self._moving
 
     def core(self) -> CoreState:
         return self._core
@@ -100,6 +107,56 @@ def link_target(machine: Machine) -> LinkTarget:
     )
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Facts:
+    """What of a machine's configuration the guest decides."""
+
+    bits: int
+    lazy_nx: bool
+    cpu_policy: str | dict[str, Any]
+    boot: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of_kernel(cls, kernel: Kernel, request: BuildRequest) -> _Facts:
+        return cls(kernel.bits, kernel.notes.guest_os in _LOADERS, request.cpu_policy)
+
+    @classmethod
+    def of_guest(cls, request: BuildRequest) -> _Facts:
+        """:raises MigrationFailed: what the other host says of its guest makes no sense."""
+        said = request.incoming or {}
+        boot, frames = said.get("boot"), range(request.base_mfn, request.base_mfn + request.max_pages)
+        good = said.get("bits") in (32, 64) and isinstance(said.get("lazy_nx"), bool)
+        good = good and isinstance(said.get("cpu_policy"), dict)
+        if not (
+            good and isinstance(boot, dict) and boot.get("store_mfn") in frames and boot.get("console_mfn") in frames
+        ):
+            raise MigrationFailed("what the other host says of the guest makes no sense: are both of one release?")
+        return cls(said["bits"], said["lazy_nx"], said["cpu_policy"], boot)
+
+
+def _start(
+    machine: Machine, kernel: Kernel, ramdisk: bytes | None, request: BuildRequest, memory: mmap.mmap
+) -> dict[str, Any]:
+    """Lay out a new guest. :returns: what the host is told of it."""
+    boot = builder.build(
+        BuildMemory(memoryview(memory), Mfn(request.base_mfn), request.nr_pages),
+        kernel,
+        ramdisk,
+        request.spec.boot.cmdline,
+        shared_info_mfn=Mfn(machine.shared_info_mfn),
+        store_port=Port(STORE_PORT),
+        console_port=Port(CONSOLE_PORT),
+    )
+    machine.start(boot)
+    return {
+        "store_mfn": int(boot.store_mfn),
+        "console_mfn": int(boot.console_mfn),
+        "entry": boot.entry,
+        "guest_os": boot.guest_os,
+        "guest_version": boot.guest_version,
+    }
+
+
 class PvRuntime:
     """A `hypervisor.host.runtime.Runtime`. What costs time and is the same for all domains is done here, once."""
 
@@ -119,10 +176,11 @@ class PvRuntime:
         self, request: BuildRequest, memory: mmap.mmap, notify_host: Callable[[int], None], seal: Callable[[], None]
     ) -> PvGuest:
         """:raises ToolstackError: kernel, ramdisk or memory are not what a guest can be made of."""
-        kernel, ramdisk = self._read(request)
+        kernel, ramdisk = self._read(request) if request.incoming is None else (None, None)
         # The engine looks at this process's memory map when it is made, and then no more files.
-        engine = self._engines[request.engine or engines.DEFAULT]()
+        engine = self._engine(request.engine)()
         seal()
+        facts = _Facts.of_kernel(kernel, request) if kernel is not None else _Facts.of_guest(request)
         config = MachineConfig(
             uuid=request.spec.uuid,
             name=request.spec.name,
@@ -134,39 +192,36 @@ class PvRuntime:
             max_vcpus=request.spec.effective_max_vcpus,
             tsc_khz=self._tsc_khz,
             linear_page_tables=request.linear_page_tables,
-            lazy_nx=kernel.notes.guest_os in _LOADERS,
-            cpu_policy=request.cpu_policy,
-            bits=kernel.bits,
+            lazy_nx=facts.lazy_nx,
+            cpu_policy=facts.cpu_policy,
+            bits=facts.bits,
         )
         try:
             machine = _machine(config, memory, notify_host, engine, request.fast_path)
-            boot = builder.build(
-                BuildMemory(memoryview(memory), Mfn(request.base_mfn), request.nr_pages),
-                kernel,
-                ramdisk,
-                request.spec.boot.cmdline,
-                shared_info_mfn=Mfn(machine.shared_info_mfn),
-                store_port=Port(STORE_PORT),
-                console_port=Port(CONSOLE_PORT),
-            )
-            machine.start(boot)
+            if kernel is None:
+                guest = PvGuest(machine, facts.boot, incoming=True)
+            else:
+                guest = PvGuest(machine, _start(machine, kernel, ramdisk, request, memory))
         except (XenError, HypervisorBug) as exc:
             LOG.exception("the machine could not be started")
             raise HostFailure(f"the machine could not be started: {exc!r}; see the log of the host process") from exc
-        guest = PvGuest(machine, boot)
         guest.limit_memory(request.nr_pages)
         guest.set_cap(request.spec.cap)
         return guest
 
-    def _read(self, request: BuildRequest) -> tuple[Kernel, bytes | None]:
-        """Everything that comes from files."""
-        spec = request.spec
+    def _engine(self, name: str) -> Any:
         if not self._engines:
             raise HostFailure("no engine is installed (entry points reeve.engines): install the package again")
-        engine = request.engine or engines.DEFAULT
+        engine = name or engines.DEFAULT
         if engine not in self._engines:
             known = ", ".join(sorted(self._engines))
             raise HostFailure(f"there is no engine {engine!r}: set engine to one of {known}, or leave it empty")
+        return self._engines[engine]
+
+    def _read(self, request: BuildRequest) -> tuple[Kernel, bytes | None]:
+        """Everything that comes from files."""
+        spec = request.spec
+        self._engine(request.engine)
         if request.cache_dir:
             kernel = builder.KernelCache(request.cache_dir).load(spec.boot.kernel)
         else:

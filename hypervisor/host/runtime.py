@@ -8,17 +8,19 @@ process itself holds neither engine nor guest code.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib
 import mmap
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from hypervisor.toolstack.api import DomainSpec, ShutdownReason
 
 if TYPE_CHECKING:  # the host process needs nothing of a machine
     from hypervisor.host.guest_link_state import LinkTarget
 
+_T = TypeVar("_T")
 STORE_PORT = 1
 CONSOLE_PORT = 2
 """Event channel ports of the guest that are bound to the host side at birth (start_info's store and console ports)."""
@@ -36,6 +38,8 @@ class BuildRequest:
     :ivar engine: name in the entry-point group ``reeve.engines``, or "" for the default.
     :ivar cpu_policy: what the guest may know of its processor (`hypervisor.cpu.policy`).
     :ivar fast_path: ``auto``, ``on`` or ``off`` (`hypervisor.native`).
+    :ivar incoming: the guest comes from another host, which gave these facts (`Moving.facts`): no kernel is read, and
+        the domain process waits for the guest's state.
     """
 
     spec: DomainSpec
@@ -48,6 +52,7 @@ class BuildRequest:
     linear_page_tables: bool = False
     cpu_policy: str = "engine"
     fast_path: str = "auto"
+    incoming: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -126,6 +131,39 @@ class Guest(Protocol):
 
     def core(self) -> CoreSource | None:
         """What a core dump needs besides memory; None: it cannot be dumped."""
+
+    def moving(self) -> Moving | None:
+        """What a move to another host needs; None: it cannot be moved."""
+
+
+class Moving(Protocol):
+    """See `hypervisor.moving.MovingState`. Any thread but the run loop's."""
+
+    address: int
+    pages: int
+    frozen: bool
+    incoming: bool
+    punched: collections.deque[tuple[int, int]] | None
+
+    def facts(self) -> dict[str, Any]:
+        """JSON: `BuildRequest.incoming` of the domain process that takes it over."""
+
+    def call(self, function: Callable[[], _T]) -> _T:
+        """In the run loop's thread."""
+
+    def host_pages(self) -> set[int]:
+        """Pages that the host process writes to: the rings of console and store."""
+
+    def obstacles(self) -> str:
+        """Why it cannot be moved now; "" if it can."""
+
+    def freeze(self) -> None: ...
+
+    def thaw(self) -> None: ...
+
+    def give(self, *, early: bool = False) -> bytes: ...
+
+    def take(self, data: bytes) -> None: ...
 
 
 class CoreSource(Protocol):

@@ -6,6 +6,7 @@ Frames are addressed by *index*: 0 .. frames-1 inside the domain's own extent
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import mmap
 from typing import Any
@@ -22,9 +23,22 @@ class DomainMemory:
     :ivar bytes: unsigned bytes by offset; ``words`` 64-bit and ``dwords`` 32-bit by offset / size.
     :ivar array: the same as numpy uint64.
     :ivar frames: number of frames, RAM and Xen's together.
+    :ivar punched: collects what was given back to the host (first index, count), which no log of writes tells; None:
+        nobody wants to know.
     """
 
-    __slots__ = ("_anchor", "_mapping", "array", "base_mfn", "bytes", "dwords", "frames", "max_pages", "words")
+    __slots__ = (
+        "_anchor",
+        "_mapping",
+        "array",
+        "base_mfn",
+        "bytes",
+        "dwords",
+        "frames",
+        "max_pages",
+        "punched",
+        "words",
+    )
 
     def __init__(self, mapping: mmap.mmap, base_mfn: int, max_pages: int) -> None:
         self.frames = layout.total_frames(max_pages)
@@ -32,6 +46,7 @@ class DomainMemory:
             raise ValueError(f"mapping has {len(mapping)} bytes, {self.frames * PAGE_SIZE} are needed")
         if not 0 < base_mfn <= layout.MAX_MFN - self.frames:
             raise ValueError(f"base_mfn {base_mfn:#x} is outside the host's frames")
+        self.punched: collections.deque[tuple[int, int]] | None = None
         self._mapping = mapping
         self._anchor: Any = ctypes.c_char.from_buffer(mapping)
         self.base_mfn = base_mfn
@@ -78,6 +93,9 @@ class DomainMemory:
             self._mapping.madvise(mmap.MADV_REMOVE, first << PAGE_SHIFT, count << PAGE_SHIFT)
         except OSError:  # memory of a kind that cannot be punched (private, hugetlbfs)
             self.array[first * 512 : (first + count) * 512] = 0
+        punched = self.punched
+        if punched is not None:  # afterwards: whoever reads the page because of this sees zeros
+            punched.append((first, count))
 
     def copy_page(self, to: int, source: int) -> None:
         self.array[to * 512 : (to + 1) * 512] = self.array[source * 512 : (source + 1) * 512]

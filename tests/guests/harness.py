@@ -29,6 +29,7 @@ from hypervisor.ending import Shutdown
 from hypervisor.engines.tsc import measure_khz
 from hypervisor.machine import Machine
 from hypervisor.memory import layout
+from hypervisor.moving import MovingState
 from hypervisor.suspended.capture import capture
 from hypervisor.suspended.rebuild import rebuild
 from hypervisor.suspended.transfer import Incoming, write
@@ -110,7 +111,9 @@ class GuestRun:
     :param pages: RAM at boot and at most.
     :param resumed: a saved state, the memory and the boot state that belong to it: that guest goes on.
     :param stream: a libxc stream: the guest in it goes on, in a new machine.
+    :param arriving: a guest that will come here by `moving`: the machine is made for it and waits.
     :param parks: a suspended guest waits for `GuestRun.wake`, instead of ending.
+    :ivar moving: as the host's domain process has it.
     :ivar ended: why the run loop returned, None while it runs.
     :ivar suspensions: how often it has suspended itself.
     """
@@ -129,6 +132,7 @@ class GuestRun:
         fast_path: str = "auto",
         resumed: tuple[dict[str, Any], bytes, Any] | None = None,
         stream: bytes | None = None,
+        arriving: GuestRun | None = None,
         parks: bool = False,
     ) -> None:
         self.memory = make_memory(pages)
@@ -154,6 +158,8 @@ class GuestRun:
             self.machine.on_suspend = self._on_suspend
         if stream is not None:
             self.boot = rebuild(self.machine.domain, state, frames, (STORE_PORT, CONSOLE_PORT))
+        elif arriving is not None:
+            self.boot = arriving.boot
         elif resumed is None:
             target, info = builder.BuildMemory(view, Mfn(base_mfn), pages), Mfn(self.machine.shared_info_mfn)
             self.boot = builder.build(target, _kernel(name), None, cmdline, shared_info_mfn=info)
@@ -162,14 +168,21 @@ class GuestRun:
             state, memory, self.boot = resumed
             self.memory[:] = memory
             self.machine.domain.restore(state)
+        facts = {"store_mfn": int(self.boot.store_mfn), "console_mfn": int(self.boot.console_mfn)}
+        self.moving = MovingState(self.machine, facts, incoming=arriving is not None)
         self.changed = threading.Condition()
         self.ended: Shutdown | None = None
         self._timers: list[threading.Timer] = []
-        self._connect(view, name, domid, pages)
+        self._connected = False
+        if arriving is None:
+            self._connect(view, name, domid, pages)
+        else:  # rings that are not there yet cannot be attached to
+            self._late = lambda: self._connect(view, name, domid, pages)
         self._thread = threading.Thread(target=self._run, name=f"guest-{name}", daemon=True)
         self._thread.start()
 
     def _connect(self, view: memoryview, name: str, domid: int, pages: int) -> None:
+        self._connected = True
         base, machine = self.machine.config.base_mfn, self.machine
         self.server = Server()
         self.store = Handle(self.server)
@@ -214,8 +227,12 @@ class GuestRun:
         timer.start()
 
     def _run(self) -> None:
+        if self.moving.incoming:
+            self.moving.stand_still()
         ended = self.machine.run()
-        self.console.close()
+        self.moving.ended()
+        if self._connected:
+            self.console.close()
         with self.changed:
             self.ended = ended
             self.changed.notify_all()
@@ -223,12 +240,14 @@ class GuestRun:
     # -- what tests do
 
     def start(self) -> GuestRun:
+        if not self._connected:
+            self._late()
         self.machine.unpause()
         return self
 
     @property
     def text(self) -> str:
-        """All that the guest printed."""
+        """All that the guest printed; here, if it came from elsewhere."""
         return self.log.data.decode("latin-1")
 
     def wait(self, ready: Callable[[], bool], what: str, seconds: float = DEADLINE) -> None:
@@ -300,6 +319,8 @@ class GuestRun:
 
     def close(self) -> None:
         """End it, however it is."""
+        self.moving.incoming = False
+        self.moving.thaw()
         if self.ended is None:
             self.machine.stop()
             self.wait_end()

@@ -91,6 +91,9 @@ class ScriptedGuest:
     def notify(self, port: int) -> None:
         os.eventfd_write(self._bell, 1)
 
+    def moving(self) -> None:
+        return None
+
     def core(self) -> None:
         """No registers, no dump."""
 

@@ -16,6 +16,7 @@ fingerprint of some words proposes a page, and all words are compared.
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -32,9 +33,8 @@ _SAMPLE = np.array([0, 7, 64, 129, 200, 255, 333, 511])
 """Words of a page that its fingerprint is made of."""
 _FILLS = 4096
 """Pages of one FILL record."""
-MAX_KEPT = 1 << 20
-"""Pages whose last state is kept for comparison."""
 _ZSTD_LEVEL = 1
+_MAP_NORESERVE = 0x4000
 
 Array = Any
 """A numpy array."""
@@ -69,7 +69,11 @@ class PageSource:
         self._slots = np.full(slots, -1, dtype=np.int64)
         self._weights = np.frombuffer(os.urandom(8 * len(_SAMPLE)), dtype=np.uint64) | np.uint64(1)
         self._named: list[tuple[Array, Array]] = []
-        self._kept: dict[int, bytes] = {}
+        size = max(1, pages) * PAGE_SIZE
+        self._anonymous = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        self._kept = np.frombuffer(self._anonymous, dtype=np.uint64).reshape(-1, _WORDS)
+        self._known = np.zeros(pages, dtype=bool)
+        self._written = np.zeros(pages, dtype=bool)
         self._buffer = np.zeros((wire.MAX_BATCH, _WORDS), dtype=np.uint64)
         self._scratch = np.zeros((wire.MAX_BATCH, _WORDS), dtype=np.uint64)
         self.counts = Counts()
@@ -138,19 +142,18 @@ class PageSource:
 
     def _unchanged(self, batch: Array, content: Array, watched: Array) -> Array:
         """Which pages of a batch are kept and have not changed; what is watched is kept from now on."""
-        old = np.zeros(len(batch), dtype=bool)
-        kept = self._kept
-        for at in np.flatnonzero(watched[batch]).tolist():
-            index = int(batch[at])
-            page = content[at].tobytes()
-            if kept.get(index) == page:
-                old[at] = True
-            elif index in kept or len(kept) < MAX_KEPT:
-                kept[index] = page
+        kept, known = self._kept, self._known
+        seen = watched[batch]
+        old = seen & known[batch]
+        if old.any():
+            old[old] = (kept[batch[old]] == content[old]).all(axis=1)
+        changed = seen & ~old
+        # Where nothing was written yet there are zeros, and take no memory.
+        new = changed & (self._written[batch] | content.any(axis=1)) if changed.any() else changed
+        kept[batch[new]] = content[new]
+        self._written[batch[new]] = True
         # A page that is watched no more may be sent, and changed, without a look at what is kept of it.
-        if kept:
-            for at in np.flatnonzero(~watched[batch]).tolist():
-                kept.pop(int(batch[at]), None)
+        known[batch] = seen
         self.counts.unchanged += int(np.count_nonzero(old))
         return old
 
@@ -163,8 +166,7 @@ class PageSource:
         likely = np.flatnonzero(found >= 0)
         likely = likely[self._sent[found[likely]] & ~watched[found[likely]]]
         if len(likely):
-            pages, back = np.unique(found[likely], return_inverse=True)
-            same = (self._read(pages, self._scratch)[back] == content[likely]).all(axis=1)
+            same = (self._read(found[likely], self._scratch) == content[likely]).all(axis=1)
             others[likely[same]] = found[likely[same]]
         fresh = others < 0
         self._slots[slots[fresh]] = batch[fresh]
@@ -194,7 +196,7 @@ class PageSource:
 
 
 def runs(indexes: Array) -> Iterator[tuple[int, int]]:
-    """Stretches of consecutive numbers in an ascending array: first position and the one after the last."""
+    """Stretches of consecutive numbers in an array: first position and the one after the last."""
     if not len(indexes):
         return
     breaks = (np.flatnonzero(np.diff(indexes) != 1) + 1).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 
 import pytest
@@ -16,11 +17,11 @@ ALLOW, KILL, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
 PROGRAM = seccomp.program(PID)
 
 
-def verdict(number: int, *args: int, arch: int = X86_64) -> int:
+def verdict(number: int, *args: int, arch: int = X86_64, program: bytes = PROGRAM) -> int:
     data = struct.pack("<IIQ6Q", number & 0xFFFFFFFF, arch, 0, *(a & (1 << 64) - 1 for a in (args + (0,) * 6)[:6]))
     accumulator = at = 0
     for _ in range(10_000):
-        code, jt, jf, k = struct.unpack_from("<HBBI", PROGRAM, at * 8)
+        code, jt, jf, k = struct.unpack_from("<HBBI", program, at * 8)
         at += 1
         if code == 0x20:
             (accumulator,) = struct.unpack_from("<I", data, k)
@@ -100,3 +101,21 @@ GUARDED = {56, 435, 234, 16, 157, 72, 55, 219}
 def test_nothing_else_is_allowed(number: int) -> None:
     if number not in GUARDED:
         assert verdict(number) == (ALLOW if number in seccomp.ALLOWED.values() else EPERM)
+
+
+def test_requests_of_one_descriptor_are_for_that_one() -> None:
+    profile = dataclasses.replace(seccomp.DOMAIN, ioctls_of={7: (0xC020AA00, 0xC018AA06), 9: (0xC0606610,)})
+    program = seccomp.program(PID, profile)
+    for fd, request in ((7, 0xC020AA00), (7, 0xC018AA06), (9, 0xC0606610), (3, 0x5421)):
+        assert verdict(16, fd, request, program=program) == ALLOW
+    for fd, request in ((9, 0xC020AA00), (7, 0xC0606610), (3, 0xC0606610), (7, 0xC020AA03), (7, 0x5421)):
+        assert verdict(16, fd, request, program=program) == EPERM
+
+
+def test_each_kind_of_process_has_its_own() -> None:
+    driver, mover = seccomp.program(PID, seccomp.DRIVER), seccomp.program(PID, seccomp.MOVER)
+    assert verdict(16, 3, 0xC0502100) == ALLOW and verdict(16, 3, 0xC0502100, program=mover) == EPERM
+    assert verdict(307, program=driver) == ALLOW and verdict(307, program=mover) == EPERM
+    for number in seccomp.MOVER_CALLS.values():
+        assert verdict(number, program=mover) == ALLOW and verdict(number) == EPERM
+    assert verdict(72, 3, 1030, program=driver) == ALLOW and verdict(72, 3, 1030, program=mover) == EPERM
