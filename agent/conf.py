@@ -53,6 +53,12 @@ AGENT = (
         "reports instruction.outcome_unknown.",
     ),
     cfg.StrOpt(
+        "save-dir",
+        sample_default="/var/lib/reeve/saved",
+        help="Folder for the files that the verbs save and restore write and read: memory of guests. Default: saved/ "
+        "in state_dir.",
+    ),
+    cfg.StrOpt(
         "core-dir",
         sample_default="/var/lib/reeve/cores",
         help="Folder for the files that the verb dump_core writes: memory of guests. Default: cores/ in state_dir.",
@@ -195,6 +201,7 @@ class Settings:
     config_drive_dir: Path
     grub_x86_64: Path
     grub_i386: Path
+    save_dir: Path
     core_dir: Path
     resize_confirm_seconds: int
     vcpu_ratio: float
@@ -306,6 +313,7 @@ def _settings(values: Mapping[str, Mapping[str, Any]]) -> Settings:
         config_drive_dir=Path(values["images"]["config_drive_dir"] or state_dir / "config-drives"),
         grub_x86_64=Path(values["images"]["grub_x86_64"]),
         grub_i386=Path(values["images"]["grub_i386"]),
+        save_dir=Path(agent["save_dir"] or state_dir / "saved"),
         core_dir=Path(agent["core_dir"] or state_dir / "cores"),
         resize_confirm_seconds=agent["resize_confirm_seconds"],
         vcpu_ratio=values["resources"]["vcpu_ratio"],

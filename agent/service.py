@@ -132,6 +132,7 @@ class Service:
                 "config_drive_dir": str(settings.config_drive_dir),
                 "grub_x86_64": str(settings.grub_x86_64),
                 "grub_i386": str(settings.grub_i386),
+                "save_dir": str(settings.save_dir),
                 "core_dir": str(settings.core_dir),
                 "resize_confirm_seconds": str(settings.resize_confirm_seconds),
             },

@@ -28,6 +28,7 @@ from agent.cli import (
     migration,
     node,
     resize,
+    saving,
     schema,
     top,
 )
@@ -56,6 +57,8 @@ COMMANDS: dict[str, Any] = {
     "domain attach-nic": devices.DomainAttachNic,
     "domain detach-nic": devices.DomainDetachNic,
     "domain resize": resize.DomainResize,
+    "domain save": saving.DomainSave,
+    "domain restore": saving.DomainRestore,
     "domain migrate": migration.DomainMigrate,
     "domain sysrq": inside.DomainSysrq,
     "domain dump-core": inside.DomainDumpCore,

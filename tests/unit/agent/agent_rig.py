@@ -103,6 +103,7 @@ def make_rig(
     images = folder / "images"
     images.mkdir(exist_ok=True)
     settings = {"image_dir": str(images), "core_dir": str(folder / "cores"), "resize_confirm_seconds": "0"}
+    settings["save_dir"] = str(folder / "saved")
     settings["config_drive_dir"] = str(folder / "drives")
     for loader in ("grub_x86_64", "grub_i386"):
         settings[loader] = str(folder / loader)

@@ -30,6 +30,8 @@ def test_plans_of_every_verb_survive_json(rig: Rig, tmp_path: Path) -> None:
         "revert_resize": {"uuid": resized},
         "sysrq": {"uuid": uuid, "key": "h"},
         "dump_core": {"uuid": uuid, "name": "core"},
+        "save": {"uuid": uuid, "name": "saved", "keep_running": True},
+        "restore": {"uuid": "00000000-0000-4000-8000-000000000000", "name": "saved"},
         "migrations": {},
         "cancel_migration": {"ident": uuid},
         "resolve_migration": {"ident": uuid, "keep": True},
