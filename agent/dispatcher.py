@@ -70,9 +70,10 @@ class Dispatcher:
         self._on_fatal = on_fatal
         self._oslo_service = oslo_service
         self._heartbeats = heartbeats or Heartbeats()
-        self._lock = threading.Condition()
+        self._lock = threading.Lock()
         counts = {"work": max(1, workers), "quick": QUICK_WORKERS, "drain": 1}
         self._ready: dict[str, collections.deque[_Job]] = {lane: collections.deque() for lane in counts}
+        self._came = {lane: threading.Condition(self._lock) for lane in counts}
         self._behind: dict[str, collections.deque[_Job]] = {}  # has a key while a job of it is ready or runs
         self._pending = 0
         self._draining = False
@@ -94,12 +95,19 @@ class Dispatcher:
         """
         with self._lock:
             self._draining = True
-            self._lock.notify_all()
+            for came in self._came.values():
+                came.notify_all()
         end = time.monotonic() + timeout
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(max(0.0, end - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        if any(thread.is_alive() for thread in self._threads):
+            return False
+        try:
+            self._journal.settle()
+        except JournalError as exc:
+            LOG.error("outcomes are not stored yet and will be at the next start: %s", exc)
+        return True
 
     def room(self) -> int:
         """How many messages more may be taken in."""
@@ -190,7 +198,7 @@ class Dispatcher:
             if job.key:
                 self._behind[job.key] = collections.deque()
             self._ready[job.lane].append(job)
-            self._lock.notify_all()
+            self._came[job.lane].notify()
 
     def _done(self, key: str) -> None:
         with self._lock:
@@ -200,42 +208,62 @@ class Dispatcher:
                 if behind:
                     following = behind.popleft()
                     self._ready[following.lane].append(following)
+                    self._came[following.lane].notify()
                 else:
                     del self._behind[key]
-            self._lock.notify_all()
 
     def _work(self, lane: str) -> None:
         ready = self._ready[lane]
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: ready or self._draining)
+                self._came[lane].wait_for(lambda: ready or self._draining)
                 if self._draining:
                     return
                 job = ready.popleft()
             try:
-                self._run(job.ident)
+                deferred = self._run(job)
             except Interrupted:
                 return
-            self._heartbeats.forget(job.ident)
-            self._done(job.key)
-            self._on_change()
+            if not deferred:
+                self._ended(job)
 
-    def _run(self, ident: str) -> None:
-        """:raises Interrupted: the agent is being stopped."""
+    def _ended(self, job: _Job) -> None:
+        self._heartbeats.forget(job.ident)
+        self._done(job.key)
+        self._on_change()
+
+    def _run(self, job: _Job) -> bool:
+        """Whether `_stored` is told of the end. :raises Interrupted: the agent is being stopped."""
         while True:
             try:
-                self._executor.run(ident)
-                return
+                return self._executor.run(job.ident, lambda exc: self._stored(job, exc))
             except JournalCorrupt as exc:
                 self._on_fatal(exc)
                 raise Interrupted from exc
             except JournalError as exc:
-                LOG.error("instruction %s waits: %s", ident, exc)
+                LOG.error("instruction %s waits: %s", job.ident, exc)
             except Interrupted:
                 raise
             except Exception:
                 # Ours, not the plugin's. It stays in the journal; the next start tries it again.
-                LOG.exception("instruction %s is left unfinished by a mistake in the agent", ident)
-                return
+                LOG.exception("instruction %s is left unfinished by a mistake in the agent", job.ident)
+                return False
             if self._stopping.wait(RETRY_SECONDS):
                 raise Interrupted
+
+    def _stored(self, job: _Job, exc: Exception | None) -> None:
+        """The outcome is durable, or the journal could not take it."""
+        if exc is None:
+            self._ended(job)
+        elif isinstance(exc, JournalCorrupt):
+            self._on_fatal(exc)
+        else:
+            LOG.error("instruction %s waits: %s", job.ident, exc)
+            again = threading.Timer(RETRY_SECONDS, self._make_ready, (job,))
+            again.daemon = True
+            again.start()
+
+    def _make_ready(self, job: _Job) -> None:
+        with self._lock:
+            self._ready[job.lane].append(job)
+            self._came[job.lane].notify()

@@ -6,10 +6,10 @@ start calls `Executor.run` with the same id and it goes on from what the journal
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import json
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from agent.journal import Entry, Journal, Phase, StepState
 from agent.loader import Verb
 from agent.plain import json_object, one_line
 from agent.wire import Reply
-from agent.work import Work
+from agent.work import Work, remains, request_id
 from hypervisor.errors import ToolstackError
 
 LOG = logging.getLogger(__name__)
@@ -65,17 +65,33 @@ class Executor:
         self._keep_seconds = keep_seconds
         self._keep_read_seconds = keep_read_seconds
         self._now = now
+        self._stored: dict[str, Callable[[Exception | None], None]] = {}
 
-    def run(self, ident: str) -> None:
+    def run(self, ident: str, stored: Callable[[Exception | None], None] | None = None) -> bool:
         """Carry the instruction to its end. Returns quietly when it is finished already.
 
+        :param stored: do not wait until the outcome is durable; this is called then, in some thread, or with the
+            journal's error.
+        :returns: whether `stored` is or was called. False: there is nothing to wait for.
         :raises Interrupted: the agent is being stopped; it resumes later.
         :raises JournalError: the journal cannot be written; call again.
         """
         entry = self._journal.entry(ident)
         if entry is None or entry.phase in (Phase.DONE, Phase.FAILED):
-            return
-        with log_fields(ident, entry.domain, _request_id(entry)):
+            return False
+        if stored is None:
+            self._run(entry)
+            return False
+        self._stored[ident] = stored
+        try:
+            self._run(entry)
+        finally:
+            left = self._stored.pop(ident, None)
+        return left is None
+
+    def _run(self, entry: Entry) -> None:
+        ident = entry.instruction.id
+        with log_fields(ident, entry.domain, request_id(entry)):
             verb = self._verbs.get(entry.instruction.verb)
             if verb is None:
                 self._without_plugin(entry)
@@ -116,7 +132,7 @@ class Executor:
         except _FAULTS as exc:
             self._fail(entry, exc)
             return
-        if not verb.plugin.read_only:
+        if plan.steps and not verb.plugin.read_only:  # without steps there is nothing to resume
             self._journal.planned(instruction.id, data, plan.domain)
         boundary(f"{instruction.verb}:planned")
         with log_fields(instruction.id, plan.domain):
@@ -234,7 +250,7 @@ class Executor:
                 continue
             boundary(f"{work.name}:{step.name}:undone")
             self._mark(work, index, StepState.UNDONE)
-        left = [step for step, state in zip(work.plan.steps, work.states, strict=True) if _remains(step, state)]
+        left = [step for step, state in zip(work.plan.steps, work.states, strict=True) if remains(step, state)]
         self._finish(work, error | {"undone": not left})
 
     def _turn(self, work: Work, index: int, output: dict[str, Any]) -> None:
@@ -250,7 +266,7 @@ class Executor:
     def _look(self, work: Work, index: int) -> Check:
         """What became of an interrupted step. :raises InstructionError: nobody can say (outcome_unknown)."""
         step = work.plan.steps[index]
-        verdict: Check | None = self._patiently(work, lambda: _known(step.check(work.ctx)))
+        verdict: Check | None = self._patiently(work, lambda: Check(step.check(work.ctx)))
         if verdict is None:
             raise InstructionError(
                 OUTCOME_UNKNOWN,
@@ -320,8 +336,7 @@ class Executor:
             if state is not None
         )
         boundary(f"{work.name}:finishing")
-        self._store(work.entry, error, result, steps)
-        boundary(f"{work.name}:finished")
+        self._store(work.entry, error, result, steps, f"{work.name}:finished")
 
     def _fail(self, entry: Entry, exc: BaseException) -> None:
         """It failed before anything was begun."""
@@ -335,7 +350,9 @@ class Executor:
         error: dict[str, Any] | None,
         result: dict[str, Any] | None,
         steps: tuple[dict[str, Any], ...],
+        mark: str = "",
     ) -> None:
+        """:param mark: boundary to pass when the outcome is durable."""
         instruction = entry.instruction
         reply = Reply(
             id=instruction.id,
@@ -349,8 +366,25 @@ class Executor:
         )
         verb = self._verbs.get(instruction.verb)
         reads = verb is not None and verb.plugin.read_only
-        self._journal.finish(reply, self._keep_read_seconds if reads else self._keep_seconds)
-        LOG.info("%s %s", instruction.verb, "done" if error is None else f"failed ({error['code']})")
+        keep = self._keep_read_seconds if reads else self._keep_seconds
+
+        def told() -> None:
+            boundary(mark)
+            LOG.info("%s %s", instruction.verb, "done" if error is None else f"failed ({error['code']})")
+
+        stored = self._stored.pop(instruction.id, None)
+        if stored is None:
+            self._journal.finish(reply, keep)
+            told()
+            return
+        context = contextvars.copy_context()  # the fields of this instruction's log lines
+
+        def done(exc: Exception | None) -> None:
+            if exc is None:
+                context.run(told)
+            stored(exc)
+
+        self._journal.finish_later(reply, keep, done)
 
     def _error(self, entry: Entry, exc: BaseException, step: Step | None = None) -> dict[str, Any]:
         if isinstance(exc, ToolstackError | AgentError):
@@ -362,20 +396,3 @@ class Executor:
             "message": one_line(f"a mistake in the plugin: {where} raised {exc!r}; report it with the agent's log"),
             "retryable": False,
         }
-
-
-def _request_id(entry: Entry) -> str:
-    """What the sender calls this request, fit for a log line."""
-    value = entry.instruction.context.get("request_id")
-    return value if isinstance(value, str) and re.fullmatch(r"[!-~]{1,128}", value) else ""
-
-
-def _known(verdict: Check) -> Check:
-    return Check(verdict)
-
-
-def _remains(step: Step, state: StepState | None) -> bool:
-    """Whether the step may have left something in the world. One without an undo of its own has."""
-    if state is None or not step.changes:
-        return False
-    return state is not StepState.UNDONE or type(step).undo is Step.undo

@@ -46,6 +46,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s [%(instruction)s %(domain)s %(r
 HOUSEKEEPING_SECONDS = 60.0
 FLUSH_SECONDS = 5.0
 DRIVER_PAUSE = 5.0
+SWITCH_SECONDS = 0.001
 
 DESCRIPTION = "Carries out a scheduler's instructions on this node: takes them from a message queue, journals them, "
 DESCRIPTION += "runs them on the local hypervisor and replies. Killed at any moment, it goes on where it was."
@@ -312,6 +313,9 @@ def setup_logging(level: str, file: str) -> None:
     handler: logging.Handler = logging.FileHandler(file) if file else logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
     handler.addFilter(ContextFilter())
+    # What the format does not show is not looked up either: it is most of what a line costs (logging's HOWTO).
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
@@ -331,6 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     service = Service(settings)
     started = time.monotonic()
+    # Threads that only pass work on to each other: by default one may wait 5 ms for another that computes.
+    sys.setswitchinterval(SWITCH_SECONDS)
 
     def on_signal(number: int, _frame: object) -> None:
         LOG.info("signal %s: stopping", signal.Signals(number).name)

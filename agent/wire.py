@@ -239,8 +239,9 @@ def parse(body: bytes, size: int | None = None, max_bytes: int = MAX_BYTES, max_
     try:
         text = body.decode("utf-8")
         data = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_float)
-        # "\ud800" is legal JSON and no character: it could not be stored or sent on.
-        json.dumps(data, ensure_ascii=False).encode()
+        if b"\\ud" in body or b"\\uD" in body:
+            # "\ud800" is legal JSON and no character: it could not be stored or sent on.
+            json.dumps(data, ensure_ascii=False).encode()
     except MessageError:
         raise
     except (ValueError, RecursionError) as exc:
@@ -284,6 +285,8 @@ def check_host_name(host: str) -> str:
 
 
 def _check_depth(body: bytes, max_depth: int) -> None:
+    if body.count(b"{") + body.count(b"[") <= max_depth:
+        return
     depth = 0
     for match in _TOKEN.finditer(body):
         token = match[0]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
-from agent.api import Plan
+from agent.api import Plan, Step
 from agent.context import StepContext
 from agent.journal import Entry, StepState
 from agent.loader import Verb
@@ -34,3 +35,16 @@ class Work:
         """Past the point of no return."""
         done = zip(self.plan.steps, self.states, strict=True)
         return any(step.commits and state is StepState.DONE for step, state in done)
+
+
+def request_id(entry: Entry) -> str:
+    """What the sender calls this request, fit for a log line."""
+    value = entry.instruction.context.get("request_id")
+    return value if isinstance(value, str) and re.fullmatch(r"[!-~]{1,128}", value) else ""
+
+
+def remains(step: Step, state: StepState | None) -> bool:
+    """Whether the step may have left something in the world. One without an undo of its own has."""
+    if state is None or not step.changes:
+        return False
+    return state is not StepState.UNDONE or type(step).undo is Step.undo

@@ -147,6 +147,8 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
     db.execute("PRAGMA journal_mode=WAL")
     db.execute("PRAGMA synchronous=FULL")
     db.execute("PRAGMA foreign_keys=ON")
+    # Who commits also moves the log into the file, and everyone waits: seldom is better. At most 16 MiB of log.
+    db.execute("PRAGMA wal_autocheckpoint=4000")
     if not tables:
         db.executescript(
             f"BEGIN IMMEDIATE; {DDL} PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={VERSION}; COMMIT;"

@@ -45,6 +45,7 @@ class Journal:
         # Readers have a connection of their own: they need not wait for the disk.
         self._reader = schema.open_reader(path)
         self._lock = threading.RLock()
+        self._sent: set[int] = set()  # rows of the outbox that are only waiting to be removed
 
     def close(self) -> None:
         self._group.close()
@@ -92,26 +93,26 @@ class Journal:
 
     def _accept(self, db: sqlite3.Connection, instruction: wire.Instruction) -> Accepted:
         digest = instruction.digest
-        row = db.execute("SELECT digest, finished, reply FROM instructions WHERE id = ?", (instruction.id,)).fetchone()
-        if row is None:
-            db.execute(
-                "INSERT INTO instructions (id, digest, verb, host, args, dialect, deadline, phase, received, context)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    instruction.id,
-                    digest,
-                    instruction.verb,
-                    instruction.host,
-                    json.dumps(instruction.args),
-                    instruction.dialect,
-                    instruction.deadline,
-                    Phase.ACCEPTED,
-                    self._now(),
-                    json.dumps(instruction.context) if instruction.context else None,
-                ),
-            )
+        new = db.execute(
+            "INSERT INTO instructions (id, digest, verb, host, args, dialect, deadline, phase, received, context)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+            (
+                instruction.id,
+                digest,
+                instruction.verb,
+                instruction.host,
+                json.dumps(instruction.args),
+                instruction.dialect,
+                instruction.deadline,
+                Phase.ACCEPTED,
+                self._now(),
+                json.dumps(instruction.context) if instruction.context else None,
+            ),
+        ).rowcount
+        if new:
             self._wait(db, instruction)
             return Accepted.NEW
+        row = db.execute("SELECT digest, finished, reply FROM instructions WHERE id = ?", (instruction.id,)).fetchone()
         known, finished, reply = row
         if known != digest:
             return Accepted.REUSED
@@ -210,6 +211,19 @@ class Journal:
 
         :param keep_seconds: how long the same id gets this answer again.
         """
+        self._write(self._finish(reply, keep_seconds))
+
+    def finish_later(self, reply: wire.Reply, keep_seconds: float, done: Callable[[Exception | None], None]) -> None:
+        """The same without waiting for the disk. :param done: called in some thread; None: it is durable now."""
+        self._group.later(
+            self._finish(reply, keep_seconds), lambda exc: done(None if exc is None else self._translated(exc))
+        )
+
+    def settle(self) -> None:
+        """Wait until everything begun before is durable."""
+        self._write(lambda db: None)
+
+    def _finish(self, reply: wire.Reply, keep_seconds: float) -> Callable[[sqlite3.Connection], None]:
         row = (
             Phase.DONE if reply.ok else Phase.FAILED,
             None if reply.error is None else json.dumps(reply.error),
@@ -230,7 +244,7 @@ class Journal:
             for reply_to, dialect, correlation in waiters:
                 self._enqueue(db, dialects.encode_reply(reply, reply_to, dialect, correlation))
 
-        self._write(operation)
+        return operation
 
     def forget(self) -> int:
         """Drop the finished instructions whose time to keep has passed; how many."""
@@ -289,13 +303,29 @@ class Journal:
             rows = db.execute(
                 "SELECT seq, exchange, routing_key, body, correlation_id, content_type, created, attempts"
                 " FROM outbox WHERE not_before <= ? ORDER BY seq LIMIT ?",
-                (self._now(), limit),
+                (self._now(), limit + len(self._sent)),
             ).fetchall()
-        return [OutboxRow(*row) for row in rows]
+            return [OutboxRow(*row) for row in rows if row[0] not in self._sent][:limit]
 
     def published(self, *seqs: int) -> None:
-        """The broker has confirmed them, or nobody will ever take them: forget the rows."""
-        self._many("DELETE FROM outbox WHERE seq = ?", [(seq,) for seq in seqs])
+        """The broker has confirmed them, or nobody will ever take them: `outbox` has them no more.
+
+        On the disk they go with the next transaction. If the agent dies before, they are sent again.
+        """
+        if not seqs:
+            return
+        with self._lock:
+            self._sent.update(seqs)
+            gone = [(seq,) for seq in self._sent]  # also those that could not be removed last time
+
+        def removed(exc: BaseException | None) -> None:
+            if exc is not None:
+                LOG.warning("replies that were sent stay in the journal for now: %s", exc)
+                return
+            with self._lock:
+                self._sent.difference_update(row[0] for row in gone)
+
+        self._group.later(lambda db: db.executemany("DELETE FROM outbox WHERE seq = ?", gone), removed, urgent=False)
 
     def postpone(self, seconds: float, *seqs: int) -> None:
         self._many(
@@ -364,12 +394,18 @@ class Journal:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.OperationalError, sqlite3.ProgrammingError) as exc:
-            raise JournalError(
+        except sqlite3.Error as exc:
+            raise self._translated(exc) from exc
+
+    def _translated(self, exc: BaseException) -> Exception:
+        """The file's failure in our terms; a `sqlite3.Error` that is none of these two is damage."""
+        if isinstance(exc, sqlite3.OperationalError | sqlite3.ProgrammingError):
+            return JournalError(
                 f"the journal {self.path} cannot be used just now ({exc}): check the disk's space and health"
-            ) from exc
-        except sqlite3.DatabaseError as exc:
-            raise JournalCorrupt(f"the journal {self.path} is damaged ({exc}): restore it or move it away") from exc
+            )
+        if isinstance(exc, sqlite3.Error):
+            return JournalCorrupt(f"the journal {self.path} is damaged ({exc}): restore it or move it away")
+        return exc if isinstance(exc, Exception) else JournalError(f"the journal was interrupted ({exc!r})")
 
 
 def _load(text: str | None) -> dict[str, Any] | None:

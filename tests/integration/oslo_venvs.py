@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ class OsloMissing(Exception):
     """The packages cannot be had here; says why."""
 
 
-def make(folder: Path) -> dict[str, str]:
+def make(folder: Path, releases: Sequence[str] = (NEW, OLD)) -> dict[str, str]:
     """The Python of each release's environment. The old one shares the new one's dependencies, so it costs seconds.
 
+    :param releases: `NEW` first.
     :raises OsloMissing: pip cannot install them.
     """
-    pythons = {release: folder / release / "bin" / "python" for release in (NEW, OLD)}
+    pythons = {release: folder / release / "bin" / "python" for release in releases}
     for release, python in pythons.items():
         _run(sys.executable, "-m", "venv", "--without-pip", str(folder / release))
         if release == NEW:

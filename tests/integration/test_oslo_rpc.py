@@ -23,6 +23,8 @@ from rabbitmq import Rabbit
 from agent.rpc import connection as broker
 from hypervisor.toolstack.api import DomainState
 
+pytestmark = pytest.mark.timeout(300)  # the first test waits for pip
+
 WAIT = 30.0
 DISPATCHER = "oslo_messaging.rpc.dispatcher"
 EXMODS = ("reeve_errors", DISPATCHER)

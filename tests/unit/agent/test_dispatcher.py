@@ -34,7 +34,7 @@ class Runner:
         self.gate.set()
         self.errors: list[Exception] = []
 
-    def run(self, ident: str) -> None:
+    def run(self, ident: str, stored: object = None) -> bool:
         entry = self.rig.journal.entry(ident)
         assert entry is not None
         key = entry.instruction.args.get("uuid", "")
@@ -49,6 +49,7 @@ class Runner:
             self.running.discard(key or ident)
         if self.errors:
             raise self.errors.pop(0)
+        return False
 
     def wait_started(self, count: int) -> None:
         with self.lock:
@@ -322,4 +323,53 @@ def test_one_migration_s_instructions_keep_their_order_and_wait_for_no_domain(ri
     runner.gate.set()
     until(lambda: dispatcher.pending == 0)
     assert runner.started.index(first) < runner.started.index(second)
+    end(rig, dispatcher)
+
+
+def test_a_domain_s_next_instruction_waits_until_the_outcome_is_stored(rig: Rig, runner: Runner) -> None:
+    class Deferring(Runner):
+        waiting: list[Any]
+
+        def run(self, ident: str, stored: Any = None) -> bool:
+            super().run(ident)
+            self.waiting.append(stored)
+            return True
+
+    deferring = Deferring(rig)
+    deferring.waiting = []
+    dispatcher = make(rig, deferring, workers=2)
+    for ident in UUIDS[:2]:
+        dispatcher.receive(message("pause", ident, args={"uuid": UUIDS[3]}))
+    deferring.wait_started(1)
+    assert deferring.started == UUIDS[:1] and dispatcher.pending == 2
+    until(lambda: bool(deferring.waiting))
+    deferring.waiting.pop()(None)
+    deferring.wait_started(2)
+    until(lambda: bool(deferring.waiting))
+    deferring.waiting.pop()(None)
+    until(lambda: dispatcher.pending == 0)
+    end(rig, dispatcher)
+
+
+def test_an_outcome_that_cannot_be_stored_is_tried_again(
+    rig: Rig, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
+    fatal: list[Exception] = []
+    errors: list[Exception | None] = [JournalError("disk full"), None, JournalCorrupt("damaged")]
+
+    class Failing(Runner):
+        def run(self, ident: str, stored: Any = None) -> bool:
+            super().run(ident)
+            stored(errors.pop(0))
+            return True
+
+    failing = Failing(rig)
+    dispatcher = make(rig, failing, workers=1, on_fatal=fatal.append)
+    dispatcher.receive(message(ident=UUIDS[1]))
+    until(lambda: dispatcher.pending == 0)
+    assert failing.started == [UUIDS[1]] * 2 and fatal == []
+    dispatcher.receive(message(ident=UUIDS[2]))
+    until(lambda: bool(fatal))
+    assert isinstance(fatal[0], JournalCorrupt)
     end(rig, dispatcher)

@@ -345,3 +345,16 @@ def test_outcomes_of_reading_verbs_are_kept_for_a_shorter_time(tmp_path: Path) -
     assert rig.journal.forget() == 1
     assert rig.refused("domain.name_in_use", "create", {"name": "web", "memory_mib": 1, "kernel": str(rig.kernel)})
     assert rig.toolstack.get_domain(uuid) and rig.journal.forget() == 0
+
+
+def test_an_outcome_can_be_stored_without_waiting(rig: Rig) -> None:
+    told: list[Exception | None] = []
+    ident = rig.accept("list", {})
+    assert rig.executor.run(ident, told.append) is True
+    rig.journal.settle()
+    assert told == [None] and rig.reply(ident).ok
+    assert rig.executor.run(ident, told.append) is False, "finished already: there is nothing to wait for"
+    refused = rig.accept("show", {"uuid": "x"})
+    assert rig.executor.run(refused, told.append) is True
+    rig.journal.settle()
+    assert told == [None, None] and not rig.reply(refused).ok

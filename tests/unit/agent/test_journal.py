@@ -265,3 +265,26 @@ def test_readers_do_not_wait_for_a_writer(journal: Journal) -> None:
     assert journal.entry("id-1") is not None
     go_on.set()
     writer.join(10)
+
+
+def test_what_was_sent_is_not_in_the_outbox_even_before_it_is_removed(journal: Journal) -> None:
+    for number in range(3):
+        journal.enqueue(Outgoing("", "q", b"%d" % number))
+    first, second, third = journal.outbox()
+    journal._db.execute("CREATE TEMP TRIGGER broken BEFORE DELETE ON outbox BEGIN SELECT RAISE(ABORT, 'no'); END")
+    journal.published(first.seq)
+    journal.settle()
+    assert journal.counts()["outbox"] == 3, "it could not be removed"
+    assert journal.outbox() == [second, third] and journal.outbox(limit=1) == [second]
+    journal._db.execute("DROP TRIGGER broken")
+    journal.published(second.seq)
+    journal.settle()
+    assert journal.outbox() == [third] and journal.counts()["outbox"] == 1
+
+
+def test_an_outcome_that_is_stored_later(journal: Journal) -> None:
+    journal.accept(ONE)
+    told: list[Exception | None] = []
+    journal.finish_later(finished(), 60, told.append)
+    journal.settle()
+    assert told == [None] and journal.counts()["outbox"] == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.journal import group as group_module
 from agent.journal.group import LARGEST_GROUP, GroupCommit
 
 
@@ -118,3 +119,50 @@ def test_a_group_is_bounded(db: sqlite3.Connection) -> None:
     count = LARGEST_GROUP + 10
     assert len(set(map(str, together(group, [insert(n) for n in range(count)])))) == count
     assert group.commits == 3
+
+
+def test_nobody_waits_for_what_comes_later(db: sqlite3.Connection) -> None:
+    group, told = GroupCommit(db), []
+    done = threading.Event()
+
+    def callback(error: BaseException | None) -> None:
+        told.append((type(error), db.in_transaction))
+        if len(told) == 2:
+            done.set()
+
+    group.later(insert(1), callback)  # type: ignore[arg-type]
+    group.later(insert(1), callback)  # type: ignore[arg-type]
+    assert done.wait(10)
+    assert told == [(type(None), False), (sqlite3.IntegrityError, False)] and rows(db) == [1]
+    group.close()
+
+
+def test_what_is_not_urgent_goes_with_the_next_commit_or_soon(
+    db: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_module, "LAZY_SECONDS", 3600)
+    group, told = GroupCommit(db), threading.Event()
+    group.later(insert(1), lambda error: told.set(), urgent=False)  # type: ignore[arg-type]
+    assert group.run(insert(2)) == 2 and told.is_set() and group.commits == 1  # type: ignore[arg-type]
+    group.later(insert(3), lambda error: None, urgent=False)  # type: ignore[arg-type]
+    group._closing = True
+    group._urgent.set()
+    assert group._thread is not None
+    group._thread.join(10)
+    assert rows(db) == [1, 2, 3], "closing commits what waits"
+
+
+def test_lazy_operations_are_not_forgotten(db: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_module, "LAZY_SECONDS", 0.01)
+    group, told = GroupCommit(db), threading.Event()
+    group.later(insert(1), lambda error: told.set(), urgent=False)  # type: ignore[arg-type]
+    assert told.wait(10)
+    group.close()
+
+
+def test_a_mistake_in_a_callback_stops_nobody(db: sqlite3.Connection) -> None:
+    group, told = GroupCommit(db), threading.Event()
+    group.later(insert(1), lambda error: 1 / 0)  # type: ignore[arg-type,return-value]
+    group.later(insert(2), lambda error: told.set())  # type: ignore[arg-type]
+    assert told.wait(10) and rows(db) == [1, 2]
+    group.close()
