@@ -38,6 +38,8 @@ OPTIONS_SCHEMA: Mapping[str, Any] = {
         "max_rounds": {"type": "integer", "minimum": 1, "maximum": 1000},
         "throttle": {"type": "boolean"},
         "timeout_s": {"type": "number", "exclusiveMinimum": 0, "maximum": 86400},
+        "copy_disks": {"type": "boolean"},
+        "flatten_disks": {"type": "boolean"},
     },
     "description": "See hypervisor.toolstack.migration.MigrationOptions.",
 }

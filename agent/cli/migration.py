@@ -210,6 +210,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--compress", choices=["none", "zstd"], help="default none")
     add("--max-rounds", type=int, metavar="N", help="of copying, before the switch is made in any case")
     add("--no-throttle", action="store_true", help="never slow the guest down")
+    add("--copy-disks", action="store_true", help="copy disks that both hosts see, too")
+    add("--flatten-disks", action="store_true", help="copied disks have no backing files afterwards")
     add("--timeout", type=seconds, default=3600.0, metavar="SECONDS", help="given up after so long (default 3600)")
 
 
@@ -220,6 +222,8 @@ def _asked(parsed_args: argparse.Namespace) -> dict[str, Any]:
         "compress": parsed_args.compress,
         "max_rounds": parsed_args.max_rounds,
         "throttle": False if parsed_args.no_throttle else None,
+        "copy_disks": parsed_args.copy_disks or None,
+        "flatten_disks": parsed_args.flatten_disks or None,
     }
     given = {name: value for name, value in options.items() if value is not None}
     mode = "live" if parsed_args.live else "image" if parsed_args.image else "auto"

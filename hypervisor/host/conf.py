@@ -119,6 +119,13 @@ OPTIONS = [
         "Default: images in the state folder, and images and config-drives beside it if the state folder is called "
         "hypervisor.",
     ),
+    cfg.ListOpt(
+        "shared_folders",
+        default=[],
+        sample_default=["/srv/images"],
+        help="Folders that are the same storage on all hosts, at the same path, as of an NFS server: disks below them "
+        "stay where they are when their domain moves to another host. They must lie in image_folders, too.",
+    ),
     cfg.DictOpt(
         "device_backends",
         default={},
@@ -195,6 +202,7 @@ def settings(conf: cfg.ConfigOpts) -> HostSettings:
         cpu_policy=group.cpu_policy,
         driver_log_kib=group.driver_log_kib,
         image_folders=tuple(group.image_folders),
+        shared_folders=tuple(group.shared_folders),
         device_backends=tuple(sorted(group.device_backends.items())),
         runtime=group.runtime,
         networks=tuple(group.networks),

@@ -25,6 +25,7 @@ class HostSettings:
     :ivar cpu_policy: what new domains may know of their processors (`hypervisor.cpu.policy`).
     :ivar driver_log_kib: what a driver process may write into its log.
     :ivar image_folders: below which images of disks must lie; empty: the folders that the option's help names.
+    :ivar shared_folders: the same storage on all hosts, at the same path.
     :ivar device_backends: ``module:attribute`` by kind of device, instead of `hypervisor.devices.registry`'s.
     """
 
@@ -46,6 +47,7 @@ class HostSettings:
     cpu_policy: str = "engine"
     driver_log_kib: int = 4096
     image_folders: tuple[str, ...] = ()
+    shared_folders: tuple[str, ...] = ()
     device_backends: tuple[tuple[str, str], ...] = ()
     runtime: str = REAL_RUNTIME
     networks: tuple[str, ...] = ("default user",)

@@ -169,6 +169,8 @@ class MigrationOptions:
     :ivar max_rounds: after so many rounds of copying the switch begins, whatever is left.
     :ivar throttle: slow the vCPUs down when they dirty memory faster than it can be sent.
     :ivar timeout_s: when the switch has not begun by then, it fails and the guest runs on.
+    :ivar copy_disks: copy disks that both hosts see, too; those that the target does not see are always copied.
+    :ivar flatten_disks: a copied disk has no backing files afterwards; else the target must have the same ones.
     """
 
     bandwidth_bytes: int = 0
@@ -177,6 +179,8 @@ class MigrationOptions:
     max_rounds: int = 30
     throttle: bool = True
     timeout_s: float = 3600.0
+    copy_disks: bool = False
+    flatten_disks: bool = False
 
     def validate(self) -> None:
         """:raises SpecInvalid: with the field, what is wrong and what would be right."""

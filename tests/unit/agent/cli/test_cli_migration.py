@@ -78,6 +78,8 @@ def test_migrate_with_every_option(site: Site) -> None:
         "--max-rounds",
         "5",
         "--no-throttle",
+        "--copy-disks",
+        "--flatten-disks",
         "--timeout",
         "60",
     ]

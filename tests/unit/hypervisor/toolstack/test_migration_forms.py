@@ -29,7 +29,7 @@ FORMS = [
     SaveInfo(IDENT, "web", "/save", 4096, 1, 2.5, 0.5),
     MigrationOffer("embedded", "unicorn-1", SPEC, 3, 64, 1, False, {"cpu": {"leaf": [1, 2]}}),
     MigrationTicket(IDENT, IDENT, MigrationMode.IMAGE, "127.0.0.1", 4000, {"x": 1}),
-    MigrationOptions(1000, 5, "zstd", 3, False, 60),
+    MigrationOptions(1000, 5, "zstd", 3, False, 60, True, True),
     MigrationStatus(IDENT, IDENT, MigrationRole.TARGET, MigrationPhase.COMPLETE, detail="waits"),
     MigrationStatus(IDENT, IDENT, MigrationRole.SOURCE, MigrationPhase.KEPT, error={"code": "migration.failed"}),
 ]
