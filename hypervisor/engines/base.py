@@ -98,6 +98,8 @@ class Registers(Protocol):
     rip: int
     rflags: int
     """Reads as RFLAGS; writing keeps bit 1 set."""
+    single_step: bool
+    """RFLAGS.TF (read only)."""
     cr2: int
     cr3: int
     cs: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 from hypervisor.engines import x86
-from hypervisor.engines.unicorn.private import HF_GUEST, INTERCEPT_PAUSE, Layout
+from hypervisor.engines.unicorn.private import HF_GUEST, INTERCEPT_CPUID, INTERCEPT_PAUSE, Layout
 
 # Bits of CPUX86State.hflags (QEMU's cached translation state; target/i386/cpu.h of the library).
 HF_CPL = 3
@@ -150,10 +150,15 @@ class DirectRegisters:
         i[self._is_int] = 0
         return i[self._error], software
 
-    def intercept_pause(self, on: bool) -> None:
-        # Looking at intercepts is part of how code is translated: it stays on, lest all code be translated twice.
+    def watch_instructions(self) -> None:
+        """Have `cpuid` told. Looking at intercepts is part of how code is translated: it stays on, lest all code be
+        translated twice.
+        """
         self._i[self._hflags] |= HF_GUEST
-        self._q[self._intercept] = INTERCEPT_PAUSE if on else 0
+        self._q[self._intercept] |= INTERCEPT_CPUID
+
+    def intercept_pause(self, on: bool) -> None:
+        self._q[self._intercept] = INTERCEPT_CPUID | (INTERCEPT_PAUSE if on else 0)
 
     # -- segments
 
@@ -303,3 +308,4 @@ class DirectRegisters:
 
     def restore(self, state: bytes) -> None:
         self._byte[:] = state
+        self.watch_instructions()

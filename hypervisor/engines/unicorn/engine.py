@@ -19,10 +19,11 @@ from hypervisor.engines.tsc import read_tsc
 from hypervisor.engines.unicorn.codebuffer import CodeBuffer, executable_areas
 from hypervisor.engines.unicorn.direct import DirectRegisters
 from hypervisor.engines.unicorn.features import find, hide
+from hypervisor.engines.unicorn.intercepts import Intercepts
 from hypervisor.engines.unicorn.library import uc_const, uc_x86, unicorn
 from hypervisor.engines.unicorn.nativeview import native_view
 from hypervisor.engines.unicorn.ports import HOOKS, PORT_IN_CB, PortFaults, port_in
-from hypervisor.engines.unicorn.private import EXIT_PAUSE, LIBRARY_PATH, Layout, handle_of
+from hypervisor.engines.unicorn.private import EXIT_CPUID, EXIT_PAUSE, LIBRARY_PATH, Layout, handle_of
 from hypervisor.engines.unicorn.public import PublicRegisters
 from hypervisor.engines.unicorn.ring3 import enter_ring3
 from hypervisor.engines.unicorn.segments import Segments
@@ -36,13 +37,14 @@ _BLOCK_CB = ctypes.CFUNCTYPE(None, _PTR, ctypes.c_uint64, ctypes.c_uint32, _PTR)
 _CPUID_CB = ctypes.CFUNCTYPE(ctypes.c_int, _PTR, _PTR)
 _KICK_CB = ctypes.CFUNCTYPE(None, _PTR)
 
+_ICEBP = 0xF1
 _CTL_TLB_FLUSH = 1 << 30 | uc_const.UC_CTL_TLB_FLUSH  # public unicorn.h: UC_CTL_WRITE(type, number of arguments)
 
 # Westmere: no XSAVE, AVX or FSGSBASE, which the engine cannot do, and a baseline that real hosts can offer too.
 CPU_MODEL = uc_x86.UC_CPU_X86_WESTMERE
 
 
-class UnicornEngine(Segments):
+class UnicornEngine(Segments, Intercepts):
     """See `hypervisor.engines.base.Engine`.
 
     :param layout: verified private layout, or None for the public path.
@@ -133,9 +135,9 @@ class UnicornEngine(Segments):
             self._add_hook(unicorn.UC_HOOK_INSN_INVALID, _INVALID_CB(self._public_invalid))
             self._add_hook(unicorn.UC_HOOK_INSN, _INSN_CB(self._public_syscall), uc_x86.UC_X86_INS_SYSCALL)
             self._add_hook(unicorn.UC_HOOK_BLOCK, _BLOCK_CB(self._public_block))
-        # Behind the hook of `syscall`: the library walks one list for all instructions and leaves it when a stop was
-        # requested meanwhile, so a hook before it would lose system calls.
-        self._add_hook(unicorn.UC_HOOK_INSN, _CPUID_CB(self._cpuid_instruction), uc_x86.UC_X86_INS_CPUID)
+            # Behind the hook of `syscall`: the library walks one list for all and leaves it when a stop was requested
+            # meanwhile, so a hook before it would lose system calls.
+            self._add_hook(unicorn.UC_HOOK_INSN, _CPUID_CB(self._public_cpuid), uc_x86.UC_X86_INS_CPUID)
         if self._direct and native is not None:
             for instruction, hook in zip(HOOKS, (native.port_in, native.port_out), strict=True):
                 self._add_hook(unicorn.UC_HOOK_INSN, _PTR(hook), instruction, data=native.data)
@@ -173,6 +175,8 @@ class UnicornEngine(Segments):
         uc.ctl_exits_enabled(True)
         if self._public:
             self._public.remember_clean()
+        if self._direct:
+            self._direct.watch_instructions()
         self._epoch += 1
 
     @property
@@ -231,23 +235,12 @@ class UnicornEngine(Segments):
             rechecked, self._rechecked = self._rechecked, -1
             if number == x86.DB and rechecked == self._direct.rip:  # type: ignore[union-attr]
                 return
-            if number == EXIT_PAUSE:
-                self._direct_pause()
+            if number in (EXIT_PAUSE, EXIT_CPUID):
+                self._intercepted(number)
                 return
             self._handler.exception(number, error_code, software)  # type: ignore[union-attr]
         except BaseException as exc:
             self._fail(exc)
-
-    def _direct_pause(self) -> None:
-        regs = self.regs
-        at = regs.segment_base(x86.CS) + regs.rip
-        # Prefixes, then 0x90: no prefix is 0x90 itself.
-        length = next((n for n in range(1, 15) if self._tables.peek((at + n) & x86.MASK64) == 0x90), 1) + 1
-        regs.rip = (regs.rip + length) & x86.MASK64
-        if regs.single_step:
-            self._handler.exception(x86.DB, 0, False)  # type: ignore[union-attr]
-        else:
-            self._handler.spinning()  # type: ignore[union-attr]
 
     def _direct_invalid(self, _uc: int, _data: int) -> bool:
         try:
@@ -270,20 +263,15 @@ class UnicornEngine(Segments):
         # The library adds the length of `syscall` to whatever RIP is now.
         regs.rip = (regs.rip - 2) & x86.MASK64  # type: ignore[union-attr]
 
-    def _cpuid_instruction(self, _uc: int, _data: int) -> int:
-        """On both paths: it changes nothing but registers, which both can do inside the run."""
-        try:
-            self._handler.cpuid()  # type: ignore[union-attr]
-        except BaseException as exc:
-            self._fail(exc)
-        return 1
-
     def _invalid(self, software: bool) -> None:
-        """#UD; the library reports `int 6` in the same way, with RIP still at the instruction."""
+        """#UD; the library reports `int 6` and `icebp` in the same way, with RIP still at the instruction."""
         assert self._handler is not None
         if software:
             self.regs.rip += 2
             self._handler.exception(x86.UD, 0, True)
+        elif self._tables.peek(self.regs.segment_base(x86.CS) + self.regs.rip & x86.MASK64) == _ICEBP:
+            self.regs.rip += 1
+            self._handler.exception(x86.DB, 0, False)
         else:
             self._handler.invalid_opcode()
 
@@ -317,6 +305,14 @@ class UnicornEngine(Segments):
     def _public_syscall(self, _uc: int, _data: int) -> None:
         self._pending = self._handler.syscall  # type: ignore[union-attr]
         self._stop(self._handle)
+
+    def _public_cpuid(self, _uc: int, _data: int) -> int:
+        # It changes nothing but registers, which can be done inside the run.
+        try:
+            self._handler.cpuid()  # type: ignore[union-attr]
+        except BaseException as exc:
+            self._fail(exc)
+        return 1
 
     def _public_block(self, _uc: int, _address: int, _size: int, _data: int) -> None:
         if self._kicked:

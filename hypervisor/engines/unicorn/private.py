@@ -23,8 +23,11 @@ LIBRARY_PATH = os.path.join(os.path.dirname(unicorn.__file__), "lib", "libunicor
 
 # The library knows AMD's SVM intercepts; they work without SVM, too, as long as nothing looks at a VMCB.
 HF_GUEST = 1 << 21  # of hflags: intercepts are looked at
-INTERCEPT_PAUSE = 1 << 23  # SVM_EXIT_PAUSE (0x77), counted from SVM_EXIT_INTR (0x60)
-EXIT_PAUSE = 0x177  # EXCP_VMEXIT + SVM_EXIT_PAUSE: what the hook of exceptions is called with
+INTERCEPT_CPUID, INTERCEPT_PAUSE = (
+    1 << 18,
+    1 << 23,
+)  # SVM_EXIT_CPUID (0x72) and _PAUSE (0x77), counted from _INTR (0x60)
+EXIT_CPUID, EXIT_PAUSE = 0x172, 0x177  # EXCP_VMEXIT + SVM_EXIT_…: what the hook of exceptions is called with
 
 REQUIRED_SYMBOLS = (
     "tlb_flush_x86_64",
@@ -253,8 +256,8 @@ def _check_ports(scratch: _Scratch, layout: Layout, env: int, lib: Any) -> None:
         delete(handle_of(scratch.uc), each.value)
 
 
-def _check_pause(scratch: _Scratch, layout: Layout, env: int) -> None:
-    """nop; pause; nop — with the intercept on it is an exit at the instruction, without it none."""
+def _check_intercepts(scratch: _Scratch, layout: Layout, env: int) -> None:
+    """nop; pause (or cpuid); nop — with the intercept on it is an exit at the instruction, without it none."""
     seen: list[tuple[int, int]] = []
 
     def hook(uc: Any, number: int, _data: object) -> None:
@@ -266,16 +269,20 @@ def _check_pause(scratch: _Scratch, layout: Layout, env: int) -> None:
     intercept = ctypes.c_uint64.from_address(env + layout.env_intercept)
     _expect("intercept at rest", intercept.value, 0)
     hflags.value |= HF_GUEST
-    intercept.value = INTERCEPT_PAUSE
-    start = scratch.code(b"\x90\xf3\x90\x90")
-    scratch.uc.emu_start(start, start + 4)
-    intercept.value = 0
-    scratch.uc.emu_start(start, start + 4)
+    wanted = []
+    for number, bit, code in ((EXIT_PAUSE, INTERCEPT_PAUSE, b"\xf3\x90"), (EXIT_CPUID, INTERCEPT_CPUID, b"\x0f\xa2")):
+        start = scratch.code(b"\x90" + code + b"\x90")
+        intercept.value = bit
+        scratch.uc.emu_start(start, start + 4)
+        intercept.value = 0
+        scratch.uc.emu_start(start, start + 4)
+        wanted.append((number, start + 1))
     hflags.value &= ~HF_GUEST
     scratch.uc.hook_del(handle)
-    _expect("number of intercepts", len(seen), 1)
-    _expect("exit of the intercept", seen[0][0], EXIT_PAUSE)
-    _expect("RIP at the intercept", seen[0][1], start + 1)
+    _expect("number of intercepts", len(seen), len(wanted))
+    for (number, rip), (wanted_number, wanted_rip) in zip(seen, wanted, strict=True):
+        _expect("exit of the intercept", number, wanted_number)
+        _expect("RIP at the intercept", rip, wanted_rip)
     ctypes.c_uint32.from_address(env + layout.env_old_exception).value = 0xFFFF_FFFF
 
 
@@ -340,7 +347,7 @@ def verify(layout: Layout | None = None) -> SelfCheck:
             _check_flags(scratch, layout, env, lib)
             _check_exceptions(scratch, layout, env)
             _check_ports(scratch, layout, env, lib)
-            _check_pause(scratch, layout, env)
+            _check_intercepts(scratch, layout, env)
             _check_fpu(scratch, layout, env)
         finally:
             scratch.close()

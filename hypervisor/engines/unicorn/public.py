@@ -101,6 +101,10 @@ class PublicRegisters:
         self.rflags &= ~mask
 
     @property
+    def single_step(self) -> bool:
+        return bool(self.rflags & x86.FLAG_TF)
+
+    @property
     def task_switched(self) -> bool:
         return bool(self._uc.reg_read(uc_x86.UC_X86_REG_CR0) & x86.CR0_TS)
 

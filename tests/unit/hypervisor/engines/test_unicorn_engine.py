@@ -30,6 +30,7 @@ class Recorder:
         self.seen: list[tuple[object, ...]] = []
         self.skip = 0
         self.stop_at = 1
+        self.answered = 0
 
     def _note(self, *what: object) -> None:
         self.seen.append(what)
@@ -48,6 +49,7 @@ class Recorder:
         self._note("invalid", self.engine.regs.rip)
 
     def cpuid(self) -> None:
+        self.answered += 1
         gpr = self.engine.regs.gpr
         self.asked = gpr[x86.RAX], gpr[x86.RCX]
         gpr[x86.RAX], gpr[x86.RBX], gpr[x86.RCX], gpr[x86.RDX] = 1, 2, 3, 4
@@ -154,6 +156,10 @@ def test_undefined_opcode(bench: Bench) -> None:
     assert bench.run(b"\x0f\x0b") == [("invalid", CODE)]
 
 
+def test_icebp_is_a_debug_trap(bench: Bench) -> None:
+    assert bench.run(b"\x90\xf1\x90") == [("exception", x86.DB, 0, False, CODE + 2)]
+
+
 def test_write_to_a_read_only_page(bench: Bench) -> None:
     """mov [0x401008], rax"""
     seen = bench.run(bytes.fromhex("4889042508104000"))
@@ -250,6 +256,15 @@ def test_ports_read_as_an_empty_bus_on_the_public_path() -> None:
     assert bench.run(bytes.fromhex("31c0 e464 0f05"))[0][2] == 0xFF
 
 
+@pytest.mark.parametrize("code", ["0fa2", "660fa2", "f3480fa2"])
+def test_a_watched_cpuid_is_one_step(code: str) -> None:
+    """syscall (that sets TF); cpuid, with prefixes; inc rsi"""
+    bench = Bench(True, Stepper)
+    assert bench.run(bytes.fromhex("0f05" + code + "48ffc6"))[0][:2] == ("exception", x86.DB)
+    assert bench.engine.regs.rip == CODE + 2 + len(code) // 2
+    assert bench.engine.regs.gpr[x86.RBX] == 2
+
+
 def test_cpuid_is_the_handlers_to_answer(bench: Bench) -> None:
     """mov eax, 0x40000000; mov ecx, 7; cpuid; syscall"""
     seen = bench.run(bytes.fromhex("b800000040 b907000000 0fa2 0f05"))
@@ -260,7 +275,8 @@ def test_cpuid_is_the_handlers_to_answer(bench: Bench) -> None:
 
 def test_system_calls_come_through_beside_cpuid(bench: Bench) -> None:
     """cpuid; syscall; jmp back, while another thread stops the engine again and again."""
-    bench.handler.stop_at = 3000 if bench.engine.regs.__class__.__name__ == "DirectRegisters" else 300
+    direct = bench.engine.runs_32_bit
+    bench.handler.stop_at = 3000 if direct else 300
     bench.handler.skip = 0
     over = threading.Event()
 
@@ -281,6 +297,8 @@ def test_system_calls_come_through_beside_cpuid(bench: Bench) -> None:
     thread.join()
     assert {what for what, *_ in bench.handler.seen} == {"syscall"}
     assert bench.engine.regs.gpr[x86.RSI] == len(bench.handler.seen), "each round made its call"
+    if direct:
+        assert bench.handler.answered == len(bench.handler.seen), "and asked the handler, not the engine"
 
 
 def test_hidden_features_are_gone_from_the_processor() -> None:
