@@ -40,23 +40,32 @@ class Trapping:
         elif vector == x86.PF:
             writes_table = error_code & 3 == 3 and traps.state.kernel_mode and self.domain.vm_assist & _WRITABLE_TABLES
             if writes_table and self.domain.table_writes.emulate(traps.regs.cr2):
-                pass
+                self._stepped()
             elif error_code & _FETCH != _FETCH or not self._allow_execution(traps.regs.cr2):
                 traps.inject(x86.PF, error_code)
         elif vector == x86.GP:
-            if not self.domain.privileged.emulate():
-                traps.inject(x86.GP, error_code)
+            if self.domain.privileged.emulate():
+                self._stepped()
+            else:
+                by_stack = error_code == 0 and self.domain.privileged.fault_by_stack()
+                traps.inject(x86.SSF if by_stack else x86.GP, error_code)
         elif vector < 32:
             if vector == x86.NM:
                 # Xen clears TS before it tells the guest (do_device_not_available).
                 traps.regs.task_switched = False
-            elif vector == x86.DB and traps.regs.rflags & x86.FLAG_TF:
+            elif vector == x86.DB and traps.regs.single_step:
                 traps.vcpu.debug_registers[6] |= x86.DR6_BS
             traps.inject(vector, error_code)
         else:
             raise GuestFault(f"unexpected vector {vector}")
         if not self._leaving:
             traps.deliver_event()
+
+    def _stepped(self) -> None:
+        """Behind an emulated instruction: it was a single step, too, if one was to be."""
+        if self._traps.regs.single_step:
+            self._traps.vcpu.debug_registers[6] |= x86.DR6_BS
+            self._traps.inject(x86.DB)
 
     def _allow_execution(self, va: int) -> bool:
         return self.domain.tables.allow_execution(self.domain.guest.l1_slot(va))
@@ -69,7 +78,9 @@ class Trapping:
         return 1 if at >= 0 and self.domain.memory.bytes[at] in (0xCC, 0xCE) else 2
 
     def invalid_opcode(self) -> None:
-        if not self.domain.privileged.forced_cpuid():
+        if self.domain.privileged.forced_cpuid():
+            self._stepped()
+        else:
             self._traps.inject(x86.UD)
         if not self._leaving:
             self._traps.deliver_event()

@@ -9,6 +9,7 @@ from hypervisor import abi
 from hypervisor.cpu.cpuid import GuestCpuid
 from hypervisor.cpu.decode import DecodeError, Instruction, decode
 from hypervisor.cpu.msr import MsrPolicy
+from hypervisor.cpu.stackfault import is_stack_fault
 from hypervisor.cpu.traps import Traps
 from hypervisor.engines import x86
 from hypervisor.errors import XenError
@@ -68,6 +69,10 @@ class PrivilegedOps:
             return False
         self._regs.rip = (self._regs.rip + instruction.length) & x86.MASK64
         return True
+
+    def fault_by_stack(self) -> bool:
+        """Whether a #GP(0) of the instruction at RIP is #SS(0) on a processor."""
+        return bool(self._regs.long_mode_code) and is_stack_fault(self._fetch, self._regs.gpr)
 
     def _io_allowed(self) -> bool:
         """The guest kernel counts as ring 0 once it asked for an architectural IOPL, else as ring 1 (iopl_ok)."""

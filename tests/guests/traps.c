@@ -53,8 +53,46 @@ static void exceptions(void)
     expect("#GP: wrmsr of no MSR", GP, 0, 0);
     PROBE("movl $0xabcd, %%eax\n\tmovw %%ax, %%ss");
     expect("#GP: ss from beyond the GDT", GP, 0xabcc, 0);
+}
+
+static s64 set_iopl(u32 level)
+{
+    return HC2(physdev_op, 6 /* PHYSDEVOP_set_iopl */, &level);
+}
+
+/* Port instructions: the kernel needs level 1 for them, and no port is the guest's, so that nothing answers. */
+static void ports(void)
+{
+    u64 rax = 0x1122334455667788UL, at;
+    u8 byte = 1;
+
     PROBE("inb $0x80, %%al");
-    expect("#GP: port without IOPL", GP, 0, 0);
+    expect("#GP: in without IOPL", GP, 0, 0);
+    PROBE("outb %%al, $0x80");
+    expect("#GP: out without IOPL", GP, 0, 0);
+    PROBE("movl $0x80, %%edx\n\toutsb", "S"(&byte));
+    expect("#GP: outs without IOPL", GP, 0, 0);
+    trap_expect();
+    __asm__ volatile("leaq 1f(%%rip), %1\n\tmovq $2f, trap_resume(%%rip)\n\tmovl $0x80, %%edx\n\tcmpl %%edx, %%edx\n"
+                     "1:\tinl %%dx, %%eax\n\tmovl $1, %%eax\n2:"
+                     : "+a"(rax), "=&r"(at) : : "rdx", "memory", "cc");
+    check(trap_seen.rip == at, "a refused in: rip is the instruction");
+    check(rax == 0x1122334455667788UL, "a refused in: rax is what it was");
+    check((trap_seen.rflags & 0x8d5) == 0x44, "a refused in: the flags are those before it");
+    check_value("set_iopl", set_iopl(1), 0);
+    PROBE("outb %%al, $0x80");
+    check_value("out at IOPL 1", trap_seen.count, 0);
+    rax = 0x1122334455667788UL;
+    __asm__ volatile("inb $0x80, %%al" : "+a"(rax));
+    check(rax == 0x11223344556677ffUL, "in at IOPL 1: a byte of ones");
+    __asm__ volatile("movl $0x80, %%edx\n\tinl %%dx, %%eax" : "+a"(rax) : : "rdx");
+    check(rax == 0xffffffffUL, "in at IOPL 1: a word of ones, and zeros above");
+    trap_expect();
+    __asm__ volatile("leaq 1f(%%rip), %0\n\tmovq $2f, trap_resume(%%rip)\n\tpushfq\n\torq $0x100, (%%rsp)\n\tpopfq\n\t"
+                     "inb $0x80, %%al\n1:\tnop\n\tnop\n2:"
+                     : "=&r"(at) : : "rax", "memory", "cc");
+    check(trap_seen.vector == DB && trap_seen.rip == at, "a single step over an emulated in ends behind it");
+    check_value("set_iopl back", set_iopl(0), 0);
 }
 
 /* Selectors of the guest's own table that cannot be loaded, and a call gate, which is for nobody. */
@@ -114,6 +152,8 @@ static void single_step(void)
 {
     PROBE("pushfq\n\torq $0x100, (%%rsp)\n\tpopfq\n\tnop\n\tnop");
     expect("#DB: single step", DB, 0, 0);
+    PROBE(".byte 0xf1");
+    expect("#DB: icebp", DB, 0, 0);
 }
 
 static void page_faults(void)
@@ -290,7 +330,7 @@ static void build_user_space(const u8 *code, unsigned long size)
 }
 
 extern u8 user_code[], user_code_end[], user_double[], user_int3[], user_int80[], user_hlt[], user_read[], user_write[],
-    user_ud[], user_jump[], user_int_gate[];
+    user_ud[], user_jump[], user_int_gate[], user_out[], user_stack_read[], user_push[];
 
 __asm__(".section .rodata\n"
         ".globl user_code\nuser_code:\n"
@@ -304,6 +344,9 @@ __asm__(".section .rodata\n"
         ".globl user_int_gate\nuser_int_gate:\tint $6\n\tjmp user_leave_now\n"
         ".globl user_read\nuser_read:\tmovq (%rdi), %rax\n\tjmp user_leave_now\n"
         ".globl user_write\nuser_write:\tmovq %rax, (%rdi)\n\tjmp user_leave_now\n"
+        ".globl user_out\nuser_out:\toutb %al, $0x80\n\tjmp user_leave_now\n"
+        ".globl user_stack_read\nuser_stack_read:\tmovq %rdi, %rbp\n\tmovq -8(%rbp), %rax\n\tjmp user_leave_now\n"
+        ".globl user_push\nuser_push:\tmovq %rdi, %rsp\n\tpushq %rax\n\tjmp user_leave_now\n"
         ".globl user_jump\nuser_jump:\tjmp *%rdi\n"
         ".globl user_code_end\nuser_code_end:\n"
         ".text\n");
@@ -354,6 +397,14 @@ static void user_mode(void)
     user_fault("user: jump into its stack", user_jump, USER_STACK, PF, PF_U | PF_P | PF_I);
     user_fault("user: read of kernel memory", user_read, VIRT_BASE, PF, PF_U);
     user_fault("user: non-canonical read", user_read, NON_CANONICAL, GP, 0);
+    user_fault("user: non-canonical read by rbp", user_stack_read, NON_CANONICAL + 16, SS, 0);
+    user_fault("user: non-canonical push", user_push, NON_CANONICAL + 16, SS, 0);
+    set_iopl(1);
+    user_fault("user: out at the kernel's IOPL", user_out, 0, GP, 0);
+    set_iopl(3);
+    check_value("user: out at IOPL 3", (s64)user_run(user_at(user_out), USER_STACK + PAGE_SIZE, 7), 7);
+    events_unmask();
+    set_iopl(0);
     trap_hook = leave_on_trap;
     user_run(user_at(user_read), USER_STACK + PAGE_SIZE, 0xFFFF82D080000000UL);
     trap_hook = NULL;
@@ -371,6 +422,7 @@ void guest_main(void)
     readonly = page_alloc();
     make_readonly(readonly);
     exceptions();
+    ports();
     segments();
     frames();
     single_step();

@@ -52,6 +52,10 @@ class FakeRegisters:
     def rflags(self, value: int) -> None:
         self._rflags = value | 2
 
+    @property
+    def single_step(self) -> bool:
+        return bool(self._rflags & x86.FLAG_TF)
+
     def clear_flags(self, mask: int) -> None:
         self._rflags &= ~mask
 

