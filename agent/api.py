@@ -145,6 +145,9 @@ class Peers(Protocol):
         :raises ReplyTimeout: no answer; it may still be carried out. :raises BrokerError: perhaps not sent.
         """
 
+    def tell(self, host: str, verb: str, args: JsonDict, *, ident: str) -> None:
+        """Have an instruction sent as soon as there is a broker, whatever dies before. Nobody waits for the reply."""
+
     def call_all(
         self,
         host: str,
@@ -167,6 +170,9 @@ class NoPeers:
     """Where there is no broker: nobody else can be asked."""
 
     def call(self, host: str, verb: str, args: JsonDict, *, ident: str, timeout: float, expire: bool) -> JsonDict:
+        self._alone(host)
+
+    def tell(self, host: str, verb: str, args: JsonDict, *, ident: str) -> None:
         self._alone(host)
 
     def call_all(

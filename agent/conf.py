@@ -38,7 +38,14 @@ AGENT = (
         help="Folder for what must survive a restart: agent/ (journal, lock), broker/ (the folder broker), images/, "
         "config-drives/. For an ordinary user the default is $XDG_STATE_HOME/reeve. One agent per folder.",
     ),
-    cfg.IntOpt("workers", default=8, min=1, max=256, help="Instructions carried out at the same time, at most."),
+    cfg.IntOpt(
+        "workers",
+        default=8,
+        min=1,
+        max=256,
+        help="Instructions carried out at the same time, at most; those that agents send each other have "
+        "workers of their own.",
+    ),
     cfg.IntOpt(
         "drain-seconds",
         default=30,

@@ -85,6 +85,11 @@ def ask(
     raise AssertionError("unreachable")
 
 
+def tell(ctx: Context, host: str, verb: str, args: JsonDict, *, step: str) -> None:
+    """What `ask` could not bring over because there was no broker: it is sent when there is one, and is the same."""
+    ctx.host.peers.tell(host, verb, args, ident=derived(ctx.instruction, f"{step}:0"))
+
+
 def find_status(toolstack: Toolstack, ident: str) -> MigrationStatus | None:
     try:
         return toolstack.migration_status(ident)

@@ -140,6 +140,7 @@ class Service:
             peers=BrokerPeers(
                 settings.broker_url,
                 self.stopping,
+                self.journal.enqueue,
                 poll_seconds=settings.poll_seconds,
                 max_message_bytes=settings.max_message_bytes,
             ),

@@ -34,6 +34,7 @@ from agent.migrating import (
     ask,
     commands,
     find_status,
+    tell,
 )
 from hypervisor.errors import (
     HostUnavailable,
@@ -117,12 +118,15 @@ class PrepareStep(Step):
         status = find_status(ctx.host.toolstack, ctx.instruction)
         if status is not None and status.phase is not MigrationPhase.KEPT:
             raise MigrationUnresolved(f"the source is {status.phase.value}")
+        args = _settling(ctx, self.uuid, keep=False)
         try:
-            ask(ctx, self.target, "migrate_settle", _settling(ctx, self.uuid, keep=False), step="drop")
-        except ReplyTimeout as exc:
-            # It lies in the target's queue: its agent will do it.
+            ask(ctx, self.target, "migrate_settle", args, step="drop")
+        except (BrokerError, ReplyTimeout) as exc:
+            if isinstance(exc, BrokerError):
+                tell(ctx, self.target, "migrate_settle", args, step="drop")
+            # It lies in the target's queue, or will: its agent will do it.
             raise MigrationUnresolved(
-                f"the domain runs here; {exc.message} What it has set aside it drops when it hears of this"
+                f"the domain runs here; {exc.message} What host {self.target} has set aside goes when it is told"
             ) from exc
         ctx.host.toolstack.migration_forget(ctx.instruction)
 
@@ -218,9 +222,12 @@ class SettleStep(Step):
     target: str
 
     def run(self, ctx: Context) -> JsonDict | None:
+        args = _settling(ctx, self.uuid, keep=True)
         try:
-            return ask(ctx, self.target, "migrate_settle", _settling(ctx, self.uuid, keep=True), step="settle")
+            return ask(ctx, self.target, "migrate_settle", args, step="settle")
         except (BrokerError, ReplyTimeout) as exc:
+            if isinstance(exc, BrokerError):
+                tell(ctx, self.target, "migrate_settle", args, step="settle")
             raise InstructionError(
                 MigrationUnresolved.code,
                 f"domain {self.uuid} has left this host and host {self.target} cannot be asked whether it runs there "

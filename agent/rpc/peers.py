@@ -13,12 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from agent import wire
 from agent.api import JsonDict
 from agent.context import Interrupted
 from agent.errors import AgentError, BrokerError, InstructionError, ReplyTimeout
 from agent.rpc import connection as broker
 from agent.rpc.client import Client
-from agent.wire import MAX_BYTES, Reply
 
 LOG = logging.getLogger(__name__)
 
@@ -34,19 +34,23 @@ class BrokerPeers:
     """`agent.api.Peers` over the broker at `url`.
 
     :param stopping: set when the agent ends; whoever waits gets `Interrupted`.
+    :param outbox: keeps a message until the broker has taken it.
     """
 
     def __init__(
         self,
         url: str,
         stopping: threading.Event,
+        outbox: Callable[[wire.Outgoing], None],
         *,
         poll_seconds: float = broker.POLL_SECONDS,
-        max_message_bytes: int = MAX_BYTES,
+        max_message_bytes: int = wire.MAX_BYTES,
         ask_again_seconds: float = ASK_AGAIN_SECONDS,
     ) -> None:
         self._url = url
         self._stopping = stopping
+        self._outbox = outbox
+        self._told: set[str] = set()
         self._poll_seconds = poll_seconds
         self._max_message_bytes = max_message_bytes
         self._ask_again_seconds = ask_again_seconds
@@ -67,6 +71,14 @@ class BrokerPeers:
                             f"the agent of host {host!r} gave no answer to {verb} within {timeout:g} s: is it running, "
                             "with the same broker?"
                         ) from None
+
+    def tell(self, host: str, verb: str, args: JsonDict, *, ident: str) -> None:
+        """See `agent.api.Peers.tell`."""
+        if ident in self._told:
+            return
+        body = wire.encode_instruction(wire.Instruction(ident, verb, host, dict(args)))
+        self._outbox(wire.Outgoing("", wire.queue_name(host), body, correlation_id=ident))
+        self._told.add(ident)
 
     def call_all(
         self,
@@ -150,7 +162,7 @@ class BrokerPeers:
             raise Interrupted
 
 
-def _result(reply: Reply) -> JsonDict:
+def _result(reply: wire.Reply) -> JsonDict:
     """:raises InstructionError: it failed there."""
     if reply.error is None:
         return dict(reply.result or {})

@@ -304,6 +304,26 @@ def test_the_target_s_agent_is_away_at_first(site: Site) -> None:
     site.settle(reply)
 
 
+def test_an_evacuation_goes_on_where_it_was(site: Site) -> None:
+    names = ["a", "b", "c", "d"]
+    kernel = site.agents[0].kernel()
+    for name in names:
+        site.call(0, "create", {"name": name, "memory_mib": 64, "kernel": kernel})
+    site.start(0, "migrate:transfer:done")
+    with site.agents[0].client() as client:
+        ident = client.send("evacuate", {"target": "node2"})
+        site.agents[0].wait_killed()
+        site.start(0, "migrate:finish:begun")
+        site.agents[0].wait_killed()
+        site.start(0)
+        reply = client.wait(ident, WAIT)
+    assert reply.ok and reply.result is not None, (reply.error, site.logs())
+    assert {row["name"]: row["outcome"] for row in reply.result["domains"]} == dict.fromkeys([*names, "web"], "moved")
+    assert site.hosts[0].list_domains() == [] and site._records() == [[], []]
+    assert sorted(info.name for info in site.hosts[1].list_domains()) == [*names, "web"]
+    assert {info.state.value for info in site.hosts[1].list_domains()} == {"running"}
+
+
 def fault(site: Site, chance: random.Random) -> Reply:
     """One migration with chosen faults."""
     point = chance.choice(["", "", "starting", "copying", "switching", "complete", "moved"])

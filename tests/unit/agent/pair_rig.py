@@ -66,6 +66,10 @@ class Network:
             raise InstructionError(error["code"], error["message"], error["retryable"])
         return dict(reply.result or {})
 
+    def tell(self, host: str, verb: str, args: JsonDict, *, ident: str) -> None:
+        self.asked.append((host, verb, ident))
+        self.queues.setdefault(host, []).append(Instruction(ident, verb, host, dict(args)))
+
     def call_all(
         self,
         host: str,

@@ -328,6 +328,27 @@ def test_the_broker_is_gone_at_first(pair: Pair) -> None:
     assert pair.where() == ("running", "")
 
 
+@pytest.mark.parametrize("point", ["complete", "moved"])
+def test_the_broker_goes_for_good_while_it_is_sent(pair: Pair, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+    """What the target must know lies in the outbox: when there is a broker again, it is told."""
+    pair.here.toolstack.inject_link(point)
+    start = pair.here.toolstack.migration_start
+
+    def away(*args: Any, **kwargs: Any) -> None:
+        start(*args, **kwargs)
+        pair.network.broken = True
+
+    monkeypatch.setattr(pair.here.toolstack, "migration_start", away)
+    reply = pair.migrate()
+    assert reply.error is not None and not reply.error["undone"]
+    assert pair.where() == (("running", "paused") if point == "complete" else ("", "paused"))
+    pair.network.broken = False
+    pair.network.resume("node2")
+    assert pair.where() == (("running", "") if point == "complete" else ("", "running"))
+    for rig in pair.both():
+        rig.clean()
+
+
 def test_what_is_on_its_way_counts_on_the_target(pair: Pair) -> None:
     free = pair.there.host.claims.capacity()  # type: ignore[attr-defined]
     offer = pair.here.toolstack.migration_offer(pair.uuid)

@@ -53,8 +53,22 @@ def stopping() -> threading.Event:
 
 
 @pytest.fixture
-def peers(url: str, stopping: threading.Event) -> BrokerPeers:
-    return BrokerPeers(url, stopping, ask_again_seconds=0.3)
+def outbox() -> list[wire.Outgoing]:
+    return []
+
+
+@pytest.fixture
+def peers(url: str, stopping: threading.Event, outbox: list[wire.Outgoing]) -> BrokerPeers:
+    return BrokerPeers(url, stopping, outbox.append, ask_again_seconds=0.3)
+
+
+def test_what_is_told_waits_in_the_outbox(peers: BrokerPeers, outbox: list[wire.Outgoing]) -> None:
+    for _ in range(2):
+        peers.tell("node2", "list", {"own": True}, ident=IDENT)
+    (message,) = outbox
+    assert (message.exchange, message.routing_key, message.correlation_id) == ("", "reeve.node2", IDENT)
+    found = wire.decode(wire.Raw(message.body, len(message.body)), "node2")
+    assert (found.id, found.verb, found.args, found.reply_to) == (IDENT, "list", {"own": True}, "")
 
 
 def call(peers: BrokerPeers, verb: str = "list", ident: str = IDENT, **fields: Any) -> Any:
@@ -120,7 +134,7 @@ def test_a_broker_that_is_not_there(stopping: threading.Event, tmp_path: Path) -
     (tmp_path / "file").write_text("")
     for url in ("amqp://guest:guest@127.0.0.1:1/", f"filesystem://{tmp_path}/file/broker"):
         with pytest.raises(BrokerError):
-            call(BrokerPeers(url, stopping))
+            call(BrokerPeers(url, stopping, [].append))
 
 
 def gather(peers: BrokerPeers, count: int, at_once: int = 2, more: Callable[[], bool] = lambda: True) -> dict[str, Any]:
