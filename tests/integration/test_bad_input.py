@@ -5,6 +5,7 @@ Each case gets one line with cause and cure and a code, and leaves nothing behin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -16,7 +17,7 @@ import struct
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,17 +146,17 @@ class Node:
         return time.monotonic() - began
 
 
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    folder = tmp_path_factory.mktemp("bad-input")
-    rig = HostRig(folder / "host", REAL_RUNTIME, memory_mib=256, cpus=2).start()
+@contextlib.contextmanager
+def running_node(folder: Path, neighbour: Mapping[str, Any], **options: object) -> Iterator[Node]:
+    """:param neighbour: arguments of the neighbour's create. :param options: of the host process."""
+    rig = HostRig(folder / "host", REAL_RUNTIME, memory_mib=256, cpus=2, **options).start()
     agent = AgentProcess(folder, driver=("--driver-name", "embedded", "--driver-socket", str(rig.socket)))
     toolstack = rig.connect()
     try:
         agent.start()
         with agent.client() as client:
             made = Node(rig, agent, toolstack, client, folder)
-            reply = made.create("neighbour", str(guests.build_guest("hello")), uuid=NEIGHBOUR)
+            reply = made.create("neighbour", str(guests.build_guest("hello")), uuid=NEIGHBOUR, **neighbour)
             assert reply.ok, reply.error
             until(lambda: b"hello: ready" in toolstack.console_log(NEIGHBOUR), "the neighbour to boot")
             made.console = toolstack.open_console(NEIGHBOUR)
@@ -164,6 +165,12 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         agent.stop()
         toolstack.close()
         rig.stop()
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    with running_node(tmp_path_factory.mktemp("bad-input"), {}) as made:
+        yield made
 
 
 def left_behind(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

@@ -193,7 +193,7 @@ class BlockBackend:
             frontend={"virtual-device": str(spec.devid), "device-type": "disk"},
             fds=hold.fds,
             close=lambda: None,
-            size_bytes=hold.size,
+            size_bytes=sectors * SECTOR,
         )
         self._holds[id(opened)] = hold
         for identity in identities:

@@ -92,7 +92,7 @@ class Opener:
         status = os.fstat(fd)
         block = stat.S_ISBLK(status.st_mode)
         if not block and not stat.S_ISREG(status.st_mode):
-            raise ImageInvalid(f"image {path} is neither a file nor a block device")
+            raise ImageInvalid(f"image {path} is neither a file nor a block device: give one")
         if not acquire(fd, use):
             raise ImageInUse(
                 f"image {path} is in use: detach it there, or give both sides readonly, or both shared if its file "
