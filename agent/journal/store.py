@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agent import dialects, wire
-from agent.errors import AgentError, JournalCorrupt, JournalError
+from agent.errors import AgentError
 from agent.journal import schema
+from agent.journal.failures import translated
 from agent.journal.group import GroupCommit
 from agent.journal.records import Accepted, Entry, OutboxRow, Phase, Refused, StepRecord, StepState, Waiter
 
@@ -216,7 +217,7 @@ class Journal:
     def finish_later(self, reply: wire.Reply, keep_seconds: float, done: Callable[[Exception | None], None]) -> None:
         """The same without waiting for the disk. :param done: called in some thread; None: it is durable now."""
         self._group.later(
-            self._finish(reply, keep_seconds), lambda exc: done(None if exc is None else self._translated(exc))
+            self._finish(reply, keep_seconds), lambda exc: done(None if exc is None else translated(exc, self.path))
         )
 
     def settle(self) -> None:
@@ -395,17 +396,7 @@ class Journal:
         try:
             yield
         except sqlite3.Error as exc:
-            raise self._translated(exc) from exc
-
-    def _translated(self, exc: BaseException) -> Exception:
-        """The file's failure in our terms; a `sqlite3.Error` that is none of these two is damage."""
-        if isinstance(exc, sqlite3.OperationalError | sqlite3.ProgrammingError):
-            return JournalError(
-                f"the journal {self.path} cannot be used just now ({exc}): check the disk's space and health"
-            )
-        if isinstance(exc, sqlite3.Error):
-            return JournalCorrupt(f"the journal {self.path} is damaged ({exc}): restore it or move it away")
-        return exc if isinstance(exc, Exception) else JournalError(f"the journal was interrupted ({exc!r})")
+            raise translated(exc, self.path) from exc
 
 
 def _load(text: str | None) -> dict[str, Any] | None:
