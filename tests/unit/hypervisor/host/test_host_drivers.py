@@ -151,3 +151,50 @@ def test_noted_counters_are_of_the_device_that_is_served(tmp_path: Path) -> None
     os.close(noted)
     near.close()
     far.close()
+
+
+class RecordingDriver:
+    """What `hypervisor.devices.driver.Recording` asks for. :ivar said: what it was told, with descriptors' contents."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[object, ...]] = []
+
+    def stats(self) -> dict[int, dict[str, int]]:
+        return {}
+
+    def track(self, devid: int, fd: int | None) -> None:
+        self.said.append(("track", devid, fd if fd is None else self._content(fd)))
+
+    def written(self, devid: int, fd: int) -> bool:
+        self.said.append(("written", devid, self._content(fd)))
+        return len(self.said) > 1
+
+    def _content(self, fd: int) -> bytes:
+        content = os.pread(fd, 10, 0)
+        os.close(fd)
+        return content
+
+
+def test_what_was_written_is_asked_over_the_channel(tmp_path: Path) -> None:
+    near, far = channels.pair()
+    loop = EventLoop()
+    process = DriverProcess(near, toy_device.NoLink(), loop, -1)
+    record = tmp_path / "record"
+    record.write_bytes(b"record")
+
+    def tell(op: str, *, fds: int = 1, **fields: object) -> dict[str, object]:
+        before = len(os.listdir("/proc/self/fd"))
+        answer = process._answer({"op": op, "devid": 5, **fields}, [os.open(record, os.O_RDONLY) for _ in range(fds)])
+        assert len(os.listdir("/proc/self/fd")) == before, "a descriptor is left"
+        return answer["result"]  # type: ignore[no-any-return]
+
+    process._driver = toy_device.ToyDriver(toy_device.NoLink(), loop, lambda *_: None)
+    assert tell("written") == tell("track") == {"broken": "this driver does not record what is written"}
+    process._driver = driver = RecordingDriver()  # type: ignore[assignment]
+    assert tell("written") == {"known": False} and tell("written") == {"known": True}
+    assert tell("track") == tell("track", fds=0) == {}
+    asked = ("written", 5, b"record")
+    assert driver.said == [asked, asked, ("track", 5, b"record"), ("track", 5, None)]
+    loop.close()
+    near.close()
+    far.close()
