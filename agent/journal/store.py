@@ -329,10 +329,10 @@ class Journal:
         self._group.later(lambda db: db.executemany("DELETE FROM outbox WHERE seq = ?", gone), removed, urgent=False)
 
     def postpone(self, seconds: float, *seqs: int) -> None:
-        self._many(
-            "UPDATE outbox SET attempts = attempts + 1, not_before = ? WHERE seq = ?",
-            [(self._now() + seconds, seq) for seq in seqs],
-        )
+        rows = [(self._now() + seconds, seq) for seq in seqs]
+        statement = "UPDATE outbox SET attempts = attempts + 1, not_before = ? WHERE seq = ?"
+        if rows:
+            self._write(lambda db: db.executemany(statement, rows))
 
     def counts(self) -> dict[str, int]:
         """Rows that matter for health: ``unfinished``, ``outbox``, ``claims``, ``quarantine``."""
@@ -377,10 +377,6 @@ class Journal:
     def _execute(self, statement: str, values: Sequence[Any]) -> int:
         """One statement as a transaction; how many rows it changed."""
         return self._write(lambda db: db.execute(statement, values).rowcount)
-
-    def _many(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
-        if rows:
-            self._write(lambda db: db.executemany(statement, rows))
 
     def _write(self, operation: Callable[[sqlite3.Connection], T]) -> T:
         with self._errors():
