@@ -55,7 +55,7 @@ class MirrorTarget:
 
     :param domain: its UUID. :param domid: what it will have here.
     :ivar paths: of the images that were made here; to be kept, and given to `images.remove` if this process dies.
-    :ivar on_made: called when there are more of them, before they are made.
+    :ivar on_made: called when there is one more of them.
     """
 
     def __init__(self, backend: Backend, domain: str, domid: int, disks: Sequence[Candidate]) -> None:
@@ -158,10 +158,10 @@ class MirrorTarget:
             await self._check(one, candidate)
             plan = DiskPlan.of(candidate.offer, candidate.answer, top=one.top)
             self._disks.append(_Disk(plan, dataclasses.replace(candidate.spec, path=plan.path)))
-        self.paths = [disk.plan.path for disk in self._disks]
-        self.on_made()
         for disk in self._disks:
             await self._run(disk.create)
+            self.paths.append(disk.plan.path)
+            self.on_made()
             # One that the guest can only read is filled first, and opened for it in `take`.
             spec = dataclasses.replace(disk.spec, readonly=False)
             disk.opened = await self._backend.open(self._domain, self._domid, spec)

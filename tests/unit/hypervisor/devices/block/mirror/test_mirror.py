@@ -57,6 +57,7 @@ def test_a_disk_moves_while_it_is_written(tmp_path: Path, kind: str) -> None:
         await rig.begin()
         rig.near.on_send = lambda message: (guest.something(), message)[1]
         first = await rig.source.round()
+        assert rig.target.paths == [str(rig.homes[1] / "images" / "disk")]
         for _ in range(40):
             guest.something()
             await guest.settle()
@@ -402,6 +403,14 @@ def test_an_image_that_is_there_is_not_touched(tmp_path: Path) -> None:
         plan = DiskPlan("xvda", str(taken), "raw", MIB, False, ())
         with pytest.raises(ToolstackError, match="exists already"):
             plan.create()
+        # It appeared after the target was asked.
+        answer = dataclasses.replace(rig.answer(0), path=str(taken))
+        target = MirrorTarget(rig.backends[1], "d1", 3, [Candidate(rig.offer(0), answer, rig.specs[0])])
+        await rig.near.send(hello())
+        with pytest.raises(ToolstackError, match="exists already"):
+            await target.serve(rig.far)
+        await target.abort()
+        assert target.paths == []
         assert taken.read_bytes() == b"mine" and guest.driver is not None
         await rig.close()
 
