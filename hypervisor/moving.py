@@ -203,7 +203,7 @@ class MovingState:
         """
         if not self.incoming:
             raise WrongState("the domain has a guest already")
-        said, frames, flags = _unpack(data, self._frame_bytes())
+        said, frames, flags = _unpack(data, self._machine.domain.frames.raw_bytes)
         try:
             if flags & _EARLY:
                 self.call(lambda: self._make_ready(frames))
@@ -214,14 +214,12 @@ class MovingState:
         self.incoming = False
         self.thaw()
 
-    def _frame_bytes(self) -> int:
-        return len(self._machine.domain.frames.raw())
-
     def _make_ready(self, frames: bytes) -> None:
         domain = self._machine.domain
         domain.frames.load_raw(frames)
         if self._tally is None:
             self._tally = Tally(domain.tables)
+            domain_state.make_ready(domain)
         self._tally.look()
 
     def _take(self, said: dict[str, Any], frames: bytes) -> None:
@@ -236,7 +234,8 @@ class MovingState:
         if 0 < passed < MOST_APART_NS:
             state["clock"]["now"] += passed
         tally = self._tally or Tally(domain.tables)
-        domain_state.restore_but_frames(domain, state, lambda: tally.agrees(domain.holds()))
+        ready = self._tally is not None
+        domain_state.restore_but_frames(domain, state, lambda: tally.agrees(domain.holds()), ready=ready)
         self._tally = None
         machine.came_from_elsewhere(cpu_time)
 

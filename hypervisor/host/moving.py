@@ -2,7 +2,8 @@
 
 Ops from the host: ``migration_facts``; ``migration_log`` (``on``; a descriptor of a bitmap file that `Sender.pages`
 understands) begins and ends the log of writes; ``migration_dirty`` puts into that file what was written since the last
-call, or since the log began; ``migration_freeze`` (``on``) stops the run loop dead and lets it go on;
+call, or since the log began; ``migration_freeze`` (``on``; ``dirty``: with the last look at what was written) stops the
+run loop dead, and lets it go on;
 ``migration_export`` (``early``; a file) writes the state of a frozen guest, ``migration_import`` (a file) takes it.
 
 The order of a switch: freeze, then export and the last ``migration_dirty`` in any order, then the pages. A frozen guest
@@ -166,13 +167,18 @@ class MigrationPart:
 
     # -- the guest
 
-    def _freeze(self, message: Message, _fds: list[int]) -> dict[str, Any]:
+    def _freeze(self, message: Message, fds: list[int]) -> dict[str, Any]:
         if message.get("on"):
             if self._guest.incoming:
                 raise WrongState("there is no guest in it yet")
             self._guest.freeze()
-        else:
-            self._guest.thaw()
+            try:
+                told = self._dirty(message, fds) if message.get("dirty") else {}
+            except BaseException:
+                self._guest.thaw()
+                raise
+            return {**told, "frozen": True}
+        self._guest.thaw()
         return {"frozen": self._guest.frozen}
 
     def _export(self, message: Message, fds: list[int]) -> dict[str, Any]:

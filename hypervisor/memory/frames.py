@@ -135,10 +135,15 @@ class FrameTable:
         """All of it but the stamps, as it lies in memory: for a host of the same build."""
         return b"".join([*(getattr(self, name).tobytes() for name in self._RAW), bytes(self.pinned)])
 
+    @property
+    def raw_bytes(self) -> int:
+        """How long `raw` is."""
+        return sum(int(getattr(self, name).nbytes) for name in self._RAW) + self.size
+
     def load_raw(self, data: bytes) -> None:
         """Become what `raw` gave, in place. :raises ValueError: it is not of a domain of this size, or impossible."""
         arrays = [getattr(self, name) for name in self._RAW]
-        if len(data) != sum(array.nbytes for array in arrays) + self.size:
+        if len(data) != self.raw_bytes:
             raise ValueError(f"frame table of {len(data)} bytes, not one of {self.ram} frames and {self.size} in all")
         parts, at = [], 0
         for array in arrays:

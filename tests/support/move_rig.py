@@ -206,10 +206,9 @@ async def move(
         await sender.pages(bitmap)
         times = Times()
         source.detach()
-        await source.ask("freeze", on=True)
+        frozen = await source.ask("freeze", on=True, dirty=True)
         times.mark("freeze")
-        await source.ask("dirty")
-        times.mark("scan")
+        times["pages to send"] = frozen["pages"]
         os.ftruncate(state, 0)
         exported = asyncio.create_task(source.ask("export", state))
         last = await sender.pages(bitmap, last=True)

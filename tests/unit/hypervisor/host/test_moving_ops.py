@@ -180,7 +180,9 @@ def test_a_mapping_that_was_replaced_is_told_as_what_it_is(rig: Rig) -> None:
 
 
 def test_the_state_goes_out_and_in(rig: Rig) -> None:
-    rig.ask("freeze", on=True)
+    rig.ask("log", rig.bitmap, on=True)
+    rig.guest.punched = collections.deque([(7, 1)])
+    assert rig.ask("freeze", on=True, dirty=True)["pages"] == 3 and rig.bits()[0] == [3, 4, 7]
     assert rig.guest.frozen
     assert rig.ask("export", rig.bitmap)["bytes"] == 300_000
     rig.ask("import", rig.bitmap)
