@@ -51,11 +51,15 @@ class Authority:
 
 
 class Memory:
-    """A domain's memory as a host holds it."""
+    """A domain's memory as a host holds it; closed with the object."""
 
     def __init__(self, pages: int) -> None:
         self.pages = pages
-        self.fd = Handles.create("test", pages).memory
+        self._handles = Handles.create("test", pages)
+        self.fd = self._handles.memory
+
+    def __del__(self) -> None:
+        self._handles.close()
 
     def write(self, page: int, content: bytes) -> None:
         os.pwrite(self.fd, content, page * PAGE_SIZE)
@@ -67,7 +71,14 @@ class Memory:
         return os.pread(self.fd, self.pages * PAGE_SIZE, 0)
 
 
-def bitmap(pages: int, dirty: object, shared: object = ()) -> int:
+class Bitmap(int):
+    """A descriptor, closed with the object."""
+
+    def __del__(self) -> None:
+        os.close(self)
+
+
+def bitmap(pages: int, dirty: object, shared: object = ()) -> Bitmap:
     """A descriptor as `Sender.pages` wants it. :param dirty, shared: page numbers."""
     size = (pages + 7) // 8
     bits = bytearray(2 * size)
@@ -76,7 +87,7 @@ def bitmap(pages: int, dirty: object, shared: object = ()) -> int:
             bits[start + number // 8] |= 1 << number % 8
     fd = os.memfd_create("bitmap")
     os.write(fd, bits)
-    return fd
+    return Bitmap(fd)
 
 
 @contextlib.asynccontextmanager

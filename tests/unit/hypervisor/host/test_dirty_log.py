@@ -25,6 +25,9 @@ class Mapped:
         self._anchor = ctypes.c_char.from_buffer(self.map)
         self.address = ctypes.addressof(self._anchor)
 
+    def __del__(self) -> None:
+        os.close(self.fd)
+
     def write(self, *pages: int) -> None:
         for page in pages:
             self.map[page * 4096 + page % 4096] = 1
@@ -117,6 +120,7 @@ def test_a_page_that_came_from_elsewhere_ends_it(mapped: Mapped, log: WriteLog) 
     other = os.memfd_create("other")
     os.ftruncate(other, 4096)
     libc.mmap(mapped.address + 4096 * 10, 4096, 3, 0x11, other, 0)
+    os.close(other)
     with pytest.raises(PermissionError):
         log.take()
 
