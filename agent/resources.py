@@ -146,9 +146,14 @@ class ResourceClaims:
             LOG.debug("claimed %d MiB and %d vCPUs", memory_mib, vcpus)
 
     def domains(self) -> set[str]:
-        """UUIDs of all domains that are there or have a claim. :raises ToolstackError: the host does not answer."""
-        claimed = {row[1] for row in self._journal.claims()}  # first, as above
-        return claimed | {domain.uuid for domain in self._toolstack.list_domains()}
+        """UUIDs of all domains that are there, are on their way here or have a claim.
+
+        :raises ToolstackError: the host does not answer.
+        """
+        found = {row[1] for row in self._journal.claims()}  # first, as above
+        if Capability.LIVE_MIGRATION in self._toolstack.capabilities():
+            found |= {half.uuid for half in self._toolstack.migration_list() if not half.phase.ended}
+        return found | {domain.uuid for domain in self._toolstack.list_domains()}
 
     def holds(self, instruction: str) -> bool:
         return any(row[0] == instruction for row in self._journal.claims())

@@ -21,7 +21,7 @@ from typing import Any
 
 from agent import conf, oslo
 from agent.api import Host
-from agent.configdrive import Drives
+from agent.configdrive.drives import Drives, wanted_drives
 from agent.context import ContextFilter
 from agent.dispatcher import Dispatcher
 from agent.errors import AgentError, AlreadyRunning, ConfigError, JournalError
@@ -97,6 +97,8 @@ class Service:
         if self._toolstack is None:
             self._closers.append(self.toolstack.close)
         host = self._host()
+        self.drives = Drives(settings.config_drive_dir)
+        self.drives.prepare()
         self._wire(verbs, host)
         if resumed := self.dispatcher.recover():
             LOG.info("%d unfinished instructions resume", resumed)
@@ -232,7 +234,7 @@ class Service:
             except JournalError as exc:
                 LOG.warning("old instructions stay in the journal: %s", exc)
             try:
-                Drives(self.settings.config_drive_dir).sweep(self.claims.domains)
+                self.drives.sweep(lambda: wanted_drives(self.toolstack, self.claims.domains()))
             except (JournalError, ToolstackError, OSError) as exc:
                 LOG.warning("config drives of domains that are gone stay: %s", exc)
         if self.fatal is not None:

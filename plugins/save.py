@@ -22,6 +22,7 @@ from agent.api import (
     Step,
     own_domain,
 )
+from agent.configdrive.steps import drives_of
 from hypervisor.errors import DomainNotFound, HostFailure
 
 
@@ -43,6 +44,7 @@ class SaveStep(Step):
             os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
         except OSError as exc:
             raise HostFailure(f"{os.path.dirname(self.path)} cannot be made: {exc.strerror}: give save_dir") from exc
+        drives_of(ctx.host).keep_for(self.uuid, self.path)
         seconds = ctx.seconds_left(self.seconds)
         saved = ctx.host.toolstack.save(self.uuid, self.path, keep_running=self.keep_running, timeout=seconds)
         return saved.to_json()

@@ -86,3 +86,10 @@ def remove_drive(domain: str, folder: str) -> None:
     from agent.configdrive import Drives
 
     Drives(Path(folder)).remove(domain)
+
+
+def keep_drive(domain: str, saved: str, folder: str) -> None:
+    """Of a domain that is saved to the file `saved`, and may come back from it."""
+    from agent.configdrive import Drives
+
+    Drives(Path(folder)).keep_for(domain, saved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from agent.cli import firstboot
 from agent.cli.base import Show, find_domain, plain, progress, show_domain
 from agent.cli.domain import OPERATOR
 from agent.cli.values import seconds
@@ -29,11 +30,12 @@ class DomainSave(Show):
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[object, ...]]:
         with self.toolstack() as toolstack:
-            info = find_domain(toolstack, parsed_args.domain)
+            info, path = find_domain(toolstack, parsed_args.domain), os.path.abspath(parsed_args.path)
+            firstboot.keep_drive(info.uuid, path, self.connection.config_drive_dir)
             with progress(f"saving {info.memory_mib} MiB"):
                 saved = toolstack.save(
                     info.uuid,
-                    os.path.abspath(parsed_args.path),
+                    path,
                     keep_running=parsed_args.keep_running,
                     timeout=parsed_args.wait,
                 )

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "support"))
 from iso_reader import read_iso
 
 from agent.api import Check
+from agent.configdrive.drives import wanted_drives
 from agent.configdrive.steps import WriteDriveStep, drives_of
 from hypervisor.errors import HostFailure
 
@@ -75,6 +76,20 @@ def test_a_domain_s_own_name_dhcp_and_the_other_format(rig: Rig) -> None:
     assert b'"hostname": "web-1"' in files["openstack/latest/meta_data.json"]
     assert b"ipv4_dhcp" in files["openstack/latest/network_data.json"]
     assert MAC.encode() in files["openstack/latest/network_data.json"]
+
+
+def test_a_saved_domain_finds_its_drive_again(rig: Rig) -> None:
+    rig.ok("create", args(rig))
+    path = Path(rig.ok("save", {"uuid": UUID, "name": "web.save"})["path"])
+    drives_of(rig.host).remove(UUID)
+    assert drive(rig).exists()
+    other = UUID.replace("1", "2")
+    rig.ok("restore", {"uuid": other, "name": "web.save"})
+    assert rig.toolstack.get_spec(other).disks[0].path == str(drive(rig))
+    path.unlink()
+    assert str(drive(rig)) in wanted_drives(rig.toolstack, set())
+    rig.ok("destroy", {"uuid": other})
+    assert drive(rig).exists() and not wanted_drives(rig.toolstack, set()), "now it is the sweep's"
 
 
 def test_a_destroy_without_a_drive_has_one_step(rig: Rig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Set
 from pathlib import Path
@@ -77,6 +78,41 @@ def test_a_sweep_asks_after_it_has_looked(drives: Drives) -> None:
     with pytest.raises(HostUnavailable):
         drives.sweep(away)
     assert drives.path(HERE).exists()
+
+
+def test_a_drive_that_another_domain_uses_stays(drives: Drives) -> None:
+    path = write(drives, GONE)
+    assert drives.sweep(lambda: {HERE, str(path)}) == 0
+    assert path.exists()
+
+
+def test_a_drive_stays_as_long_as_a_saved_file_needs_it(drives: Drives, tmp_path: Path) -> None:
+    drives.keep_for(GONE, "/nowhere")
+    assert not drives.folder.exists(), "there is nothing to keep"
+    path = write(drives, GONE)
+    saved = [tmp_path / "one", tmp_path / "two"]
+    for file in saved:
+        drives.keep_for(GONE, str(file))
+        file.touch()
+    note = path.with_suffix(".keep")
+    assert stat.S_IMODE(note.stat().st_mode) == 0o600
+    age(note)
+    drives.remove(GONE)
+    assert drives.sweep(set) == 0 and path.exists()
+    saved[0].unlink()
+    assert drives.sweep(set) == 0 and path.exists()
+    saved[1].unlink()
+    assert drives.sweep(set) == 1
+    assert list(drives.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"{\n5\n\n", b"[" * 10000])
+def test_a_note_of_noise(drives: Drives, content: bytes) -> None:
+    """What cannot be read as text keeps the drive; lines that name no file do not."""
+    path = write(drives, GONE)
+    path.with_suffix(".keep").write_bytes(content)
+    drives.remove(GONE)
+    assert path.exists() == (content == b"\xff")
 
 
 def test_a_sweep_of_nothing_asks_nobody(drives: Drives) -> None:
