@@ -144,6 +144,7 @@ class MovingState:
             "bits": domain.config.bits,
             "lazy_nx": domain.tables.lazy_nx,
             "cpu_policy": domain.cpuid.policy.save(),
+            "mcg_cap": domain.config.mcg_cap,
         }
 
     def obstacles(self) -> str:

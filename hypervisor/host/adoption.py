@@ -231,6 +231,8 @@ class Adoption:
             self._life.guest_ended(domain, message["ended"])
         elif not record.ended:
             record.state = DomainState(message["state"])
+            if record.suspending and domain.attachment is not None and domain.attachment.withdraw_shutdown():
+                record.suspending = False
         LOG.info("domain %s (%s) adopted: %s", domain.uuid, record.spec.name, record.state)
         self._life.table.changed()
 

@@ -124,6 +124,13 @@ class DomainBackends:
         except NotFound:
             raise WrongState(f"domain {self._domain.uuid} has no control/shutdown node: destroy or reset it") from None
 
+    def withdraw_shutdown(self) -> bool:
+        path, self._asked = f"{domain_path(self._domid)}/control/shutdown", ""
+        if self._handle.read(path) not in domain_nodes.SHUTDOWN_REASONS:
+            return False
+        self._handle.write(path, "")
+        return True
+
     def request_sysrq(self, key: str) -> None:
         """:raises WrongState: its nodes are gone."""
         try:
@@ -227,15 +234,15 @@ def _page(undo: contextlib.ExitStack, domain: Domain, boot: dict[str, object], n
 
 
 def _nodes(domain: Domain, boot: dict[str, Any]) -> domain_nodes.DomainNodes:
-    spec = domain.record.spec
+    spec, run = domain.record.spec, domain.record.run
     return domain_nodes.DomainNodes(
         domid=domain.record.domid,
         uuid=spec.uuid,
         name=spec.name,
-        memory_kib=spec.memory_mib * 1024,
-        max_memory_kib=spec.effective_max_memory_mib * 1024,
-        vcpus=spec.vcpus,
-        max_vcpus=spec.effective_max_vcpus,
+        memory_kib=run.memory_mib * 1024,
+        max_memory_kib=run.max_memory_mib * 1024,
+        vcpus=run.vcpus,
+        max_vcpus=run.max_vcpus,
         store_port=STORE_PORT,
         store_mfn=boot["store_mfn"],
         console_port=CONSOLE_PORT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypervisor.host import channel as channels
 from hypervisor.host.channel import Message
 from hypervisor.host.handles import Handles
 from hypervisor.host.process import ProcessHold
+from hypervisor.host.records import RunSizes
 from hypervisor.host.runtime import BuildRequest
 from hypervisor.host.table import Domain
 from hypervisor.host.zygote_client import ZygoteClient
@@ -21,15 +23,38 @@ LOG = logging.getLogger(__name__)
 DOMAIN_LOG_NAME = "domain.log"
 
 
-async def fork(zygote: ZygoteClient, folder: Path, request: BuildRequest, frames: int, sandbox: str) -> ProcessHold:
-    """:param folder: the domain's. :param frames: of its extent. :raises ToolstackError: there is no process."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Image:
+    """A saved image that a domain comes from.
+
+    :ivar descriptor: of the file, at the beginning of its libxc stream.
+    :ivar run: sizes of the run that was saved; `pages` it had, or the most it can have.
+    :ivar bits: the guest's word size.
+    :ivar seconds: how long it may take to be read.
+    """
+
+    descriptor: int
+    run: RunSizes
+    pages: int
+    bits: int
+    seconds: float
+
+
+async def fork(
+    zygote: ZygoteClient, folder: Path, request: BuildRequest, frames: int, sandbox: str, image: int = -1
+) -> ProcessHold:
+    """:param folder: the domain's. :param frames: of its extent. :param image: if it comes from one, its descriptor.
+
+    :raises ToolstackError: there is no process.
+    """
     handles = Handles.create(f"reeve-{request.spec.uuid}", frames)
     ours, theirs = channels.pair()
     log = -1
     try:
         log = os.open(folder / DOMAIN_LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         message = {"op": "spawn", "request": request.to_json(), "directory": str(folder), "sandbox": sandbox}
-        pid, pidfd = await zygote.spawn(message, [theirs.fileno(), log, *handles.pack()])
+        extra = [image] if request.image else []
+        pid, pidfd = await zygote.spawn(message, [theirs.fileno(), log, *handles.pack(), *extra])
     except BaseException:
         handles.close()
         ours.close()

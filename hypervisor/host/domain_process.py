@@ -7,9 +7,10 @@ After the guest has ended the process stays, holding memory and the reason, unti
 is killed: so the end of a domain is provable even if nobody looked.
 
 Messages from the host: ``{"id", "op"}`` with op ``commit``, ``pause``, ``unpause``, ``stats``, ``limit_memory``,
-``set_cap``, ``link``, ``unlink`` (`hypervisor.devices.link`), ``hold``, ``release``, ``core`` (for core dumps), and
-those of `hypervisor.host.moving`; the answer is ``{"id", "result"}`` or ``{"id", "error"}``. Events to the host:
-``built``, ``failed``, ``ended`` and, first thing on a new connection, ``identity`` with the descriptors of `Handles`.
+``set_cap``, ``link``, ``unlink`` (`hypervisor.devices.link`), ``hold``, ``release``, ``core`` (for core dumps),
+``save`` and ``resume`` (of a guest that has suspended itself), and those of `hypervisor.host.moving`; the answer is
+``{"id", "result"}`` or ``{"id", "error"}``. Events to the host: ``built``, ``failed``, ``ended`` and, first thing on a
+new connection, ``identity`` with the descriptors of `Handles`.
 """
 
 from __future__ import annotations
@@ -21,20 +22,21 @@ import mmap
 import os
 import socket
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hypervisor.errors import HostFailure, ToolstackError, WrongState
 from hypervisor.host import channel as channels
-from hypervisor.host import core_op, moving, sandbox
+from hypervisor.host import moving, sandbox
 from hypervisor.host.channel import BadMessage, Channel, ChannelClosed, Message
+from hypervisor.host.domain_verbs import DomainVerbs
 from hypervisor.host.guest_link import GuestLinks
 from hypervisor.host.handles import Handles, answer, ring
 from hypervisor.host.moving import MigrationPart
 from hypervisor.host.neighbours import Neighbours, neighbours_of
 from hypervisor.host.poller import Poller
 from hypervisor.host.runtime import BuildRequest, Ended, Guest, Runtime
+from hypervisor.host.saving_thread import Saving
 from hypervisor.host.surroundings import own_surroundings
 from hypervisor.toolstack.api import DomainState, ShutdownReason
 
@@ -43,7 +45,7 @@ LOG = logging.getLogger(__name__)
 SOCKET_NAME = "sock"
 
 
-class DomainProcess:
+class DomainProcess(DomainVerbs):
     """:param sandbox_required: refuse to run without seccomp."""
 
     def __init__(
@@ -55,12 +57,14 @@ class DomainProcess:
         runtime: Runtime,
         *,
         sandbox_required: bool,
+        image: int = -1,
     ) -> None:
         self.request = request
         self.handles = handles
         self.directory = directory
         self.runtime = runtime
         self.sandbox_required = sandbox_required
+        self._image = image
         self.state = DomainState.PAUSED
         self.ended: Ended | None = None
         self._host: Channel | None = channel
@@ -73,6 +77,7 @@ class DomainProcess:
         self._links: GuestLinks | None = None
         self._neighbours: Neighbours | None = None
         self._migration: MigrationPart | None = None
+        self._saving: Saving | None = None
 
     def main(self) -> None:
         """Returns only if the domain never came to life; otherwise the process ends by a signal from the host."""
@@ -108,8 +113,16 @@ class DomainProcess:
         memory = mmap.mmap(self.handles.memory, 0)
         log = moving.open_log()
         sealed: list[sandbox.Report] = []
-        guest = self.runtime.build(self.request, memory, self._notify_host, lambda: sealed.append(sandbox.restrict()))
+        seal = functools.partial(self._seal, sealed)
+        if self.request.image:
+            guest = self.runtime.restore(self.request, memory, self._notify_host, seal, self._image)
+        else:
+            guest = self.runtime.build(self.request, memory, self._notify_host, seal)
         self._guest = guest
+        saver = guest.saver()
+        if saver is not None:
+            self._saving = Saving(saver, self._send)
+            saver.watch(self._suspended)
         target = guest.link_target()
         if target is not None:
             self._links = GuestLinks(target, self._poller)
@@ -118,6 +131,9 @@ class DomainProcess:
         report = sealed[0] if sealed else sandbox.restrict()
         self._report = sandbox.lock_down(report, required=self.sandbox_required, profile=moving.profile(log))
         return guest
+
+    def _seal(self, sealed: list[sandbox.Report]) -> None:
+        sealed.append(sandbox.restrict())
 
     def _committed(self) -> bool:
         """Wait for the host's word. Without it the domain was never made, so there is nothing to keep alive."""
@@ -160,6 +176,13 @@ class DomainProcess:
             self._poller.call(self._links.guest_ended)
         self._send({"event": "ended", **_ended_json(ended)})
 
+    def _suspended(self) -> None:
+        """In the guest's thread, which waits then: the host is told, and says what becomes of it."""
+        with self._lock:
+            self.ended = Ended(ShutdownReason.SUSPEND)
+            self.state = DomainState.SHUTDOWN
+        self._send({"event": "ended", **_ended_json(self.ended)})
+
     # -- the channel thread ---------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
@@ -191,107 +214,9 @@ class DomainProcess:
         except ChannelClosed:
             self._detach(host)
             return
-        self._send({"id": message.get("id"), **self._answer(message, fds)})
-
-    def _answer(self, message: Message, fds: list[int]) -> Message:
-        """Descriptors belong to the verb as soon as there is one."""
-        verbs: dict[str, Callable[[], dict[str, Any]]] = {
-            "pause": self._pause,
-            "unpause": self._unpause,
-            "stats": self._stats,
-            "limit_memory": lambda: self._limit_memory(message.get("pages")),
-            "set_cap": lambda: self._set_cap(message.get("percent")),
-            "link": lambda: self._link(fds),
-            "unlink": lambda: self._unlink(message.get("link")),
-            "peer": lambda: self._peer(message, fds),
-            "hold": self._hold,
-            "release": self._release,
-            "core": lambda: core_op.tell(self._running_guest().core(), message.get("vcpu")),
-        }
-        try:
-            if message.get("op") in moving.OPS:
-                return {"result": moving.answer(self._migration, message, fds)}
-            verb = verbs.get(str(message.get("op")))
-            if message.get("op") not in ("link", "peer"):
-                channels.close_all(fds)
-            if verb is None:
-                raise HostFailure(f"unknown op {message.get('op')!r}")
-            return {"result": verb()}
-        except ToolstackError as exc:
-            return {"error": exc.to_json()}
-        except Exception as exc:
-            LOG.exception("op %s failed", message.get("op"))
-            return {"error": HostFailure(f"{type(exc).__name__}: {exc}").to_json()}
-
-    def _pause(self) -> dict[str, Any]:
-        return self._run_state(DomainState.PAUSED, self._running_guest().pause)
-
-    def _unpause(self) -> dict[str, Any]:
-        return self._run_state(DomainState.RUNNING, self._running_guest().unpause)
-
-    def _run_state(self, state: DomainState, act: Callable[[], None]) -> dict[str, Any]:
-        with self._lock:
-            if self.ended is not None:
-                raise WrongState(f"the domain has ended ({self.ended.reason}): destroy or reset it")
-            act()
-            self.state = state
-        return {"state": state}
-
-    def _stats(self) -> dict[str, Any]:
-        return {**self._running_guest().stats(), "state": self.state}
-
-    def _limit_memory(self, pages: object) -> dict[str, Any]:
-        if not isinstance(pages, int) or not 0 < pages <= self.request.max_pages:
-            raise HostFailure(f"op limit_memory to {pages!r} pages of {self.request.max_pages}")
-        self._running_guest().limit_memory(pages)
-        return self._stats()
-
-    def _set_cap(self, percent: object) -> dict[str, Any]:
-        if not isinstance(percent, int) or percent < 0:
-            raise HostFailure(f"op set_cap to {percent!r} per cent")
-        self._running_guest().set_cap(percent)
-        return {}
-
-    def _link(self, fds: list[int]) -> dict[str, Any]:
-        if self._links is None:
-            channels.close_all(fds)
-            raise WrongState("this runtime serves no devices")
-        return {"link": self._links.open(fds)}
-
-    def _peer(self, message: Message, fds: list[int]) -> dict[str, Any]:
-        if self._neighbours is None:
-            channels.close_all(fds)
-            raise WrongState("this runtime has no neighbours")
-        self._neighbours.introduce(message, fds)
-        return {}
-
-    def _unlink(self, number: object) -> dict[str, Any]:
-        if not isinstance(number, int) or number < 0:
-            raise HostFailure(f"op unlink of link {number!r}")
-        if self._links is not None:
-            self._links.close(number)
-        return {}
-
-    def _hold(self) -> dict[str, Any]:
-        """Stop the guest for a moment, until ``release`` or the end of this host's connection; its state stays."""
-        with self._lock:
-            if self.ended is None:
-                self._held = True
-                self._running_guest().pause()
-        if self._neighbours is not None:
-            self._neighbours.refresh()
-        return {}
-
-    def _release(self) -> dict[str, Any]:
-        with self._lock:
-            held, self._held = self._held, False
-            if held and self.ended is None and self.state is DomainState.RUNNING:
-                self._running_guest().unpause()
-        return {}
-
-    def _running_guest(self) -> Guest:
-        assert self._guest is not None
-        return self._guest
+        answer = self._answer(message, fds)
+        if answer:
+            self._send({"id": message.get("id"), **answer})
 
     def _accept(self) -> None:
         """A host process is back. While one is attached no other is taken."""
@@ -376,11 +301,12 @@ def run_child(
         own_surroundings(f"reeve-dom{request.domid}", fds[1], log_level)
         process = DomainProcess(
             request,
-            Handles.unpack(fds[2:]),
+            Handles.unpack(fds[2 : 2 + Handles.COUNT]),
             channels.from_fd(fds[0]),
             directory,
             runtime,
             sandbox_required=sandbox_required,
+            image=fds[-1] if request.image else -1,
         )
         process.main()
         code = 0

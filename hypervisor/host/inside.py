@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import errno
 import json
 import os
-import secrets
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hypervisor.errors import HostFailure, SpecInvalid, ToolstackError, WrongState
+from hypervisor.host.new_file import already, checked, new_file
 from hypervisor.host.process import ProcessHold
 from hypervisor.host.table import Domain
 from hypervisor.toolstack.api import MAX_VCPUS
@@ -32,12 +30,12 @@ def sysrq(domain: Domain, key: str) -> None:
 
 async def dump_core(domain: Domain, text: str) -> None:
     """See `hypervisor.toolstack.api.Toolstack.dump_core`. The guest stands still meanwhile."""
-    path = _checked(text)
+    path = checked(text)
     process = domain.process
     if process is None or not process.alive or domain.lost:
         raise WrongState(f"domain {domain.uuid} has no process any more, and so no memory: there is nothing to dump")
     try:
-        with _new_file(path) as out:
+        with new_file(path) as out:
             try:
                 await process.request("hold")
                 await _write(await _header(process), process.handles.memory, out, path)
@@ -45,49 +43,9 @@ async def dump_core(domain: Domain, text: str) -> None:
                 with contextlib.suppress(ToolstackError):
                     await process.request("release")
     except FileExistsError:
-        raise _exists(path) from None
+        raise already(path) from None
     except OSError as exc:
         raise HostFailure(f"{path} cannot be made: {exc.strerror}: give another path, or correct its rights") from exc
-
-
-@contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[int]:
-    """A file that gets its name at the end, and only if all went well. Guests' secrets: for this user only."""
-    flags = os.O_WRONLY | os.O_CLOEXEC
-    part = None
-    try:
-        out = os.open(path.parent, flags | os.O_TMPFILE, 0o600)
-    except OSError as exc:
-        if exc.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
-            raise
-        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-        out = os.open(part, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    try:
-        yield out
-        if part is not None:
-            os.link(part, path)
-        else:
-            # The descriptor makes Python follow the link to the file without a name (AT_SYMLINK_FOLLOW), and no more.
-            os.link(f"/proc/self/fd/{out}", path, src_dir_fd=out)
-    finally:
-        os.close(out)
-        if part is not None:
-            os.unlink(part)
-
-
-def _checked(text: str) -> Path:
-    path = Path(text)
-    if not path.is_absolute() or "\0" in text or len(path.name) > 200:
-        raise SpecInvalid(f"path {text[:200]!r} is not usable: give an absolute one, its name at most 200 characters")
-    if os.path.lexists(path):
-        raise _exists(path)
-    if not path.parent.is_dir():
-        raise SpecInvalid(f"{path.parent} is no folder: make it, or give another path")
-    return path
-
-
-def _exists(path: Path) -> SpecInvalid:
-    return SpecInvalid(f"{path} is there already: remove it, or give another path")
 
 
 async def _header(process: ProcessHold) -> CoreHeader:

@@ -21,6 +21,7 @@ from hypervisor.errors import (
 )
 from hypervisor.host import building, priority
 from hypervisor.host import channel as channels
+from hypervisor.host.building import Image
 from hypervisor.host.channel import Message
 from hypervisor.host.consoles import ConsoleHub
 from hypervisor.host.introductions import introduce
@@ -68,7 +69,8 @@ class Lifecycle:
 
     # -- verbs ----------------------------------------------------------------------------------------------------
 
-    async def create(self, spec: DomainSpec) -> Domain:
+    async def create(self, spec: DomainSpec, image: Image | None = None) -> Domain:
+        """:param image: it comes from there, instead of being built from its spec."""
         spec.validate()
         self.check(spec, await self.zygote.start())
         record = DomainRecord(spec, 0, created_at=time.time())
@@ -78,11 +80,11 @@ class Lifecycle:
         self.table.add(domain)
         async with domain.lock:
             try:
-                await self._make(domain)
+                await self._make(domain, image)
             except BaseException:
                 await self._forget(domain)
                 raise
-            self.table.emit("created", spec.uuid)
+            self.table.emit("created", spec.uuid, "restored" if image is not None else "")
         return domain
 
     def new_domain(self, record: DomainRecord, folder: Path) -> Domain:
@@ -127,7 +129,28 @@ class Lifecycle:
         except (KeyError, ValueError):
             reason = ShutdownReason.CRASH
         detail = str(message.get("detail", ""))[:500].replace("\n", " ")
+        if reason is ShutdownReason.SUSPEND and domain.record.suspending:
+            self.suspended(domain)
+            return
         self._ended(domain, reason, detail)
+
+    def suspended(self, domain: Domain) -> None:
+        """It was asked to; nobody waits for it any more if the one who asked gave up: then it goes on."""
+        waiter = domain.suspension
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+        elif waiter is None:
+            self._spawn(self.resume(domain))
+
+    async def resume(self, domain: Domain) -> None:
+        """Let a guest that suspended itself go on where it is."""
+        process, record = domain.process, domain.record
+        if process is not None and process.alive:
+            await process.request("resume")
+        if domain.attachment is not None:
+            domain.attachment.withdraw_shutdown()
+        record.suspending = False
+        self.records.save(record)
 
     def process_gone(self, domain: Domain, code: int | None) -> None:
         """Its process ended. Without a word before that, it is a crash."""
@@ -157,6 +180,8 @@ class Lifecycle:
         record = domain.record
         if record.ended or domain.dying or record.phase is not Phase.MADE:
             return
+        if domain.suspension is not None and not domain.suspension.done():
+            domain.suspension.set_exception(WrongState(f"domain {domain.uuid} ended ({reason}): it was not saved"))
         crashed = reason is ShutdownReason.CRASH
         spec = record.spec
         action = spec.on_poweroff
@@ -195,24 +220,27 @@ class Lifecycle:
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    async def _make(self, domain: Domain) -> None:
+    async def _make(self, domain: Domain, image: Image | None = None) -> None:
         """Claim, fork, build, connect, commit. What it has done stays noted in `domain`, so that `_unmake` finds it."""
         record, spec = domain.record, domain.record.spec
-        record.run, domain.stats = RunSizes.of(spec), {}
-        pages = spec.memory_mib * PAGES_PER_MIB
-        max_pages = spec.effective_max_memory_mib * PAGES_PER_MIB
+        record.run, domain.stats = image.run if image is not None else RunSizes.of(spec), {}
+        pages = record.run.memory_mib * PAGES_PER_MIB
+        max_pages = record.run.max_memory_mib * PAGES_PER_MIB
+        most = max(pages, image.pages) if image is not None else pages
         frames = layout.total_frames(max_pages)
         record.phase = Phase.REMAKING if record.restarts else Phase.BUILDING
         record.state = DomainState.PAUSED
         record.reason, record.detail, record.cpu_time_ns, record.console = None, "", 0, {}
+        record.suspending = False
         folder = self.records.directory(spec.uuid)
-        record.claim = self._claim(spec, frames, pages + layout.xen_frames(max_pages))
+        wide = is_64bit(spec.boot.kernel) if image is None else image.bits == 64
+        record.claim = self._claim(spec, frames, most + layout.xen_frames(max_pages), wide=wide)
         record.domid = self.records.next_domid(self.table.domids())
         self.records.save(record)
         assert domain.devices is not None
         await domain.devices.open_all()
         request = BuildRequest(
-            spec=spec,
+            spec=spec if image is None else record.run.applied(spec),
             domid=record.domid,
             base_mfn=record.claim.base_mfn,
             nr_pages=pages,
@@ -222,11 +250,13 @@ class Lifecycle:
             linear_page_tables=self.settings.linear_page_tables,
             fast_path=self.settings.fast_path,
             cpu_policy=self.settings.cpu_policy,
+            image=image is not None,
         )
-        await self.fork(domain, request, frames)
+        await self.fork(domain, request, frames, image.descriptor if image is not None else -1)
         process = domain.process
         assert process is not None
-        boot = await building.built(domain, folder, self.settings.build_timeout)
+        timeout = self.settings.build_timeout + (image.seconds if image is not None else 0)
+        boot = await building.built(domain, folder, timeout)
         domain.attachment = self.backends.attach(domain, boot, adopted=False)
         domain.devices.begin()
         await process.request("commit")
@@ -236,12 +266,14 @@ class Lifecycle:
         record.started_at = time.time()
         self.records.save(record)
         self.watch(domain)
+        if image is not None:
+            self.resizer.begin(domain)
         self.table.changed()
 
-    async def fork(self, domain: Domain, request: BuildRequest, frames: int) -> None:
+    async def fork(self, domain: Domain, request: BuildRequest, frames: int, image: int = -1) -> None:
         """Give the domain a process, which begins to build. :raises ToolstackError: it has none."""
         folder = self.records.directory(domain.uuid)
-        domain.process = await building.fork(self.zygote, folder, request, frames, self.settings.sandbox)
+        domain.process = await building.fork(self.zygote, folder, request, frames, self.settings.sandbox, image)
 
     async def _unmake(self, domain: Domain) -> None:
         """Take back all that `_make` did. The record and the table entry stay."""
@@ -310,9 +342,9 @@ class Lifecycle:
         self.records.save(domain.record)
         self.table.emit(event, domain.uuid)
 
-    def _claim(self, spec: DomainSpec, frames: int, committed: int) -> Claim:
+    def _claim(self, spec: DomainSpec, frames: int, committed: int, *, wide: bool) -> Claim:
         try:
-            return self.ledger.claim(spec.uuid, frames, committed, wide=is_64bit(spec.boot.kernel))
+            return self.ledger.claim(spec.uuid, frames, committed, wide=wide)
         except InsufficientMemory as exc:
             raise InsufficientMemory(f"memory_mib is {spec.memory_mib}: {exc}") from None
 

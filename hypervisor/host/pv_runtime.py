@@ -9,23 +9,39 @@ from __future__ import annotations
 import dataclasses
 import logging
 import mmap
+import os
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from hypervisor import engines, native
 from hypervisor.core_state import CoreState
 from hypervisor.domain import MachineConfig
 from hypervisor.engines import unicorn
 from hypervisor.engines.tsc import measure_khz
-from hypervisor.errors import HostFailure, HypervisorBug, MigrationFailed, WrongState, XenError
+from hypervisor.errors import (
+    CpuIncompatible,
+    HostFailure,
+    HypervisorBug,
+    MigrationFailed,
+    Unsupported,
+    WrongState,
+    XenError,
+)
 from hypervisor.evtchn.hostside import HostRouter
 from hypervisor.host.guest_link_state import LinkTarget
 from hypervisor.host.runtime import CONSOLE_PORT, STORE_PORT, BuildRequest, Ended, RuntimeFacts
 from hypervisor.machine import Machine
 from hypervisor.moving import MovingState
+from hypervisor.suspended.rebuild import rebuild
+from hypervisor.suspended.saver import MachineSaver
+from hypervisor.suspended.transfer import Incoming
 from hypervisor.toolstack import builder
 from hypervisor.toolstack.api import Capability
 from hypervisor.toolstack.builder import BuildMemory, Kernel
+from hypervisor.toolstack.stream import envelope
+from hypervisor.toolstack.stream.source import Source
 from hypervisor.types import Mfn, Port
 
 LOG = logging.getLogger(__name__)
@@ -45,6 +61,7 @@ CAPABILITIES = (
     Capability.RESIZE,
     Capability.SYSRQ,
     Capability.DUMP_CORE,
+    Capability.SAVE,
 )
 DIRECT_CAPABILITIES = (Capability.PV32,)
 """What the engine's public path cannot do."""
@@ -63,6 +80,7 @@ class PvGuest:
         self.set_cap = machine.set_cap
         self._core = CoreState(machine)
         self._moving = MovingState(machine, boot, incoming=incoming)
+        self._saver = MachineSaver(machine)
 
     def unpause(self) -> None:
         if self._moving.incoming:
@@ -79,6 +97,9 @@ class PvGuest:
 
     def moving(self) -> MovingState:
         return self._moving
+
+    def saver(self) -> MachineSaver:
+        return self._saver
 
     def core(self) -> CoreState:
         return self._core
@@ -115,6 +136,7 @@ class _Facts:
     lazy_nx: bool
     cpu_policy: str | dict[str, Any]
     boot: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mcg_cap: int = 0
 
     @classmethod
     def of_kernel(cls, kernel: Kernel, request: BuildRequest) -> _Facts:
@@ -131,7 +153,10 @@ class _Facts:
             good and isinstance(boot, dict) and boot.get("store_mfn") in frames and boot.get("console_mfn") in frames
         ):
             raise MigrationFailed("what the other host says of the guest makes no sense: are both of one release?")
-        return cls(said["bits"], said["lazy_nx"], said["cpu_policy"], boot)
+        mcg_cap = said.get("mcg_cap", 0)
+        if type(mcg_cap) is not int or not 0 <= mcg_cap < 1 << 64:
+            raise MigrationFailed("what the other host says of the guest makes no sense: are both of one release?")
+        return cls(said["bits"], said["lazy_nx"], said["cpu_policy"], boot, mcg_cap)
 
 
 def _start(
@@ -181,7 +206,53 @@ class PvRuntime:
         engine = self._engine(request.engine)()
         seal()
         facts = _Facts.of_kernel(kernel, request) if kernel is not None else _Facts.of_guest(request)
-        config = MachineConfig(
+        config = self._config(request, facts)
+        try:
+            machine = _machine(config, memory, notify_host, engine, request.fast_path)
+            if kernel is None:
+                guest = PvGuest(machine, facts.boot, incoming=True)
+            else:
+                guest = PvGuest(machine, _start(machine, kernel, ramdisk, request, memory))
+        except (XenError, HypervisorBug) as exc:
+            LOG.exception("the machine could not be started")
+            raise HostFailure(f"the machine could not be started: {exc!r}; see the log of the host process") from exc
+        guest.limit_memory(request.nr_pages)
+        guest.set_cap(request.spec.cap)
+        return guest
+
+    def restore(
+        self,
+        request: BuildRequest,
+        memory: mmap.mmap,
+        notify_host: Callable[[int], None],
+        seal: Callable[[], None],
+        image: int,
+    ) -> PvGuest:
+        """:raises ToolstackError: the image is damaged, or needs what is not here."""
+        engine = self._engine(request.engine)()
+        seal()
+        source = Source(lambda size: os.read(image, size))
+        incoming = Incoming(source)
+        incoming.begin()
+        state, frames = incoming.finish(np.frombuffer(memory, np.uint64, request.max_pages * 512), request.max_pages)
+        envelope.read_end(source)
+        os.close(image)
+        policy: str | dict[str, Any] = request.cpu_policy if state.policy is None else state.policy.save()
+        facts = _Facts(state.bits, False, policy, mcg_cap=state.mcg_cap)
+        config = dataclasses.replace(self._config(request, facts), nr_pages=0)
+        try:
+            machine = _machine(config, memory, notify_host, engine, request.fast_path)
+        except Unsupported as exc:
+            raise CpuIncompatible(exc.message) from exc
+        rebuilt = rebuild(machine.domain, state, frames, (STORE_PORT, CONSOLE_PORT))
+        rings = {"store_mfn": int(rebuilt.store_mfn), "console_mfn": int(rebuilt.console_mfn)}
+        guest = PvGuest(machine, rings)
+        guest.limit_memory(max(request.nr_pages, machine.domain.frames.pages()))
+        guest.set_cap(request.spec.cap)
+        return guest
+
+    def _config(self, request: BuildRequest, facts: _Facts) -> MachineConfig:
+        return MachineConfig(
             uuid=request.spec.uuid,
             name=request.spec.name,
             domid=request.domid,
@@ -195,19 +266,8 @@ class PvRuntime:
             lazy_nx=facts.lazy_nx,
             cpu_policy=facts.cpu_policy,
             bits=facts.bits,
+            mcg_cap=facts.mcg_cap,
         )
-        try:
-            machine = _machine(config, memory, notify_host, engine, request.fast_path)
-            if kernel is None:
-                guest = PvGuest(machine, facts.boot, incoming=True)
-            else:
-                guest = PvGuest(machine, _start(machine, kernel, ramdisk, request, memory))
-        except (XenError, HypervisorBug) as exc:
-            LOG.exception("the machine could not be started")
-            raise HostFailure(f"the machine could not be started: {exc!r}; see the log of the host process") from exc
-        guest.limit_memory(request.nr_pages)
-        guest.set_cap(request.spec.cap)
-        return guest
 
     def _engine(self, name: str) -> Any:
         if not self._engines:

@@ -52,6 +52,11 @@ class RunSizes:
     def of(cls, spec: DomainSpec) -> RunSizes:
         return cls(spec.vcpus, spec.effective_max_vcpus, spec.memory_mib, spec.effective_max_memory_mib)
 
+    def applied(self, spec: DomainSpec) -> DomainSpec:
+        """The spec with these sizes."""
+        sizes = dataclasses.asdict(self)
+        return dataclasses.replace(spec, **sizes)
+
 
 @dataclasses.dataclass(slots=True)
 class DomainRecord:
@@ -63,6 +68,7 @@ class DomainRecord:
     :ivar restarts: how often it was built anew.
     :ivar pid: of its process, for people; what counts is who listens at its socket.
     :ivar console: what its console backend saved (`ConsoleRing.save`).
+    :ivar suspending: it was asked to suspend itself, to be saved: if nobody waits for that any more it goes on.
     :ivar devices: what its devices saved (`hypervisor.host.device.DeviceMemory`), by ``kind/id``.
     """
 
@@ -81,6 +87,7 @@ class DomainRecord:
     console: dict[str, Any] = dataclasses.field(default_factory=dict)
     devices: dict[str, Any] = dataclasses.field(default_factory=dict)
     run: RunSizes = RunSizes(0, 0, 0, 0)
+    suspending: bool = False
 
     def __post_init__(self) -> None:
         if not self.run.vcpus:

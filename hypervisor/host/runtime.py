@@ -40,6 +40,7 @@ class BuildRequest:
     :ivar fast_path: ``auto``, ``on`` or ``off`` (`hypervisor.native`).
     :ivar incoming: the guest comes from another host, which gave these facts (`Moving.facts`): no kernel is read, and
         the domain process waits for the guest's state.
+    :ivar image: the guest is not built, but comes from a saved image, whose descriptor the process gets.
     """
 
     spec: DomainSpec
@@ -53,6 +54,7 @@ class BuildRequest:
     cpu_policy: str = "engine"
     fast_path: str = "auto"
     incoming: dict[str, Any] | None = None
+    image: bool = False
 
     def to_json(self) -> dict[str, Any]:
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -135,6 +137,9 @@ class Guest(Protocol):
     def moving(self) -> Moving | None:
         """What a move to another host needs; None: it cannot be moved."""
 
+    def saver(self) -> Saver | None:
+        """None: it cannot be saved."""
+
 
 class Moving(Protocol):
     """See `hypervisor.moving.MovingState`. Any thread but the run loop's."""
@@ -176,6 +181,19 @@ class CoreSource(Protocol):
         """``struct vcpu_guest_context`` of a vCPU. :raises HostFailure: there is none."""
 
 
+class Saver(Protocol):
+    """Any thread but the guest's own."""
+
+    def watch(self, suspended: Callable[[], None]) -> None:
+        """Call `suspended`, in the guest's thread, when the guest has suspended itself; it waits then."""
+
+    def write(self, out: Callable[[bytes | memoryview], object]) -> int:
+        """Give a suspended guest to `out`, as a libxc stream. :returns: pages with data. :raises WrongState."""
+
+    def resume(self) -> None:
+        """Let a suspended guest go on."""
+
+
 class Runtime(Protocol):
     def facts(self) -> RuntimeFacts: ...
 
@@ -189,6 +207,20 @@ class Runtime(Protocol):
             that belong to threads are given up there.
         :param notify_host: tells the host that the guest signalled one of `HOST_PORTS`; any thread.
         :raises ToolstackError: with cause and cure.
+        """
+
+    def restore(
+        self,
+        request: BuildRequest,
+        memory: mmap.mmap,
+        notify_host: Callable[[int], None],
+        seal: Callable[[], None],
+        image: int,
+    ) -> Guest:
+        """As `build`, from a saved image.
+
+        :param image: descriptor at the beginning of a libxc stream; read to the end of the libxl stream around it.
+        :raises ToolstackError: with cause and cure; what is wrong with the image is `StreamInvalid`.
         """
 
 

@@ -34,6 +34,9 @@ class Attachment(Protocol):
     def request_shutdown(self, reason: str) -> None:
         """Write control/shutdown."""
 
+    def withdraw_shutdown(self) -> bool:
+        """Forget what was asked, and take it back if the guest has not taken it; whether it had not."""
+
     def request_sysrq(self, key: str) -> None:
         """Write control/sysrq."""
 
@@ -93,6 +96,7 @@ class Domain:
     :ivar lost: the process is there but has not identified itself yet: nothing can be said of its state.
     :ivar orphan: that process.
     :ivar dying: its end is being dealt with.
+    :ivar suspension: somebody waits until its guest has suspended itself.
     """
 
     record: DomainRecord
@@ -105,6 +109,7 @@ class Domain:
     lost: bool = False
     orphan: Orphan | None = None
     dying: bool = False
+    suspension: asyncio.Future[None] | None = None
 
     @property
     def uuid(self) -> str:

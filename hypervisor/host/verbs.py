@@ -19,6 +19,7 @@ from hypervisor.host.ledger import PAGES_PER_MIB
 from hypervisor.host.lifecycle import Lifecycle
 from hypervisor.host.records import Phase
 from hypervisor.host.sandbox import Report
+from hypervisor.host.saving import Saving
 from hypervisor.host.table import Devices, Domain
 from hypervisor.toolstack.api import DomainEvent, DomainSpec, DomainState, HostInfo
 from hypervisor.toolstack.devices import DiskSpec, NicSpec
@@ -43,6 +44,7 @@ class Verbs:
         self._life = lifecycle
         self._table = lifecycle.table
         self._sandbox = sandbox
+        self._saving = Saving(lifecycle)
         uuid: dict[str, tuple[type, ...]] = {"uuid": (str,)}
         self._verbs = {
             "host.info": Verb(self._host_info, {}),
@@ -71,6 +73,8 @@ class Verbs:
             "device.resize": Verb(self._device_resize, {**uuid, "id": (str,), "size_bytes": (int,)}),
             "domain.sysrq": Verb(self._sysrq, {**uuid, "key": (str,)}),
             "domain.dump_core": Verb(self._dump_core, {**uuid, "path": (str,)}),
+            "domain.save": Verb(self._save, {**uuid, "path": (str,), "keep_running": (int,), "timeout": (int, float)}),
+            "domain.restore": Verb(self._restore, {"path": (str,), "owner": (str,), "name": (str,), "uuid": (str,)}),
             "console.log": Verb(self._console_log, {**uuid, "max_bytes": (int,)}),
         }
 
@@ -166,6 +170,15 @@ class Verbs:
     async def _dump_core(self, uuid: str, path: str) -> None:
         async with self._holding(uuid) as domain:
             await inside.dump_core(domain, path)
+
+    async def _save(self, uuid: str, path: str, keep_running: int, timeout: float) -> dict[str, Any]:
+        async with self._holding(uuid) as domain:
+            info = await self._saving.save(domain, path, keep_running=bool(keep_running), timeout=timeout)
+            return info.to_json()
+
+    async def _restore(self, path: str, owner: str, name: str, uuid: str) -> dict[str, Any]:
+        domain = await self._saving.restore(path, owner=owner, name=name, uuid=uuid)
+        return (await domain.info()).to_json()
 
     # -- resize ---------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ def make_kit(folder: Path) -> kit.Kit:
         kit.POWEROFF: guest("hello", "quit"),
         kit.CRASHES: guest("crashme"),
         kit.ECHOES: guest("hello"),
+        kit.SUSPENDS: guest("suspend"),
     }
     rig = HostRig(folder, runtime=REAL_RUNTIME, memory_mib=256, networks="default internal")
     try:
@@ -46,11 +47,13 @@ def make_kit(folder: Path) -> kit.Kit:
             kit.WAITS: b"idle: blocking",
             kit.CRASHES: b"crashme: crashing",
             kit.POWEROFF: b"hello: domid",
+            kit.SUSPENDS: b"suspend: ready",
         },
         memory_mib=8,
         boot_timeout=20.0,
         restart_host=rig.restart,
         image_folder=rig.state / "images",
+        save_folder=folder / "saved",
         no_notes=KernelBoot(kernel=str(build_guest("hello", NO_XEN_NOTES=True))),
         stop=rig.stop,
     )

@@ -97,6 +97,9 @@ class ScriptedGuest:
     def core(self) -> None:
         """No registers, no dump."""
 
+    def saver(self) -> None:
+        """Nor can it be saved."""
+
     def limit_memory(self, pages: int) -> None:
         """It does not follow."""
 
