@@ -29,6 +29,7 @@ from hypervisor.devices.block.mirror.images import (
 from hypervisor.devices.block.mirror.link import MirrorLink
 from hypervisor.devices.block.mirror.source import WINDOW, MirrorSource, SourceDisk
 from hypervisor.devices.block.mirror.target import Candidate, MirrorTarget
+from hypervisor.devices.driver import Backend
 from hypervisor.errors import HostUnavailable, MigrationFailed, MigrationRefused, ToolstackError, Unsupported
 from hypervisor.host.device import Device
 from hypervisor.host.settings import HostSettings
@@ -79,10 +80,15 @@ class BlobLink:
             self._waiting.put_nowait(None)
 
 
+def movable(disks: Sequence[Device]) -> list[Device]:
+    """Those that `source` can copy: all but the ones of tests."""
+    return [disk for disk in disks if isinstance(disk.backend, BlockBackend)]
+
+
 async def offers(disks: Sequence[Device]) -> list[dict[str, Any]]:
     """What the target is told of a domain's disks. :raises ToolstackError: one cannot be described now."""
     found = []
-    for disk in disks:
+    for disk in movable(disks):
         spec, opened = _spec(disk), disk.opened
         if opened is None:
             raise HostUnavailable(f"disk {disk.id} is not open now: try again")
@@ -140,7 +146,7 @@ def source(
 
 
 def target(
-    backend: BlockBackend,
+    backend: Backend,
     uuid: str,
     domid: int,
     specs: Sequence[DiskSpec],
@@ -152,6 +158,7 @@ def target(
     :param told: what came from the source's `offers`. :param answered: what `answers` gave for it.
     :raises MigrationRefused: they are not the domain's disks.
     """
+    assert isinstance(backend, BlockBackend)
     by_id = {spec.id: spec for spec in specs}
     found = []
     for offer, item in zip(parse_offers(told), answered, strict=True):

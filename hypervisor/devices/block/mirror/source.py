@@ -90,6 +90,11 @@ class MirrorSource:
         self._bytes = 0
         self.limit(rate)
 
+    @property
+    def disks(self) -> list[str]:
+        """Ids of those that are copied."""
+        return [disk.source.id for disk in self._disks]
+
     def limit(self, rate: int) -> None:
         """From now on no faster than that; 0: as fast as it goes."""
         self._bucket = Bucket(rate, rate * BURST_SECONDS, time.monotonic) if rate > 0 else None
