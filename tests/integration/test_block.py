@@ -6,12 +6,14 @@ statically and, for qcow2, qemu-utils and qemu-system-common.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -177,6 +179,64 @@ def test_raw_bytes_are_not_probed(rig: HostRig, debian: Guest) -> None:
         assert "\n8192\n" in debian.run("cat /sys/block/xvdb/size")
     finally:
         detach(debian)
+
+
+@pytest.fixture
+def loop_device(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A file of 16 MiB, and the block device that shows it."""
+    if os.geteuid() != 0 or shutil.which("losetup") is None:
+        pytest.skip("only root makes a loop device, with losetup")
+    file = tmp_path / "device.img"
+    with file.open("wb") as image:
+        image.truncate(16 * MIB)
+    made = subprocess.run(["losetup", "--find", "--show", str(file)], capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"this machine has no loop devices: {made.stderr}")
+    name = made.stdout.strip()
+    yield file, name
+    subprocess.run(["losetup", "--detach", name], check=True)
+
+
+@contextlib.contextmanager
+def exclusive(name: str) -> Iterator[None]:
+    """As a mounted file system has it."""
+    fd = os.open(name, os.O_RDONLY | os.O_EXCL)
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_block_device(rig: HostRig, debian: Guest, loop_device: tuple[Path, str], direct: bool) -> None:
+    file, name = loop_device
+    nodes = [rig.state / "images" / f"device-{direct}-{number}" for number in range(2)]
+    for node in nodes:
+        node.parent.mkdir(parents=True, exist_ok=True)
+        os.mknod(node, stat.S_IFBLK | 0o600, os.stat(name).st_rdev)
+    attach(debian, nodes[0], direct=direct)
+    try:
+        with pytest.raises(ImageInUse, match=debian.uuid):
+            debian.toolstack.attach_disk(debian.uuid, DiskSpec("xvdc", str(nodes[1])))
+        said = debian.run("dd if=/dev/urandom of=/tmp/r bs=64k count=16 2>/dev/null; sha256sum /tmp/r; "
+                          "dd if=/tmp/r of=/dev/xvdb bs=256k seek=4 conv=fsync; cat /sys/block/xvdb/size")  # fmt: skip
+        expected = re.search(r"^([0-9a-f]{64}) ", said, re.M)
+        assert expected and "\n32768\n" in said, said
+        with pytest.raises(ImageInvalid, match="make the block device larger first"):
+            debian.toolstack.resize_disk(debian.uuid, "xvdb", 24 * MIB)
+        os.truncate(file, 24 * MIB)
+        subprocess.run(["losetup", "--set-capacity", name], check=True)
+        debian.toolstack.resize_disk(debian.uuid, "xvdb", 24 * MIB)
+        debian.run("until [ $(cat /sys/block/xvdb/size) = 49152 ]; do usleep 20000; done", 30)
+        debian.run("dd if=/tmp/r of=/dev/xvdb bs=1M seek=20 conv=fsync")
+    finally:
+        detach(debian)
+    with pytest.raises(ImageInUse, match="in use by the host"), exclusive(name):
+        debian.toolstack.attach_disk(debian.uuid, DiskSpec("xvdc", str(nodes[1])))
+    for at in (1, 20):
+        with open(name, "rb") as device:
+            device.seek(at * MIB)
+            assert hashlib.sha256(device.read(MIB)).hexdigest() == expected[1]
 
 
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])

@@ -78,8 +78,15 @@ class Opener:
         # Not to hang on a pipe, and not to follow what was put there meanwhile.
         flags = (os.O_RDWR if writing else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
         try:
+            if use is Use.WRITER and stat.S_ISBLK(os.stat(real).st_mode):
+                # Nor with what is mounted, and whatever node it is opened by: locks are those of a node.
+                flags |= os.O_EXCL
             fd = os.open(real, flags)
         except OSError as exc:
+            if exc.errno == errno.EBUSY:
+                raise ImageInUse(
+                    f"image {path} is in use by the host or by another name: unmount it, or detach it there"
+                ) from exc
             raise _cannot_open(path, exc, writing=writing) from exc
         try:
             self._check_folder(path, os.readlink(f"/proc/self/fd/{fd}"))
