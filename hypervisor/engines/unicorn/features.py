@@ -1,7 +1,7 @@
 """The engine's own feature words, found in its memory: what is cleared there is gone for the guest in every way.
 
-CPUID is answered by the handler, but for one that meets a stop under way, which gets the engine's own answer; and an
-instruction that a processor does not have must fault. Both follow from the feature words (QEMU's CPUX86State.features).
+CPUID is answered by the handler, but an instruction that a processor does not have must fault, too. That follows from
+the feature words (QEMU's CPUX86State.features).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import struct
 from collections.abc import Callable, Mapping
 
-from hypervisor.engines.unicorn.private import safe_read
+from hypervisor.engines.unicorn.private import readable
 
 LOG = logging.getLogger(__name__)
 
@@ -26,9 +26,9 @@ Cpuid = Callable[[int, int], tuple[int, int, int, int]]
 
 def find(env: int, start: int, cpuid: Cpuid) -> int:
     """Address of the feature words behind `start` bytes of the processor's state, 0 when they are not found."""
-    data = safe_read(env + start, _AREA)
+    data = readable(env + start, _AREA)  # the heap may end before
     wanted = {index: cpuid(leaf, 0)[register] for (leaf, register), index in _INDEX.items()}
-    for at in range(0, _AREA - 64, 8):
+    for at in range(0, len(data) - 63, 8):
         words = struct.unpack_from("<8Q", data, at)
         if all(words[index] == value for index, value in wanted.items()):
             return env + start + at

@@ -78,17 +78,22 @@ class _Mismatch(Exception):
     pass
 
 
-def safe_read(address: int, size: int) -> bytes:
-    """Memory of this process, or `_Mismatch` where a plain read would crash."""
+def readable(address: int, size: int) -> bytes:
+    """Memory of this process, at most `size` bytes: fewer where it ends before, none where there is none."""
     fd = os.open("/proc/self/mem", os.O_RDONLY)
     try:
-        data = os.pread(fd, size, address)
-    except (OSError, OverflowError) as exc:
-        raise _Mismatch(f"no memory at {address:#x}") from exc
+        return os.pread(fd, size, address)
+    except (OSError, OverflowError):
+        return b""
     finally:
         os.close(fd)
+
+
+def safe_read(address: int, size: int) -> bytes:
+    """Memory of this process, or `_Mismatch` where a plain read would crash."""
+    data = readable(address, size)
     if len(data) != size:
-        raise _Mismatch(f"short read at {address:#x}")
+        raise _Mismatch(f"no {size} bytes of memory at {address:#x}")
     return data
 
 
