@@ -23,7 +23,8 @@ from typing import Any
 
 from hypervisor.xenstore.errors import XenstoreError
 from hypervisor.xenstore.quota import Limits
-from hypervisor.xenstore.server import STATE_VERSION, Record, Server
+from hypervisor.xenstore.records import Record
+from hypervisor.xenstore.server import STATE_VERSION, Server
 from hypervisor.xenstore.store import Node, node_to_json
 
 LOG = logging.getLogger(__name__)

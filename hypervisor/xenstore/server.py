@@ -17,7 +17,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from hypervisor.devices.rate import Bucket
 from hypervisor.xenstore import path as paths
@@ -36,6 +36,7 @@ from hypervisor.xenstore.errors import (
 from hypervisor.xenstore.operations import HANDLERS, Call
 from hypervisor.xenstore.perms import DOM0, Who
 from hypervisor.xenstore.quota import Limits
+from hypervisor.xenstore.records import Journal, Record
 from hypervisor.xenstore.store import Node, Store, node_to_json
 from hypervisor.xenstore.transaction import Transaction
 from hypervisor.xenstore.watch import Watch, WatchTable, may_hear
@@ -44,13 +45,6 @@ from hypervisor.xenstore.wire import PAYLOAD_MAX, Packet
 LOG = logging.getLogger(__name__)
 
 STATE_VERSION = 1
-
-Record = list[Any]
-
-
-class Journal(Protocol):
-    def append(self, records: list[Record]) -> None:
-        """Make the records of one step durable against the end of this process."""
 
 
 class Server:
@@ -311,7 +305,7 @@ class Server:
 
     def save(self, *, nodes: bool = True) -> dict[str, Any]:
         """JSON form of everything but the tools' connections, which end with the process."""
-        domains = {str(domid): self._save_domain(domid, conn) for domid, conn in sorted(self._domains.items())}
+        domains = {str(domid): self.save_domain(domid) for domid in self.domains}
         quota = dict(self._quota)
         return {"version": STATE_VERSION, "store": self.store.save(nodes=nodes), "domains": domains, "quota": quota}
 
@@ -334,21 +328,26 @@ class Server:
         for name, value in data.get("quota", {}).items():
             server.set_quota(str(name), int(value))
         for text, saved in data["domains"].items():
-            domid = int(text)
-            conn = server._domains[domid] = server._connection(Who(domid, saved["target"]))
-            conn.load(saved)
-            if saved["shutdown"]:
-                server._shutdown.add(domid)
-            for path, token, prefix, depth in saved["watches"]:
-                server.watches.add(conn, Watch(path, token.encode("latin-1"), int(prefix), int(depth)))
-            for ident in saved["transactions"]:
-                conn.transactions[ident] = Transaction(ident, server.store, conn.who, conn.limits, doomed=True)
-            if saved["positions"] is not None:
-                req_cons, rsp_base = saved["positions"]
-                server._restored[domid] = (int(req_cons), int(rsp_base))
+            server.load_domain(int(text), saved)
         return server
 
-    def _save_domain(self, domid: int, conn: Connection) -> dict[str, Any]:
+    def load_domain(self, domid: int, saved: dict[str, Any]) -> None:
+        """A domain that waits for its `introduce`; nothing is journalled. :raises: as `restore`."""
+        conn = self._domains[domid] = self._connection(Who(domid, saved["target"]))
+        conn.load(saved)
+        if saved["shutdown"]:
+            self._shutdown.add(domid)
+        for path, token, prefix, depth in saved["watches"]:
+            self.watches.add(conn, Watch(path, token.encode("latin-1"), int(prefix), int(depth)))
+        for ident in saved["transactions"]:
+            conn.transactions[ident] = Transaction(ident, self.store, conn.who, conn.limits, doomed=True)
+        if saved["positions"] is not None:
+            req_cons, rsp_base = saved["positions"]
+            self._restored[domid] = (int(req_cons), int(rsp_base))
+
+    def save_domain(self, domid: int) -> dict[str, Any]:
+        """For `load_domain`. :raises NotFound: it is not being served."""
+        conn = self.domain(domid)
         positions = conn.endpoint.positions() if conn.endpoint is not None else self._restored.get(domid)
         return {
             **conn.save(),
@@ -389,6 +388,11 @@ class Server:
 
     def _note_node(self, path: str, node: Node | None) -> None:
         self._note(["n", path, node_to_json(node) if node is not None else None])
+
+    def note(self, records: list[Record]) -> None:
+        """They are part of the present step."""
+        for record in records:
+            self._note(record)
 
     def _note(self, record: Record) -> None:
         if self.journal is not None:

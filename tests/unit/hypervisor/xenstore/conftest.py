@@ -9,7 +9,8 @@ from descriptors import as_the_kernel_does
 
 from hypervisor.xenstore.connection import Connection
 from hypervisor.xenstore.quota import Limits
-from hypervisor.xenstore.server import Journal, Server
+from hypervisor.xenstore.records import Journal
+from hypervisor.xenstore.server import Server
 from hypervisor.xenstore.wire import Op, Packet, Parser
 
 

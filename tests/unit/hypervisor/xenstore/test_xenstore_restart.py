@@ -14,8 +14,9 @@ import pytest
 from hypervisor.xenstore import journal as journal_module
 from hypervisor.xenstore.handle import Handle
 from hypervisor.xenstore.journal import StateDamaged, load, open_server, replay
+from hypervisor.xenstore.records import Record
 from hypervisor.xenstore.ring import XenstoreRing
-from hypervisor.xenstore.server import Record, Server
+from hypervisor.xenstore.server import Server
 from hypervisor.xenstore.wire import Op, Packet, Parser
 
 REQ_CONS, REQ_PROD, RSP_CONS, RSP_PROD = range(512, 516)

@@ -1,0 +1,174 @@
+"""A domain's part of xenstored on its way to another host: its nodes, its connection, its back ends' nodes.
+
+The domid is the same there, so every path is. What other domains have to do with it stays behind: permissions for
+them, and its target. Open transactions end in EAGAIN, as after a restart of xenstored.
+
+What arrives is hostile: paths below the domain's own homes only, no more than a domain may have or a toolstack
+writes, permissions for itself and domain 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypervisor.xenstore import path as paths
+from hypervisor.xenstore import records, tree
+from hypervisor.xenstore.errors import Invalid, XenstoreError
+from hypervisor.xenstore.path import domain_path
+from hypervisor.xenstore.perms import DOM0, DOMID_ANY, Acl, parse_text
+from hypervisor.xenstore.server import Server
+from hypervisor.xenstore.store import Node
+from hypervisor.xenstore.wire import HEADER, PAYLOAD_MAX
+
+MAX_NODES = 20_000
+_BACKENDS = ("/local/domain/0/backend", "/local/domain/0/error/backend")
+
+
+def give(server: Server, domid: int, uuid: str) -> dict[str, Any]:
+    """JSON for `take`. Its ring must have been let go (`Server.detach`), so that nothing changes any more.
+
+    :raises NotFound: it is not being served.
+    """
+    connection = {**server.save_domain(domid), "target": None}
+    nodes: list[list[str]] = []
+    for root in _homes(server, domid, uuid):
+        todo = [root]
+        while todo:
+            path = todo.pop()
+            node = server.store.get(path)
+            if node is not None:
+                nodes.append([path, node.value.decode("latin-1"), str(_without_strangers(node.acl, domid))])
+                todo += [paths.child(path, name) for name in reversed(node.children)]
+    return {"nodes": nodes, "connection": connection}
+
+
+def take(server: Server, domid: int, uuid: str, data: dict[str, Any]) -> None:
+    """Become the host of a domain; it waits for its `introduce`.
+
+    :raises Invalid: `data` is not what `give` makes; nothing has changed.
+    """
+    try:
+        nodes = [_node(server, domid, uuid, *item) for item in data["nodes"]]
+        connection = _connection(server, domid, data["connection"])
+    except (ValueError, KeyError, TypeError, AttributeError, XenstoreError) as exc:
+        raise Invalid(f"xenstore nodes of domain {domid} from elsewhere make no sense: {exc!r}") from exc
+    if len({path for path, _ in nodes}) != len(nodes) or len(nodes) > MAX_NODES:
+        raise Invalid(f"domain {domid} comes with {len(nodes)} nodes, or with one twice")
+    if server.is_introduced(domid):
+        raise Invalid(f"domain {domid} is there already")
+    children = _children(domid, uuid, nodes)
+    for home in _homes(server, domid, uuid):
+        tree.remove(server.store, DOM0, home)
+    changes = []
+    for path, node in nodes:
+        if (above := paths.parent(path)) not in children:  # one of the homes
+            _attach(server, above, path)
+        server.store.put(path, Node(node.value, node.acl, tuple(children[path])))
+        changes.append(tree.Change(path, True, (node.acl,)))
+    # To those who watch here. The domain itself is not to notice.
+    server.fire(changes, None)
+    server.load_domain(domid, connection)
+    server.note(records.of_domain(domid, connection))
+    server.fire_special(paths.INTRODUCE_DOMAIN, domid)
+
+
+def _homes(server: Server, domid: int, uuid: str) -> list[str]:
+    """What is the domain's own, and there."""
+    homes = [domain_path(domid), f"/vm/{uuid}", f"/libxl/{domid}"]
+    for backends in _BACKENDS:
+        above = server.store.get(backends)
+        homes += [f"{backends}/{kind}/{domid}" for kind in (above.children if above is not None else ())]
+    return [home for home in homes if server.store.get(home) is not None]
+
+
+def _node(server: Server, domid: int, uuid: str, path: str, value: str, acl: str) -> tuple[str, Node]:
+    if paths.canonical(path.encode("latin-1"), "") != path:
+        raise ValueError(f"path {path[:100]!r}")
+    _home_of(domid, uuid, path)
+    content, permissions = value.encode("latin-1"), parse_text(acl)
+    if len(content) > PAYLOAD_MAX or len(permissions.entries) > server.limits.permissions:
+        raise ValueError(f"the node {path[:100]!r} is too large")
+    if permissions != _without_strangers(permissions, domid):
+        raise ValueError(f"permissions {acl[:100]!r}")
+    return path, Node(content, permissions)
+
+
+def _home_of(domid: int, uuid: str, path: str) -> str:
+    """The domain's home in which a path lies. :raises ValueError: in none."""
+    homes = [domain_path(domid), f"/vm/{uuid}", f"/libxl/{domid}"]
+    words = path.split("/")
+    for backends in _BACKENDS:
+        at = backends.count("/") + 2
+        if path.startswith(backends + "/") and len(words) > at and words[at] == str(domid):
+            homes.append("/".join(words[: at + 1]))
+    for home in homes:
+        if paths.levels_below(path, home) >= 0:
+            return home
+    raise ValueError(f"path {path[:100]!r}")
+
+
+def _without_strangers(acl: Acl, domid: int) -> Acl:
+    known = (0, domid, DOMID_ANY)
+    kept = tuple(entry for entry in acl.entries[1:] if entry.domid in known)
+    first = acl.entries[0] if acl.owner in (0, domid) else acl.entries[0]._replace(domid=0)
+    return Acl((first, *kept))
+
+
+def _children(domid: int, uuid: str, nodes: list[tuple[str, Node]]) -> dict[str, list[str]]:
+    """Names below each node. :raises Invalid: one has no parent among them, and is no home."""
+    children: dict[str, list[str]] = {path: [] for path, _ in nodes}
+    for path, _ in nodes:
+        above = paths.parent(path)
+        if above in children:
+            children[above].append(paths.basename(path))
+        elif _home_of(domid, uuid, path) != path:
+            raise Invalid(f"node {path} comes without its parent")
+    return children
+
+
+def _attach(server: Server, above: str, path: str) -> None:
+    """Make the way to a home, with domain 0's rights."""
+    tree.mkdir(server.store, DOM0, above, server.limits)
+    node = server.store.get(above)
+    assert node is not None
+    server.store.put(above, node.with_child(paths.basename(path)))
+
+
+def _connection(server: Server, domid: int, data: dict[str, Any]) -> dict[str, Any]:
+    """A checked copy."""
+    limits = server.limits
+    out = [(str(text), bool(event)) for text, event in data["out"]]
+    watches = [(str(path), str(token), int(prefix), int(depth)) for path, token, prefix, depth in data["watches"]]
+    transactions = [int(ident) for ident in data["transactions"]]
+    unread = str(data["in"])
+    positions: list[int] | None = None
+    if data["positions"] is not None:
+        positions = [int(position) & 0xFFFF_FFFF for position in data["positions"]]
+    events = sum(len(text) for text, event in out if event)
+    if len(watches) > limits.watches or len(transactions) > limits.transactions or events > limits.event_bytes:
+        raise ValueError("more watches, transactions or events than a domain may have")
+    if sum(not event for _, event in out) > limits.outstanding + 1 or len(unread) > HEADER.size + PAYLOAD_MAX:
+        raise ValueError("more input or output than a domain may have")
+    home = domain_path(domid)
+    for text, _ in out:
+        if not HEADER.size <= len(text.encode("latin-1")) <= HEADER.size + PAYLOAD_MAX:
+            raise ValueError("a packet that is none")
+    for path, token, prefix, depth in watches:
+        special = path.startswith("@")
+        if paths.canonical(path.encode("latin-1"), home, special=True) != path or depth < -1:
+            raise ValueError(f"a watch on {path[:100]!r}")
+        if prefix not in (0, len(home) + 1) or (special and prefix) or len(path) + len(token) > limits.watch_size:
+            raise ValueError("a watch that is none")
+        token.encode("latin-1")
+    if positions is not None and len(positions) != 2:
+        raise ValueError("positions")
+    return {
+        "in": unread.encode("latin-1").decode("latin-1"),
+        "out": out,
+        "transactions": transactions,
+        "next_transaction": max(1, int(data["next_transaction"]) & 0xFFFF_FFFF),
+        "target": None,
+        "shutdown": bool(data["shutdown"]),
+        "watches": watches,
+        "positions": positions,
+    }
