@@ -9,8 +9,11 @@ to it anyway; to others it can do what the guest itself can, from a process that
 
 from __future__ import annotations
 
+import array
 import collections
 import json
+import logging
+import os
 import queue
 import struct
 import threading
@@ -18,20 +21,27 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import zstandard
 
 from hypervisor import domain_state
 from hypervisor.errors import HostFailure, MigrationFailed, WrongState
 from hypervisor.evtchn.core import ChannelState
+from hypervisor.hotcode import HotCode
 from hypervisor.machine import Machine
 from hypervisor.memory.tally import Tally
+
+LOG = logging.getLogger(__name__)
 
 MAGIC = b"reevedom"
 VERSION = 1
 _HEADER = struct.Struct("<8sHHII")  # magic, version, flags, bytes of JSON, bytes of the frame table's zstd frame
 _EARLY = 1
 MAX_STATE = 32 << 20
-CALL_TIMEOUT = 5.0
+CALL_TIMEOUT = 10.0
+AHEAD_S = 2.0
+"""For how long at most code is translated ahead."""
+MAX_BLOCKS = 100_000
 MOST_APART_NS = 10_000_000_000
 """Wall clocks that say more than this has passed between export and import, or less than nothing, are not believed."""
 
@@ -53,6 +63,7 @@ class MovingState:
         self.frozen = incoming
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._tally: Tally | None = None
+        self._hot: HotCode | None = None
         self._done: threading.Event | None = None  # of the call that is under way
         self._over = False
 
@@ -170,10 +181,15 @@ class MovingState:
         """
         if not (early or self.frozen) or self.incoming:
             raise WrongState("the domain is not frozen: call migration_freeze first")
-        return self.call(lambda: self._give_early() if early else self._give())
+        return self._give_early() if early else self.call(self._give)
 
     def _give_early(self) -> bytes:
-        return _pack(b"{}", self._machine.domain.frames.raw(), _EARLY)
+        """The frame table, and which code is translated here."""
+        domain = self._machine.domain
+        ahead = domain.engine.ahead
+        blocks, mode = ahead.known() if ahead is not None else (array.array("Q"), 0)
+        said = json.dumps({"blocks": len(blocks), "mode": mode}).encode()
+        return _pack(said, self.call(domain.frames.raw) + blocks.tobytes(), _EARLY)
 
     def _give(self) -> bytes:
         machine, domain = self._machine, self._machine.domain
@@ -196,9 +212,11 @@ class MovingState:
 
     # -- on the target
 
-    def take(self, data: bytes) -> None:
+    def take(self, data: bytes, marks: int | None = None) -> None:
         """Become what `give` gave; for an early part, make ready for the whole. The memory is in place already.
 
+        :param marks: descriptor of a file with a byte for each page, in which whoever writes the memory sets those of
+            pages that it wrote (`Receiver.marks`). Without it no code is translated ahead.
         :raises MigrationFailed: it is none, or of another version, build or domain, or contradicts the memory; an early
             part does no harm then.
         """
@@ -207,23 +225,37 @@ class MovingState:
         said, frames, flags = _unpack(data, self._machine.domain.frames.raw_bytes)
         try:
             if flags & _EARLY:
-                self.call(lambda: self._make_ready(frames))
+                self.call(lambda: self._make_ready(said, frames, marks))
                 return
-            self.call(lambda: self._take(said, frames))
+            self.call(lambda: self._take(said, frames, marks))
         except (ValueError, KeyError, TypeError, IndexError, OverflowError, AttributeError) as exc:
             raise MigrationFailed(f"the domain's state cannot be taken over: {exc}") from exc
         self.incoming = False
         self.thaw()
 
-    def _make_ready(self, frames: bytes) -> None:
+    def _make_ready(self, said: dict[str, Any], content: bytes, marks: int | None) -> None:
         domain = self._machine.domain
-        domain.frames.load_raw(frames)
+        size = domain.frames.raw_bytes
+        domain.frames.load_raw(content[:size])
         if self._tally is None:
             self._tally = Tally(domain.tables)
             domain_state.make_ready(domain)
         self._tally.look()
+        if marks is None:
+            return
+        if self._hot is None:
+            try:
+                os.pwrite(marks, bytes(self.pages), 0)
+            except OSError as exc:  # a guest whose marks are more than the sandbox lets a file be
+                LOG.info("no code is translated ahead: %s", exc)
+                return
+            self._hot = HotCode(domain)
+        blocks = array.array("Q")
+        blocks.frombytes(content[size:])
+        done = self._hot.translate(blocks, said["mode"], AHEAD_S)
+        LOG.info("%d of %d blocks translated ahead", done, len(blocks))
 
-    def _take(self, said: dict[str, Any], frames: bytes) -> None:
+    def _take(self, said: dict[str, Any], frames: bytes, marks: int | None) -> None:
         machine, domain = self._machine, self._machine.domain
         state, sent, cpu_time = said["state"], said["wall_ns"], said["cpu_time_ns"]
         if said["boot"] != self.boot:
@@ -231,6 +263,12 @@ class MovingState:
         if not isinstance(sent, int) or not isinstance(cpu_time, int) or cpu_time < 0:
             raise ValueError("its times are of no use")
         domain.frames.load_raw(frames)
+        if self._hot is not None:
+            written = np.ones(self.pages, dtype=np.uint8)
+            if marks is not None and len(told := os.pread(marks, self.pages, 0)) == self.pages:
+                written = np.frombuffer(told, dtype=np.uint8)
+            self._hot.settle(written)
+            self._hot = None
         passed = time.time_ns() - sent
         if 0 < passed < MOST_APART_NS:
             state["clock"]["now"] += passed
@@ -258,7 +296,10 @@ def _unpack(data: bytes, frame_bytes: int) -> tuple[dict[str, Any], bytes, int]:
             raise ValueError(f"it has {len(data)} bytes")
         said = json.loads(data[_HEADER.size : _HEADER.size + size])
         frame = data[_HEADER.size + size :]
-        if not isinstance(said, dict) or zstandard.frame_content_size(frame) != frame_bytes:
+        blocks = said.get("blocks", 0) if isinstance(said, dict) else -1
+        if not (type(blocks) is int and 0 <= blocks <= MAX_BLOCKS and type(said.get("mode", 0)) is int):
+            raise ValueError("it is of another form")
+        if zstandard.frame_content_size(frame) != frame_bytes + 8 * blocks:
             raise ValueError("it is not of a domain like this")
         return said, zstandard.ZstdDecompressor().decompress(frame), flags
     except (ValueError, RecursionError, struct.error, zstandard.ZstdError) as exc:

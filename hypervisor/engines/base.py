@@ -11,6 +11,7 @@ thread that calls `Engine.run` (or from a handler, which runs there).
 
 from __future__ import annotations
 
+import array
 import dataclasses
 from collections.abc import Mapping, MutableSequence
 from typing import Protocol
@@ -125,8 +126,28 @@ class Registers(Protocol):
         """Base address of the segment that register `index` (`hypervisor.engines.x86`) names."""
 
 
+class Ahead(Protocol):
+    """Code translated before it is needed, in an engine that translates."""
+
+    def known(self) -> tuple[array.array[int], int]:
+        """Guest addresses of code that is translated, oldest first, and the mode that `begin` wants. Any thread; hints,
+        which may be wrong."""
+
+    def begin(self, mode: int) -> None:
+        """Before `translate`, after `Engine.reset_pv64`."""
+
+    def translate(self, address: int) -> bool:
+        """Under the page tables in force. Between runs only.
+
+        :param address: in an executable page, and the next page is executable too: a fault now has nowhere to go.
+        :returns: whether it was done.
+        """
+
+
 class Engine(Protocol):
     name: str
+    ahead: Ahead | None
+    """None: it cannot do that."""
     regs: Registers
     runs_32_bit: bool
     """Whether `load_segment` can make 32-bit code and rings other than 3 (read only)."""

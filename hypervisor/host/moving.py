@@ -4,7 +4,8 @@ Ops from the host: ``migration_facts``; ``migration_log`` (``on``; a descriptor 
 understands) begins and ends the log of writes; ``migration_dirty`` puts into that file what was written since the last
 call, or since the log began; ``migration_freeze`` (``on``; ``dirty``: with the last look at what was written) stops the
 run loop dead, and lets it go on;
-``migration_export`` (``early``; a file) writes the state of a frozen guest, ``migration_import`` (a file) takes it.
+``migration_export`` (``early``; a file) writes the state of a frozen guest, ``migration_import`` (a file, and that of
+`Receiver.marks`) takes it. The early part tells of a guest that runs on; with it the target makes ready.
 
 The order of a switch: freeze, then export and the last ``migration_dirty`` in any order, then the pages. A frozen guest
 stays frozen when the host's connection ends: only who knows which copy may run says what becomes of it.
@@ -194,12 +195,12 @@ class MigrationPart:
         return {"bytes": at}
 
     def _import(self, _message: Message, fds: list[int]) -> dict[str, Any]:
-        if len(fds) != 1:
+        if len(fds) not in (1, 2):
             raise HostFailure(f"op migration_import with {len(fds)} descriptors")
         data = os.pread(fds[0], MAX_STATE + 1, 0)
         if len(data) > MAX_STATE:
             raise MigrationFailed(f"a domain's state of more than {MAX_STATE} bytes")
-        self._guest.take(data)
+        self._guest.take(data, fds[1] if len(fds) > 1 else None)
         return {}
 
 

@@ -240,7 +240,7 @@ async def target_takes(target: Place, receiver: Receiver, kind: str, times: Time
     fd = os.memfd_create("state")
     try:
         os.write(fd, content)
-        await target.ask("import", fd)
+        await target.ask("import", fd, receiver.marks)
     finally:
         os.close(fd)
     if times is not None:

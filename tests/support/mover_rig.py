@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import subprocess
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -55,11 +56,9 @@ class Memory:
 
     def __init__(self, pages: int) -> None:
         self.pages = pages
-        self._handles = Handles.create("test", pages)
-        self.fd = self._handles.memory
-
-    def __del__(self) -> None:
-        self._handles.close()
+        handles = Handles.create("test", pages)
+        self.fd = handles.memory
+        weakref.finalize(self, handles.close)
 
     def write(self, page: int, content: bytes) -> None:
         os.pwrite(self.fd, content, page * PAGE_SIZE)

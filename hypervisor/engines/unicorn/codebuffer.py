@@ -55,6 +55,11 @@ class CodeBuffer:
     def known(self) -> bool:
         return self._area is not None
 
+    @property
+    def area(self) -> tuple[int, int] | None:
+        """Its start and end."""
+        return self._area
+
     def release(self) -> None:
         """Give the memory back. All translations must have been dropped, and none may be running."""
         if self._area:

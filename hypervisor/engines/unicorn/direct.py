@@ -281,6 +281,10 @@ class DirectRegisters:
     def save(self) -> bytes:
         return bytes(self._byte)
 
+    def set_mode(self, flags: int) -> None:
+        """Translate as under the flags of a block; what no guest can change of them stays."""
+        self._i[self._hflags] = self._i[self._hflags] & ~_HF_GUESTS | flags & _HF_GUESTS
+
     def checked(self, state: bytes) -> bytes:
         """What `save` gave on another host, safe to `restore` here.
 

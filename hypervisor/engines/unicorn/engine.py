@@ -28,6 +28,7 @@ from hypervisor.engines.unicorn.public import PublicRegisters
 from hypervisor.engines.unicorn.ring3 import enter_ring3
 from hypervisor.engines.unicorn.segments import Segments
 from hypervisor.engines.unicorn.tablewalk import TableWalk
+from hypervisor.engines.unicorn.translations import Translations
 
 _PTR = ctypes.c_void_p
 _INTR_CB = ctypes.CFUNCTYPE(None, _PTR, ctypes.c_uint32, _PTR)
@@ -83,6 +84,9 @@ class UnicornEngine(Segments, Intercepts):
         else:
             self._public = PublicRegisters(self._uc)
         self.regs: Any = self._direct or self._public
+        self.ahead: Translations | None = None
+        if self._direct:
+            self.ahead = Translations(self._code_buffer.area, self._leaf.uc_ctl, self._handle, self._direct)
 
     def _init_direct(self, layout: Layout) -> None:
         cpu = ctypes.c_uint64.from_address(self._handle + layout.uc_cpu).value

@@ -61,6 +61,7 @@ class Mover:
 
     :ivar why: how the conversation ended, one line; "" while it goes on or when it ended as it should.
     :ivar error: the error that ended it, or None.
+    :ivar marks: on the target, descriptor of a file with a byte for each page, set when it was written; while open.
     """
 
     def __init__(self) -> None:
@@ -75,6 +76,7 @@ class Mover:
         self._pidfd = -1
         self._gone = asyncio.Event()
         self._spool = -1
+        self.marks = -1
         for future in (self._ready, self._connected):
             future.add_done_callback(lambda f: f.cancelled() or f.exception())
 
@@ -123,9 +125,10 @@ class Mover:
             reap(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = -1
-        if self._spool >= 0:
-            os.close(self._spool)
-            self._spool = -1
+        for fd in (self._spool, self.marks):
+            if fd >= 0:
+                os.close(fd)
+        self._spool = self.marks = -1
 
     # -- inside
 
@@ -135,7 +138,9 @@ class Mover:
         try:
             self._spool = os.memfd_create("reeve-mover-spool", os.MFD_CLOEXEC)
             os.ftruncate(self._spool, SPOOL_BYTES)
-            fds = [theirs.fileno(), 2, memory, sock.fileno(), self._spool]
+            self.marks = os.memfd_create("reeve-mover-marks", os.MFD_CLOEXEC)
+            os.ftruncate(self.marks, order.pages)
+            fds = [theirs.fileno(), 2, memory, sock.fileno(), self._spool, self.marks]
             message = {"op": "spawn-mover", "order": order.to_json(), "sandbox": box}
             _, self._pidfd = await zygote.spawn(message, fds)
         except BaseException:

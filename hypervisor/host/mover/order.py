@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 SOURCE, TARGET = "source", "target"
-FDS = 5
-"""Channel, log, memory, socket (connected on the source, listening on the target), spool for blobs that arrive."""
+FDS = 6
+"""Channel, log, memory, socket (connected on the source, listening on the target), spool for blobs that arrive, marks
+of pages that were written (of no use on the source)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

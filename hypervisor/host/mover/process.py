@@ -16,6 +16,7 @@ import collections
 import contextlib
 import gc
 import logging
+import mmap
 import os
 import socket
 import sys
@@ -56,7 +57,9 @@ class Closed(Exception):
 class MoverProcess:
     """What source and target have in common."""
 
-    def __init__(self, order: MoverOrder, channel: Channel, tls: Tls, memory: int, spool: int) -> None:
+    def __init__(
+        self, order: MoverOrder, channel: Channel, tls: Tls, memory: int, spool: int, marks: mmap.mmap
+    ) -> None:
         self.order = order
         self._channel = channel
         self._own = tls
@@ -65,6 +68,7 @@ class MoverProcess:
         self._answers: collections.deque[bytes] = collections.deque()
         self._pace = Pace(order.rate)
         self._memory = memory
+        self._marks = marks
         self._talk: Conversation
         self._sink: PageSink | None = None
         self._source: PageSource | None = None
@@ -217,7 +221,7 @@ class MoverProcess:
             self.tell({"event": "refused", "why": why[: wire.MAX_TEXT]})
 
         tls, _ = meeting.await_source(listener, self._own, self.secret, self._channel.fileno(), self.serve, refused)
-        self._sink = PageSink(self._memory, self.order.pages)
+        self._sink = PageSink(self._memory, self.order.pages, self._marks)
         self.tell({"event": "connected"})
         self.converse(tls)
 
@@ -271,6 +275,7 @@ def _run(order: MoverOrder, channel: Channel, fds: Sequence[int], *, sandbox_req
     try:
         tls = Tls(order.tls, server=order.role != SOURCE)
         sock = socket.socket(fileno=fds[3])
+        marks = mmap.mmap(fds[5], order.pages)
         largest = max(order.pages * PAGE_SIZE, SPOOL_BYTES)
         report = sandbox.restrict(max_file_size=largest)
         report = sandbox.lock_down(report, required=sandbox_required, profile=seccomp.MOVER)
@@ -278,7 +283,7 @@ def _run(order: MoverOrder, channel: Channel, fds: Sequence[int], *, sandbox_req
         say({"event": "failed", "error": exc.to_json()})
         return 1
     say({"event": "ready", "sandbox": report.to_json()})
-    last = _life(MoverProcess(order, channel, tls, memory, spool), sock)
+    last = _life(MoverProcess(order, channel, tls, memory, spool, marks), sock)
     LOG.info("ends: %s", last["why"] or "as told")
     with contextlib.suppress(ChannelClosed):
         say(last)

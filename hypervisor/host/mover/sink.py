@@ -8,6 +8,7 @@ nobody's until the domain runs, and nothing else.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from typing import Any
 
@@ -27,10 +28,12 @@ Array = Any
 class PageSink:
     """:param memory: descriptor of the domain's memory, `pages` pages; its size is sealed.
 
+    :param marks: a byte for each page, set when it was written; None: nobody wants to know.
     :ivar pages: how many were written, each time counted.
     """
 
-    def __init__(self, memory: int, pages: int) -> None:
+    def __init__(self, memory: int, pages: int, marks: mmap.mmap | None = None) -> None:
+        self._marks = np.frombuffer(marks, dtype=np.uint8) if marks is not None else np.zeros(pages, dtype=np.uint8)
         self._memory = memory
         self._limit = pages
         self._decompressor = zstandard.ZstdDecompressor()
@@ -42,16 +45,19 @@ class PageSink:
     def take(self, head: Header, body: memoryview) -> None:
         """A record of kind PAGES, FILL or COPY. :raises BadRecord: nothing of it was written, or a whole part."""
         if head.kind is Kind.PAGES:
-            self._take_pages(head, body)
+            indexes = self._take_pages(head, body)
         elif head.kind is Kind.FILL:
-            self._take_fill(head.count, body)
+            indexes = self._take_fill(head.count, body)
         else:
             pairs = np.frombuffer(body, dtype="<u4").reshape(-1, 2)
             self._check(pairs)
+            indexes = pairs[:, 0]
             for to, source in pairs.tolist():
                 if os.preadv(self._memory, [self._page], source * PAGE_SIZE) != PAGE_SIZE:
                     raise BadRecord(f"page {source} cannot be copied")
                 self._write(to, memoryview(self._page))
+        # Afterwards: whoever cleared the marks before a page was whole sees this one.
+        self._marks[indexes] = 1
         self.pages += head.count
 
     def _check(self, indexes: Array) -> None:
@@ -62,7 +68,7 @@ class PageSink:
         if os.pwritev(self._memory, [content], index * PAGE_SIZE) != len(content):
             raise OSError("the domain's memory cannot be written")
 
-    def _take_pages(self, head: Header, body: memoryview) -> None:
+    def _take_pages(self, head: Header, body: memoryview) -> Array:
         split = head.count * wire.INDEX_BYTES
         indexes = np.frombuffer(body[:split], dtype="<u4")
         self._check(indexes)
@@ -71,6 +77,7 @@ class PageSink:
             content = memoryview(self._unpacked(content, head.count * PAGE_SIZE))
         for first, end in runs(indexes.astype(np.int64)):
             self._write(int(indexes[first]), content[first * PAGE_SIZE : end * PAGE_SIZE])
+        return indexes
 
     def _unpacked(self, frame: memoryview, size: int) -> bytes:
         try:
@@ -84,7 +91,7 @@ class PageSink:
             raise BadRecord(f"a zstd frame that is not of {size} bytes")
         return bytes(content)
 
-    def _take_fill(self, count: int, body: memoryview) -> None:
+    def _take_fill(self, count: int, body: memoryview) -> Array:
         split = count * wire.INDEX_BYTES
         indexes = np.frombuffer(body[:split], dtype="<u4").astype(np.int64)
         words = np.frombuffer(body[split:], dtype="<u8")
@@ -94,6 +101,7 @@ class PageSink:
             self._clear(int(zero[first]), end - first)
         for index, word in zip(indexes[words != 0].tolist(), words[words != 0].tolist(), strict=True):
             self._write(index, memoryview(word.to_bytes(8, "little") * (PAGE_SIZE // 8)))
+        return indexes
 
     def _clear(self, first: int, count: int) -> None:
         """Zeros that take no memory."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import array
 import base64
 import collections
 import json
+import os
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from hypervisor import moving
 from hypervisor.errors import MigrationFailed, ToolstackError, WrongState
 from hypervisor.host.dirty_log import Unavailable, WriteLog
+from hypervisor.hotcode import HotCode
 from hypervisor.moving import _HEADER, MovingState
 
 pytestmark = pytest.mark.skipif(harness.build.available() is not None, reason=str(harness.build.available()))
@@ -131,6 +134,83 @@ def test_a_frozen_guest_does_nothing_and_goes_on(runs: list[GuestRun], log: Writ
     first.moving.thaw()
     assert first.wait_end() == harness.EXPECTED_POWEROFF
     assert first.failures() == []
+
+
+def blocks_of(run: GuestRun) -> set[int]:
+    return set(run.machine.engine.ahead.known()[0])
+
+
+@pytest.fixture
+def marks() -> Iterator[int]:
+    fd = os.memfd_create("marks")
+    yield fd
+    os.close(fd)
+
+
+def test_code_is_translated_before_the_guest_arrives(runs: list[GuestRun], marks: int) -> None:
+    first = running(runs, "onward", cmdline="count=40")
+    if first.machine.engine.ahead is None:
+        pytest.skip("the engine is on its public path")
+    first.wait_text("onward: tick 10")
+    second = there(runs, "onward", first)
+    second.memory[:] = first.memory[:]
+    early = first.moving.give(early=True)
+    known = blocks_of(first)
+    assert len(known) > 100 and not known & blocks_of(second)
+    os.pwrite(marks, b"\1" * first.moving.pages, 0)
+    second.moving.take(early, marks)
+    ready = blocks_of(second)
+    assert len(ready & known) > 0.9 * len(known)
+    assert os.pread(marks, first.moving.pages, 0) == bytes(first.moving.pages)
+    # The rest of memory comes; a page of code was written once more.
+    first.moving.freeze()
+    second.memory[:] = first.memory[:]
+    page = min(ready) >> 12
+    frame = second.machine.domain.kernel_view(first.machine.domain.vcpus[0]).translate(page << 12) >> 12
+    os.pwrite(marks, b"\1", frame)
+    in_page = {block for block in ready if block >> 12 == page}
+    assert in_page and in_page != ready
+    second.moving.take(first.moving.give(), marks)
+    assert not blocks_of(second) & in_page and len(blocks_of(second) & ready) > 0.8 * len(ready - in_page)
+    second.start()
+    assert second.wait_end() == harness.EXPECTED_POWEROFF
+    assert second.failures() == []
+
+
+def test_without_the_last_marks_nothing_translated_ahead_stays(runs: list[GuestRun], marks: int) -> None:
+    first = running(runs, "onward", cmdline="count=30")
+    if first.machine.engine.ahead is None:
+        pytest.skip("the engine is on its public path")
+    first.wait_text("onward: tick 5")
+    second = there(runs, "onward", first)
+    second.memory[:] = first.memory[:]
+    second.moving.take(first.moving.give(early=True), marks)
+    ready = blocks_of(second) & blocks_of(first)
+    assert ready
+    arrive(first, second)
+    assert second.wait_end() == harness.EXPECTED_POWEROFF and second.failures() == []
+
+
+def test_only_what_the_guest_could_run_is_translated(runs: list[GuestRun]) -> None:
+    first = running(runs, "onward", cmdline="count=40")
+    if first.machine.engine.ahead is None:
+        pytest.skip("the engine is on its public path")
+    first.wait_text("onward: tick 5")
+    second = there(runs, "onward", first)
+    first.moving.freeze()
+    second.memory[:] = first.memory[:]
+    known, mode = first.machine.engine.ahead.known()
+
+    def offer(addresses: list[int]) -> int:
+        domain = second.machine.domain
+        return second.moving.call(lambda: HotCode(domain).translate(array.array("Q", addresses), mode, 5.0))
+
+    assert offer(list(known)) == 0, "no frame table has come: there are no roots"
+    second.moving.take(first.moving.give(early=True))
+    stack = first.machine.engine.regs.gpr[4] & ~0xFFF
+    nonsense = [0, 1 << 47, (1 << 64) - 1, 0xFFFF_8000_0000_0000, stack, 0xDEAD_0000_0000]
+    assert offer(nonsense) == 0
+    assert 0 < offer(list(known)) <= len(known)
 
 
 def test_system_time_goes_on_by_what_passed(runs: list[GuestRun], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -299,6 +300,17 @@ def test_a_stream_cut_or_flipped_anywhere_stays_within_the_memory(data: st.DataO
     finally:
         assert os.pread(memory.fd, 8 * PAGE_SIZE, PAGES * PAGE_SIZE) == bytes(8 * PAGE_SIZE)
         os.close(spool)
+
+
+def test_written_pages_are_marked() -> None:
+    two, marks = Two(), mmap.mmap(-1, PAGES)
+    sink = PageSink(two.into.fd, PAGES, marks)
+    content = os.urandom(PAGE_SIZE)
+    two.memory.write(3, content)
+    deliver(stream_of(two.source, {3, 9}), sink)
+    two.memory.write(5, content)
+    deliver(stream_of(two.source, {5}) + fill_record((7, 7)), sink)
+    assert [page for page in range(PAGES) if marks[page]] == [3, 5, 7, 9] and sink.pages == 4
 
 
 def test_the_spool_is_used_again_when_all_was_taken(spool_fd: int) -> None:
