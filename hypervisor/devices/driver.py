@@ -15,7 +15,7 @@ The parts::
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -155,6 +155,14 @@ class Driver(Protocol):
 
 
 @runtime_checkable
+class Leaving(Protocol):
+    """A driver that has more to do than `Driver.disconnect` does, or less, when the guest goes to another host."""
+
+    def leave(self, devid: int) -> None:
+        """As `Driver.disconnect`, but the front end stays connected: another driver will go on with its rings."""
+
+
+@runtime_checkable
 class Recording(Protocol):
     """What a driver of disks can do besides, so that a disk can be mirrored while it is written."""
 
@@ -168,6 +176,10 @@ class Recording(Protocol):
         """
 
 
+async def _nothing() -> None:
+    """There is nothing to be done."""
+
+
 @dataclasses.dataclass(slots=True)
 class Opened:
     """A device made ready in the host process.
@@ -179,6 +191,14 @@ class Opened:
     :ivar fds: a function that gives descriptors for a (new) driver process; called at each start of one.
     :ivar size_bytes: of a disk.
     :ivar close: gives all of it back.
+
+    What a domain's move to another host takes (`hypervisor.host.migration`), with no driver at work:
+
+    :ivar flush: what this host keeps of a disk's content is where the other one finds it. It may be called before that
+        too, so that less is left to do. :raises HostFailure: it cannot be done.
+    :ivar leave: gives what of the device is on this host only, JSON. :ivar arrive: takes it on the other one; and
+        whoever sends frames to a nic learns where it is now.
+    :ivar end: as `close`, and waits until all is given back; None: `close` does.
     """
 
     config: dict[str, Any]
@@ -188,6 +208,10 @@ class Opened:
     fds: Callable[[], Sequence[int]]
     close: Callable[[], None]
     size_bytes: int = 0
+    flush: Callable[[], Awaitable[None]] = _nothing
+    leave: Callable[[], dict[str, Any]] = dict
+    arrive: Callable[[Mapping[str, Any]], None] = lambda carried: None
+    end: Callable[[], Awaitable[None]] | None = None
 
 
 class Backend(Protocol):
@@ -205,6 +229,12 @@ class Backend(Protocol):
         """Check and open a device of domain `domain` (UUID).
 
         :raises ToolstackError: ImageInvalid, ImageInUse, NetworkUnknown, DeviceExists ... with cause and cure.
+        """
+
+    async def check(self, domain: str, spec: Any) -> int:
+        """Whether it could be opened if nobody else had it; what takes time is made ready.
+
+        :returns: bytes of a disk, 0 for others. :raises ToolstackError: as `open`, but for who else uses it.
         """
 
     def frontend(self, read: Callable[[str], str | None]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ the record says and what the process says must agree; then the domain is ours ag
 
 * No process listens: the domain's end was not seen. It is CRASHED, with that as detail.
 * A process listens but says nothing (it is stopped, or busy): UNKNOWN, until it speaks.
-* A half-made domain is removed; one that was being restarted is restarted again.
+* A half-made domain is removed, and one that has gone to another host; one that was being restarted is restarted again.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import enum
 import logging
 import os
 import select
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from hypervisor.errors import HostFailure, HypervisorBug, ToolstackError
@@ -94,11 +96,23 @@ def contact(directory: Path) -> Contact | None:
     return Contact(pid, pidfd, sock)
 
 
-class Adoption:
-    """:param life: with its table and ledger still empty."""
+class Fate(enum.Enum):
+    """What becomes of a domain of which there is a record."""
 
-    def __init__(self, life: Lifecycle) -> None:
+    ADOPT = "adopt"
+    HOLD = "hold"  # adopt it, but it must not run, and nobody serves its devices
+    REMOVE = "remove"  # it is not, or no longer, this host's
+
+
+class Adoption:
+    """:param life: with its table and ledger still empty.
+
+    :param fate: of domains that were on their way to another host, or from one.
+    """
+
+    def __init__(self, life: Lifecycle, fate: Callable[[DomainRecord], Fate] = lambda record: Fate.ADOPT) -> None:
         self._life = life
+        self._fate = fate
         self._waiting: set[asyncio.Task[None]] = set()
         life.reconnect = self.reconnect
 
@@ -106,7 +120,7 @@ class Adoption:
         """Adopt what is there. Domains that do not answer in time stay UNKNOWN and are adopted when they do."""
         for record in list(self._life.records.load()):
             directory = self._life.records.directory(record.spec.uuid)
-            if record.phase is Phase.BUILDING:
+            if record.phase is Phase.BUILDING or self._fate(record) is Fate.REMOVE:
                 self._remove_half_made(record, directory)
             else:
                 self._add(record, directory)
@@ -144,12 +158,13 @@ class Adoption:
             task.cancel()
 
     def _remove_half_made(self, record: DomainRecord, directory: Path) -> None:
-        LOG.warning("domain %s was being made when the host process ended: removing it", record.spec.uuid)
+        LOG.warning("domain %s was on its way when the host process ended: removing it", record.spec.uuid)
         _kill(directory)
         self._life.records.remove(record.spec.uuid)
 
     def _add(self, record: DomainRecord, directory: Path) -> None:
         domain = self._life.new_domain(record, directory)
+        domain.held = self._fate(record) is Fate.HOLD
         self._life.table.add(domain)
         if record.phase is Phase.REMAKING:
             LOG.warning("domain %s was being restarted when the host process ended: restarting it", domain.uuid)
@@ -225,8 +240,9 @@ class Adoption:
         except ToolstackError as exc:
             LOG.error("domain %s: its rings cannot be reached: %s", domain.uuid, exc)
         assert domain.devices is not None
-        domain.devices.adopt()
-        self._life.resizer.begin(domain)
+        if not domain.held:
+            domain.devices.adopt()
+            self._life.resizer.begin(domain)
         if message.get("ended"):
             self._life.guest_ended(domain, message["ended"])
         elif not record.ended:

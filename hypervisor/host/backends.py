@@ -70,6 +70,7 @@ class HostBackends:
 
     def attach(self, domain: Domain, boot: dict[str, object], *, adopted: bool) -> DomainBackends:
         """:raises HostFailure: the rings are not where the domain process says, or xenstore refuses the nodes."""
+        domain.boot = boot
         backends = DomainBackends(self.server, self.handle, domain, boot, adopted=adopted)
         self._attached[domain.record.domid] = backends
         backends.on_close = lambda: self._attached.pop(backends.domid, None)

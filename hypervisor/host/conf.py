@@ -27,6 +27,23 @@ class CpuPolicyType(types.String):
         return text
 
 
+class PortRangeType(types.String):
+    """``first-last`` or one port; checked when the configuration is read."""
+
+    def __call__(self, value: object) -> str:
+        text = str(super().__call__(value))
+        first, last = port_range(text)
+        if not 0 <= first <= last <= 65535 or (first == 0) != (last == 0):
+            raise ValueError(f"{text!r} is no range of ports: give two like 49152-49215, or 0")
+        return text
+
+
+def port_range(text: str) -> tuple[int, int]:
+    """:raises ValueError: it is none."""
+    first, _, last = text.partition("-")
+    return int(first), int(last or first)
+
+
 OPTIONS = [
     cfg.StrOpt(
         "state_dir",
@@ -149,6 +166,45 @@ OPTIONS = [
         "move should have the same. A domain that the engine cannot give its level is not made.",
     ),
     cfg.StrOpt(
+        "migration_address",
+        default="127.0.0.1",
+        help="Address of this host on which domains arrive that move here from other hosts; each brings a connection.",
+    ),
+    cfg.StrOpt(
+        "migration_name",
+        default="",
+        sample_default="node1.example.org",
+        help="What other hosts connect to, a name or an address that stands in this host's certificate. "
+        "Default: migration_address.",
+    ),
+    cfg.Opt(
+        "migration_ports",
+        type=PortRangeType(),
+        default="0",
+        sample_default="49152-49215",
+        help="Ports on which domains arrive, first-last: as many can arrive at once. 0: any free port.",
+    ),
+    cfg.StrOpt(
+        "migration_ca",
+        default="",
+        sample_default="/etc/reeve/tls/ca.pem",
+        help="PEM file of the authority that signs the certificates of all hosts between which domains move. Without "
+        "it, certificate and key this host takes part in no migration.",
+    ),
+    cfg.StrOpt(
+        "migration_certificate",
+        default="",
+        sample_default="/etc/reeve/tls/host.pem",
+        help="PEM file of this host's certificate, for client and server, and of what lies between it and the "
+        "authority's. It is read anew for each migration.",
+    ),
+    cfg.StrOpt(
+        "migration_key",
+        default="",
+        sample_default="/etc/reeve/tls/host.key",
+        help="PEM file of the certificate's key, readable for the host process's user only.",
+    ),
+    cfg.StrOpt(
         "runtime",
         default=REAL_RUNTIME,
         advanced=True,
@@ -203,6 +259,12 @@ def settings(conf: cfg.ConfigOpts) -> HostSettings:
         driver_log_kib=group.driver_log_kib,
         image_folders=tuple(group.image_folders),
         shared_folders=tuple(group.shared_folders),
+        migration_address=group.migration_address,
+        migration_name=group.migration_name,
+        migration_ports=port_range(group.migration_ports),
+        migration_ca=group.migration_ca,
+        migration_certificate=group.migration_certificate,
+        migration_key=group.migration_key,
         device_backends=tuple(sorted(group.device_backends.items())),
         runtime=group.runtime,
         networks=tuple(group.networks),

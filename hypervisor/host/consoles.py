@@ -33,10 +33,12 @@ class ConsoleHub:
         self._viewers: dict[int, tuple[Callable[[bytes], None], Callable[[], None]]] = {}
         self._number = 0
         self._space = asyncio.Event()
+        self._printed = 0
 
     def open_log(self) -> ConsoleLog:
         """The log for one incarnation's ring, which closes it. :raises HostFailure: it cannot be opened."""
         try:
+            self._printed = self.printed
             self._log = ConsoleLog(self._path, self._limit)
         except OSError as exc:
             raise HostFailure(f"console log {self._path} cannot be opened: {exc.strerror}; correct its rights") from exc
@@ -50,6 +52,21 @@ class ConsoleHub:
             self.open_log().close()
         assert self._log is not None
         return self._log.tail(size)
+
+    @property
+    def printed(self) -> int:
+        """Bytes that came into the log while this hub was there."""
+        return self._printed + (self._log.written if self._log is not None else 0)
+
+    def since(self, printed: int, most: int) -> bytes:
+        """What came into the log after `printed` had come; the last `most` bytes of it."""
+        return self.tail(min(most, self.printed - printed))
+
+    def add(self, data: bytes) -> None:
+        """What the guest printed elsewhere. :raises HostFailure: the log cannot be opened."""
+        log = self.open_log()
+        log.write(data)
+        log.close()
 
     def connect(self, ring: ConsoleRing) -> None:
         """From now on this ring's guest prints here."""

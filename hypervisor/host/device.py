@@ -19,7 +19,6 @@ anything else           nothing
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -30,8 +29,10 @@ from hypervisor.devices.rate import Bucket
 from hypervisor.devices.xenbus import XenbusDevice, XenbusState, printable
 from hypervisor.errors import HostFailure, HostUnavailable, ToolstackError
 from hypervisor.host import channel as channels
+from hypervisor.host.device_memory import DeviceMemory
+from hypervisor.host.device_specs import Spec
 from hypervisor.host.drivers import DriverHold, numbers
-from hypervisor.toolstack.devices import DeviceInfo, DeviceState, DiskSpec, NicSpec
+from hypervisor.toolstack.devices import DeviceInfo, DeviceState
 from hypervisor.xenstore.errors import XenstoreError
 
 LOG = logging.getLogger(__name__)
@@ -40,35 +41,8 @@ LOOKS_PER_SECOND, LOOKS_AT_ONCE = 2.0, 50.0
 """How often one front end can make the host process look at it."""
 RETRY_AFTER, LONGEST_RETRY = 0.2, 5.0
 """Seconds before what did not work is tried again, doubled each time."""
-STATS_TIMEOUT = 1.0
 
 _WANTS = (XenbusState.INITIALISED, XenbusState.CONNECTED)
-
-Spec = DiskSpec | NicSpec
-
-
-@dataclasses.dataclass(slots=True)
-class DeviceMemory:
-    """What of a device outlives the host process (in the domain's record).
-
-    :ivar front: what the driver was told of the front end; None when it is not connected.
-    :ivar broken: why the back end gave the device up, "" when it did not.
-    :ivar leaving: it was asked to go.
-    :ivar restarts: how often its driver process was replaced. :ivar counted: by drivers there are no more.
-    """
-
-    front: dict[str, Any] | None = None
-    broken: str = ""
-    leaving: bool = False
-    restarts: int = 0
-    counted: dict[str, int] = dataclasses.field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> DeviceMemory:
-        return cls(**data)
 
 
 class Device:
@@ -102,8 +76,7 @@ class Device:
         self._problem = ""  # for people; it is being tried again
         self._reported = ""  # by the driver: it has given the device up
         self._wake = asyncio.Event()
-        self._force = False
-        self._guest_ended = False
+        self._force = self._guest_ended = False
         self._bucket = Bucket(LOOKS_PER_SECOND, LOOKS_AT_ONCE, time.monotonic)
         self._unwatch: Callable[[], None] = lambda: None
         self._task: asyncio.Task[None] | None = None
@@ -145,7 +118,8 @@ class Device:
         """Its driver process is gone, with what it had counted last."""
         if self.memory.front is not None:
             self.memory.restarts += 1
-            self._count(counted)
+            self.memory.count(counted)
+            self._save()
         self._wake.set()
 
     def report(self, what: str, detail: str) -> None:
@@ -168,6 +142,41 @@ class Device:
     async def let_go(self) -> None:
         """The host process ends, the device does not."""
         await self._stop_task()
+
+    # -- to another host ------------------------------------------------------------------------------------------
+
+    async def quiesce(self) -> None:
+        """The guest stands still: have the driver finish and let go of it. `begin` takes it up again.
+
+        :raises HostUnavailable: it does not answer.
+        """
+        await self._stop_task()
+        self.memory.count(await self._driver.leave(self.devid))
+        self._generation = 0
+
+    async def flush(self) -> None:
+        """:raises HostFailure: not all of its content is where another host finds it."""
+        try:
+            if self.opened is not None:
+                await self.opened.flush()
+        except HostFailure:
+            # The driver does not know, and must not tell the guest that a flush went well.
+            await self.quiesce()
+            self.begin()
+            raise
+
+    async def pack(self) -> dict[str, Any]:
+        """After `quiesce`: give back what was opened. :returns: JSON of its memory, with what goes along.
+
+        :raises HostFailure: as `flush`; nothing is given back then.
+        """
+        if (opened := self.opened) is None:
+            return {**self.memory.to_json(), "carried": self.memory.carried or {}}
+        await opened.flush()
+        told = {**self.memory.to_json(), "carried": opened.leave()}
+        self.opened = None
+        opened.close() if opened.end is None else await opened.end()
+        return told
 
     async def ask(self, op: str, fds: Sequence[int]) -> dict[str, Any] | None:
         """What its driver process answers; None: there is none, and needs none now. :raises HostUnavailable: ended."""
@@ -319,6 +328,10 @@ class Device:
     async def _open(self) -> Opened:
         if self.opened is None:
             self.opened = await self.backend.open(self._driver.order.uuid, self._bus.paths.domid, self.spec)
+        if self.memory.carried is not None:
+            self.opened.arrive(self.memory.carried)
+            self.memory.carried = None
+            self._save()
         return self.opened
 
     async def _disconnect(self) -> None:
@@ -328,7 +341,7 @@ class Device:
         if self._generation and self._generation == self._driver.generation:
             try:
                 answer = await self._driver.request("disconnect", {"devid": self.devid})
-                self._count(numbers(answer.get("stats")))
+                self.memory.count(numbers(answer.get("stats")))
             except HostUnavailable:
                 LOG.info("%s %s: its driver is gone", self.kind, self._bus.paths.backend)
         self._generation = 0
@@ -380,18 +393,7 @@ class Device:
 
     # -- counters -------------------------------------------------------------------------------------------------
 
-    def _count(self, more: dict[str, int]) -> None:
-        counted = self.memory.counted
-        for name, value in more.items():
-            counted[name] = counted.get(name, 0) + value
-        self._save()
-
     async def _live_counters(self) -> dict[str, int]:
         if self.memory.front is None or self._generation != self._driver.generation:
             return {}
-        try:
-            answer = await self._driver.request("stats", {}, timeout=STATS_TIMEOUT)
-        except ToolstackError:
-            return {}
-        found = answer.get("stats")
-        return numbers(found.get(str(self.devid))) if isinstance(found, dict) else {}
+        return await self._driver.counters(self.devid)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
-from typing import Any
+from collections.abc import Awaitable, Iterable
+from typing import Any, TypeVar
 
 from hypervisor.devices import registry
 from hypervisor.devices.driver import Backend
@@ -18,24 +18,25 @@ from hypervisor.errors import (
     SpecInvalid,
     ToolstackError,
 )
-from hypervisor.host import channel as channels
-from hypervisor.host.device import Device, DeviceMemory, Spec
+from hypervisor.host.device import Device
+from hypervisor.host.device_memory import DeviceMemory
+from hypervisor.host.device_specs import KINDS, Spec, key_of, kind_of, specs_of, with_device, without_device
 from hypervisor.host.driver_process import DriverOrder
 from hypervisor.host.drivers import Counters, DriverHold, end_stranger
-from hypervisor.host.guest_link_ends import LinkEnds
+from hypervisor.host.guest_side import DomainSide
 from hypervisor.host.records import RecordStore
 from hypervisor.host.settings import HostSettings
 from hypervisor.host.table import Domain, DomainTable
 from hypervisor.host.zygote_client import ZygoteClient
 from hypervisor.toolstack.api import DomainSpec
-from hypervisor.toolstack.devices import MAX_DISK_BYTES, SECTOR, DeviceInfo, DiskSpec, NicSpec, check_devices
+from hypervisor.toolstack.devices import MAX_DISK_BYTES, SECTOR, DeviceInfo, NicSpec, check_devices
 from hypervisor.xenstore.errors import XenstoreError
 from hypervisor.xenstore.handle import Handle
 
 LOG = logging.getLogger(__name__)
 
-KINDS: dict[str, type[DiskSpec] | type[NicSpec]] = {"disk": DiskSpec, "nic": NicSpec}
-FIELDS = {"disk": "disks", "nic": "nics"}
+_T = TypeVar("_T")
+
 FORCE_TIMEOUT = 60.0
 
 
@@ -120,8 +121,8 @@ class DomainDevices:
         record = self._domain.record
         try:
             for spec in specs_of(record.spec):
-                memory = DeviceMemory.from_json(record.devices.get(_key(spec), {}))
-                self._devices[_key(spec)] = self._make(spec, memory)
+                memory = DeviceMemory.from_json(record.devices.get(key_of(spec), {}))
+                self._devices[key_of(spec)] = self._make(spec, memory)
         except ToolstackError as exc:
             LOG.error("devices of domain %s: %s", self._domain.uuid, exc)
             return
@@ -161,6 +162,53 @@ class DomainDevices:
         for driver in self._drivers.values():
             driver.let_go()
 
+    # -- to another host, and from one ----------------------------------------------------------------------------
+
+    async def flush(self) -> None:
+        """Less is left to do for `pack`. :raises HostFailure: it cannot be done."""
+        await _all(device.flush() for device in self._devices.values())
+
+    async def quiesce(self) -> None:
+        """The guest stands still: drivers finish and let go of all devices. :raises HostUnavailable: one does not."""
+        await self._stop_adopting()
+        await _all(device.quiesce() for device in self._devices.values())
+
+    async def pack(self) -> dict[str, Any]:
+        """After `quiesce`: give everything back. :returns: what `DomainRecord.devices` is to be on the other host.
+
+        :raises HostFailure: not all content of the disks is where that one finds it.
+        """
+        return dict(await _all(self._packed(device) for device in self._devices.values()))
+
+    async def _packed(self, device: Device) -> tuple[str, dict[str, Any]]:
+        return key_of(device.spec), await device.pack()
+
+    def resume(self) -> None:
+        """After `quiesce`, with or without `pack`: it goes on here."""
+        for device in self._devices.values():
+            device.begin()
+
+    async def check_all(self) -> dict[str, int]:
+        """Whether all could be opened if nobody else had them. :returns: sizes, bytes. :raises ToolstackError."""
+        spec = self._domain.record.spec
+        self._host.check_macs(spec, spec.nics)
+        sizes = await _all(self._host.backend(kind_of(d)).check(self._domain.uuid, d) for d in specs_of(spec))
+        return dict(zip(map(key_of, specs_of(spec)), sizes, strict=True))
+
+    async def expect(self) -> None:
+        """Have the drivers ready. :raises ToolstackError: one cannot be started; that is tried again by `arrive`."""
+        await _all(
+            self._driver(kind).ensure() for kind in {kind_of(spec) for spec in specs_of(self._domain.record.spec)}
+        )
+
+    def arrive(self) -> None:
+        """The guest goes on here with the devices that its record tells of; its nodes are there."""
+        record = self._domain.record
+        for spec in specs_of(record.spec):
+            device = self._make(spec, DeviceMemory.from_json(record.devices.get(key_of(spec), {})))
+            self._devices[key_of(spec)] = device
+            device.begin()
+
     # -- verbs ----------------------------------------------------------------------------------------------------
 
     async def list(self) -> list[DeviceInfo]:
@@ -171,7 +219,7 @@ class DomainDevices:
     async def attach(self, kind: str, spec: Spec) -> DeviceInfo:
         """:raises SpecInvalid, DeviceExists, ToolstackError."""
         spec.validate()
-        present = self._devices.get(_key(spec))
+        present = self._devices.get(key_of(spec))
         if present is not None and present.spec == spec and not present.memory.leaving:
             return await present.info()
         if present is not None:
@@ -189,7 +237,7 @@ class DomainDevices:
             self._host.records.save(record)
         except BaseException:
             record.spec = without_device(new, kind, device.id)
-            del self._devices[_key(spec)]
+            del self._devices[key_of(spec)]
             await device.end()
             self._bus(spec).remove()
             raise
@@ -244,7 +292,7 @@ class DomainDevices:
         """:raises ToolstackError: it cannot be opened, and is not there."""
         device = self._make(spec, memory)
         device.opened = await device.backend.open(self._domain.uuid, self._domain.record.domid, spec)
-        self._devices[_key(spec)] = device
+        self._devices[key_of(spec)] = device
         return device
 
     def _make(self, spec: Spec, memory: DeviceMemory | None) -> Device:
@@ -301,7 +349,7 @@ class DomainDevices:
                 log_bytes=host.settings.driver_log_kib * 1024,
             )
             folder = host.records.directory(domain.uuid)
-            hold = DriverHold(order, folder, host.zygote, _GuestSide(domain, order), sandbox=host.settings.sandbox)
+            hold = DriverHold(order, folder, host.zygote, DomainSide(domain, order), sandbox=host.settings.sandbox)
             hold.on_death = lambda counters: self._driver_died(kind, counters)
             hold.on_report = lambda devid, what, detail: self._report(kind, devid, what, detail)
             self._drivers[kind] = hold
@@ -320,15 +368,15 @@ class DomainDevices:
     def _gone(self, device: Device) -> None:
         """A device has left the running domain."""
         record = self._domain.record
-        self._devices.pop(_key(device.spec), None)
-        record.devices.pop(_key(device.spec), None)
+        self._devices.pop(key_of(device.spec), None)
+        record.devices.pop(key_of(device.spec), None)
         record.spec = without_device(record.spec, device.kind, device.id)
         self._host.records.save(record)
 
     def _save(self, device: Device) -> None:
         record = self._domain.record
-        if self._devices.get(_key(device.spec)) is device:
-            record.devices[_key(device.spec)] = device.memory.to_json()
+        if self._devices.get(key_of(device.spec)) is device:
+            record.devices[key_of(device.spec)] = device.memory.to_json()
             self._host.records.save(record)
 
     def _bus(self, spec: Spec) -> XenbusDevice:
@@ -336,49 +384,10 @@ class DomainDevices:
         return XenbusDevice(self._host.handle, paths)
 
 
-class _GuestSide:
-    """Makes links between a domain process and its drivers."""
-
-    def __init__(self, domain: Domain, order: DriverOrder) -> None:
-        self._domain = domain
-        self._order = order
-
-    async def open_link(self) -> list[int]:
-        if self._order.link:
-            return []
-        process = self._domain.process
-        if process is None or not process.alive:
-            raise HostUnavailable("the domain process is gone")
-        ends = LinkEnds.create(process.handles.memory)
-        try:
-            await process.request("link", fds=ends.for_domain)
-        except BaseException:
-            channels.close_all(ends.for_driver)
-            raise
-        finally:
-            channels.close_all(ends.for_domain)
-        return ends.for_driver
-
-
-def specs_of(spec: DomainSpec) -> list[Spec]:
-    return [*spec.disks, *spec.nics]
-
-
-def kind_of(spec: Spec) -> str:
-    return "disk" if isinstance(spec, DiskSpec) else "nic"
-
-
-def _key(spec: Spec) -> str:
-    return f"{kind_of(spec)}/{spec.id}"
-
-
-def with_device(spec: DomainSpec, device: Spec) -> DomainSpec:
-    if isinstance(device, DiskSpec):
-        return dataclasses.replace(spec, disks=(*spec.disks, device))
-    return dataclasses.replace(spec, nics=(*spec.nics, device))
-
-
-def without_device(spec: DomainSpec, kind: str, ident: str) -> DomainSpec:
-    kept: Any = tuple(device for device in getattr(spec, FIELDS[kind]) if str(device.id) != ident)
-    change: dict[str, Any] = {FIELDS[kind]: kept}
-    return dataclasses.replace(spec, **change)
+async def _all(work: Iterable[Awaitable[_T]]) -> list[_T]:
+    """At once; each is finished before the first failure is raised."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]

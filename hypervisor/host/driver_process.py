@@ -7,10 +7,10 @@ rings. It outlives the host process, so that a guest's disks go on; the next hos
 (``<state>/domains/<uuid>/driver-<kind>.sock``, which it never answers) and replaces it. It ends with its guest.
 
 Messages from the host: ``{"id", "op"}`` with op ``connect`` (``devid``, ``config``, descriptors), ``update``
-(``devid``, ``device``), ``disconnect`` (``devid``), ``stats``, ``quit``, and to drivers that record what is written
-``track`` (``devid``, a descriptor or none) and ``written`` (``devid``, a descriptor). Answers: ``{"id", "result"}``,
-in which ``broken`` says why a device cannot be served, or ``{"id", "error"}``. Events: ``ready`` and ``report``
-(``devid``, ``what``, ``detail``).
+(``devid``, ``device``), ``disconnect`` and ``leave`` (``devid``), ``stats``, ``quit``, and to drivers that record
+what is written ``track`` (``devid``, a descriptor or none) and ``written`` (``devid``, a descriptor). Answers:
+``{"id", "result"}``, in which ``broken`` says why a device cannot be served, or ``{"id", "error"}``. Events: ``ready``
+and ``report`` (``devid``, ``what``, ``detail``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hypervisor.devices import registry
-from hypervisor.devices.driver import DeviceBroken, Driver, GuestLink, LinkClosed, LinkError, Recording
+from hypervisor.devices.driver import DeviceBroken, Driver, GuestLink, Leaving, LinkClosed, LinkError, Recording
 from hypervisor.errors import HostFailure
 from hypervisor.host import channel as channels
 from hypervisor.host import guarded_link, sandbox, seccomp
@@ -134,6 +134,7 @@ class DriverProcess:
             "connect": lambda: self._connect(int(message["devid"]), message["config"], fds),
             "update": lambda: self._update(int(message["devid"]), message["device"]),
             "disconnect": lambda: self._disconnect(int(message["devid"])),
+            "leave": lambda: self._disconnect(int(message["devid"]), leaves=True),
             "track": lambda: self._track(int(message["devid"]), fds),
             "written": lambda: self._written(int(message["devid"]), fds),
             "stats": self._stats,
@@ -163,11 +164,14 @@ class DriverProcess:
         self._the_driver().update(devid, device)
         return {}
 
-    def _disconnect(self, devid: int) -> dict[str, Any]:
+    def _disconnect(self, devid: int, *, leaves: bool = False) -> dict[str, Any]:
         """The answer has the device's last counters."""
         driver = self._the_driver()
         counters = driver.stats().get(devid, {})
-        driver.disconnect(devid)
+        if leaves and isinstance(driver, Leaving):
+            driver.leave(devid)
+        else:
+            driver.disconnect(devid)
         self._note_stats()  # told here, and not once more when this process dies
         return {"stats": counters}
 

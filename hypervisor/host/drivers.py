@@ -28,6 +28,8 @@ LOG = logging.getLogger(__name__)
 
 START_TIMEOUT = 20.0
 REQUEST_TIMEOUT = 30.0
+STATS_TIMEOUT = 1.0
+LEAVE_TIMEOUT = 5.0
 KILL_TIMEOUT = 10.0
 FIRST_DELAY, LONGEST_DELAY = 0.1, 2.0
 """Seconds between two starts of a driver that dies soon after them; doubled each time."""
@@ -145,6 +147,25 @@ class DriverHold:
                 LOG.error("driver process %d does not answer %s: killing it", running.pid, op)
                 _signal(running.pidfd)
             raise
+
+    async def counters(self, devid: int) -> dict[str, int]:
+        """What it has counted of a device; nothing if it does not say."""
+        try:
+            answer = await self.request("stats", {}, timeout=STATS_TIMEOUT)
+        except ToolstackError:
+            return {}
+        found = answer.get("stats")
+        return numbers(found.get(str(devid))) if isinstance(found, dict) else {}
+
+    async def leave(self, devid: int) -> dict[str, int]:
+        """Have it finish with a device of a guest that goes to another host. :returns: what it had counted.
+
+        :raises HostUnavailable: it does not answer.
+        """
+        if self._running is None:
+            return {}
+        answer = await self.request("leave", {"devid": devid}, timeout=LEAVE_TIMEOUT)
+        return numbers(answer.get("stats"))
 
     async def clear(self) -> Counters:
         """End a driver process that an earlier host process left; its counters. :raises HostFailure: it does not go."""

@@ -152,7 +152,11 @@ class GuestLinks:
             self._end(link, str(exc))
             return
         link.busy = True
-        self._target.post(lambda: self._execute(link, op, bits, number, items))
+        if op == wire.HELLO:
+            # It needs nothing of the machine, which may be waiting for its guest to arrive from another host.
+            self._execute(link, op, bits, number, items)
+        else:
+            self._target.post(lambda: self._execute(link, op, bits, number, items))
 
     def _greet(
         self, link: _Link, fds: list[int], version: int, memory: int, memory_ro: int, slots: int, window: int
@@ -179,7 +183,7 @@ class GuestLinks:
             self._target.post(link.state.driver_is_gone)
 
     def _execute(self, link: _Link, op: int, flags: int, number: int, items: list[Any]) -> None:
-        """In the run loop's thread."""
+        """In the run loop's thread, but for HELLO."""
         if not link.open:
             return
         status, results, given = 0, [], []

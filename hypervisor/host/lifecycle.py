@@ -44,8 +44,8 @@ MAX_SPEC_BYTES = channels.MAX_MESSAGE // 2
 ENDED_STATES = (DomainState.SHUTDOWN, DomainState.CRASHED)
 
 
-async def _no_reconnect(_domain: Domain, _process: ProcessHold) -> None:
-    """Until `hypervisor.host.adoption` says how."""
+async def _nothing(*_about: object) -> None:
+    """Until `hypervisor.host.adoption` and `hypervisor.host.migration` say what."""
 
 
 class Backends(Protocol):
@@ -64,7 +64,9 @@ class Lifecycle:
     backends: Backends
     devices: Callable[[Domain], Devices]
     resizer: Resizer
-    reconnect: Callable[[Domain, ProcessHold], Awaitable[None]] = _no_reconnect
+    # A process is to be spoken to again; a guest that is being moved has ended.
+    reconnect: Callable[[Domain, ProcessHold], Awaitable[None]] = _nothing
+    leaving: Callable[[Domain], Awaitable[None]] = _nothing
     tasks: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
 
     # -- verbs ----------------------------------------------------------------------------------------------------
@@ -82,7 +84,7 @@ class Lifecycle:
             try:
                 await self._make(domain, image)
             except BaseException:
-                await self._forget(domain)
+                await self.forget(domain)
                 raise
             self.table.emit("created", spec.uuid, "restored" if image is not None else "")
         return domain
@@ -109,7 +111,7 @@ class Lifecycle:
 
     async def destroy(self, domain: Domain) -> None:
         domain.dying = True
-        await self._forget(domain)
+        await self.forget(domain)
         self.table.emit("destroyed", domain.uuid)
 
     # -- ends -----------------------------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ class Lifecycle:
         process.on_ended = lambda message: self.guest_ended(domain, message)
         process.on_exit = lambda code: self.process_gone(domain, code)
         process.on_neighbour = lambda domid: introduce(self.table, domain, domid)
-        process.on_unlinked = lambda: self._spawn(self.reconnect(domain, process))
+        process.on_unlinked = lambda: self.spawn(self.reconnect(domain, process))
 
     def guest_ended(self, domain: Domain, message: Message) -> None:
         try:
@@ -140,7 +142,7 @@ class Lifecycle:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
         elif waiter is None:
-            self._spawn(self.resume(domain))
+            self.spawn(self.resume(domain))
 
     async def resume(self, domain: Domain) -> None:
         """Let a guest that suspended itself go on where it is."""
@@ -162,14 +164,14 @@ class Lifecycle:
         """An adopted domain has no process: nobody saw how it ended."""
         domain.lost = False
         if domain.record.ended:
-            self._spawn(self._after_end(domain, OnEvent.PRESERVE))
+            self.spawn(self._after_end(domain, OnEvent.PRESERVE))
         else:
             self._ended(domain, ShutdownReason.CRASH, "its process ended while the host process was away")
 
     def restart(self, domain: Domain, why: str) -> None:
         """Build it anew in the background."""
         domain.dying = True
-        self._spawn(self._restart(domain, why))
+        self.spawn(self._restart(domain, why))
 
     async def _restart(self, domain: Domain, why: str) -> None:
         async with domain.lock:
@@ -189,7 +191,7 @@ class Lifecycle:
             action = spec.on_crash
         elif reason is ShutdownReason.REBOOT:
             action = spec.on_reboot
-        elif reason is ShutdownReason.SUSPEND:
+        if reason is ShutdownReason.SUSPEND or domain.held:
             action = OnEvent.PRESERVE
         record.state = DomainState.CRASHED if crashed else DomainState.SHUTDOWN
         record.reason = reason
@@ -201,9 +203,11 @@ class Lifecycle:
         domain.dying = action is not OnEvent.PRESERVE
         if crashed or action is not OnEvent.RESTART:
             self.table.emit("crashed" if crashed else "shutdown", domain.uuid, detail or reason)
-        self._spawn(self._after_end(domain, action))
+        self.spawn(self._after_end(domain, action))
 
     async def _after_end(self, domain: Domain, action: OnEvent) -> None:
+        if domain.record.migration:
+            await self.leaving(domain)
         async with domain.lock:
             if self.table.find(domain.uuid) is not domain:
                 return
@@ -294,7 +298,8 @@ class Lifecycle:
             self.ledger.release(domain.record.claim)
             domain.record.claim = None
 
-    async def _forget(self, domain: Domain) -> None:
+    async def forget(self, domain: Domain) -> None:
+        """Nothing of it stays. :raises HostFailure: a process does not end."""
         await self._unmake(domain)
         domain.console.close()
         self.records.remove(domain.uuid)
@@ -379,7 +384,7 @@ class Lifecycle:
     def open_console(self, folder: Path) -> ConsoleHub:
         return ConsoleHub(folder, self.settings.console_log_kib * 1024)
 
-    def _spawn(self, work: Awaitable[None]) -> None:
+    def spawn(self, work: Awaitable[object]) -> None:
         async def guarded() -> None:
             try:
                 await work

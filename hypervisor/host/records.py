@@ -33,6 +33,7 @@ LAST_DOMID = 0x7FEF
 class Phase(enum.StrEnum):
     BUILDING = "building"  # not yet a domain: after a crash of the host it is removed
     MADE = "made"
+    ARRIVING = "arriving"  # comes from another host, and is not whole: after a crash of the host it is removed
     REMAKING = "remaking"  # being built anew: after a crash of the host that is begun again
 
 
@@ -69,7 +70,8 @@ class DomainRecord:
     :ivar pid: of its process, for people; what counts is who listens at its socket.
     :ivar console: what its console backend saved (`ConsoleRing.save`).
     :ivar suspending: it was asked to suspend itself, to be saved: if nobody waits for that any more it goes on.
-    :ivar devices: what its devices saved (`hypervisor.host.device.DeviceMemory`), by ``kind/id``.
+    :ivar migration: ident of the migration that has it in its hands (`hypervisor.host.migration`), "" for none.
+    :ivar devices: what its devices saved (`hypervisor.host.device_memory.DeviceMemory`), by ``kind/id``.
     """
 
     spec: DomainSpec
@@ -88,6 +90,7 @@ class DomainRecord:
     devices: dict[str, Any] = dataclasses.field(default_factory=dict)
     run: RunSizes = RunSizes(0, 0, 0, 0)
     suspending: bool = False
+    migration: str = ""
 
     def __post_init__(self) -> None:
         if not self.run.vcpus:
@@ -174,7 +177,8 @@ class RecordStore:
         try:
             last = int(self._counter.read_text())
         except (OSError, ValueError):
-            last = max(taken, default=secrets.randbelow(LAST_DOMID))
+            # A domain that is being made has none yet.
+            last = max(filter(None, taken), default=secrets.randbelow(LAST_DOMID))
         domid = last
         for _ in range(LAST_DOMID):
             domid = domid % LAST_DOMID + 1

@@ -18,6 +18,7 @@ from hypervisor.host.control import ControlServer
 from hypervisor.host.devices import HostDevices
 from hypervisor.host.ledger import PAGES_PER_MIB, Ledger
 from hypervisor.host.lifecycle import Lifecycle
+from hypervisor.host.migration.service import Migrations
 from hypervisor.host.records import RecordStore
 from hypervisor.host.resize import Resizer
 from hypervisor.host.settings import HostSettings, available_mib
@@ -41,6 +42,7 @@ class HostProcess:
         self._control: ControlServer | None = None
         self._adoption: Adoption | None = None
         self._life: Lifecycle | None = None
+        self._migrations: Migrations | None = None
 
     async def start(self) -> None:
         """:raises HostFailure: another host process has the state folder, or something cannot be made."""
@@ -61,13 +63,16 @@ class HostProcess:
         ledger = Ledger(0)
         resizer = Resizer(ledger, records)
         life = self._life = Lifecycle(settings, records, table, ledger, zygote, backends, devices.of, resizer)
-        self._adoption = Adoption(life)
+        migrations = self._migrations = Migrations(life, backends)
+        migrations.load()
+        self._adoption = Adoption(life, migrations.fate)
         await self._adoption.run()
         life.ledger.total = self._total(life)
         known = frozenset(d.record.domid for d in life.table.all() if d.record.claim is not None)
         await backends.start(known)
         devices.forget_strangers(known)
-        self._control = ControlServer(Verbs(life, report), max_clients=settings.max_clients)
+        await migrations.recover()
+        self._control = ControlServer(Verbs(life, report, migrations), max_clients=settings.max_clients)
         await self._control.start(settings.socket)
         LOG.info(
             "serving at %s: %d domains adopted, %d MiB for domains",
@@ -82,6 +87,8 @@ class HostProcess:
             await self._control.stop()
         if self._adoption is not None:
             self._adoption.stop()
+        if self._migrations is not None:
+            self._migrations.stop()
         if self._life is not None:
             self._life.resizer.stop()
             records = self._life.records

@@ -26,6 +26,10 @@ class HostSettings:
     :ivar driver_log_kib: what a driver process may write into its log.
     :ivar image_folders: below which images of disks must lie; empty: the folders that the option's help names.
     :ivar shared_folders: the same storage on all hosts, at the same path.
+    :ivar migration_address: on which movers of other hosts are awaited; `migration_name` under which they know it (and
+        its certificate does), "" for the address; `migration_ports` first and last port, 0 and 0 for any.
+    :ivar migration_ca: PEM file with what other hosts' certificates must be signed by; `migration_certificate` and
+        `migration_key` this host's own. "": this host takes part in no migration.
     :ivar device_backends: ``module:attribute`` by kind of device, instead of `hypervisor.devices.registry`'s.
     """
 
@@ -49,9 +53,25 @@ class HostSettings:
     image_folders: tuple[str, ...] = ()
     shared_folders: tuple[str, ...] = ()
     device_backends: tuple[tuple[str, str], ...] = ()
+    migration_address: str = "127.0.0.1"
+    migration_name: str = ""
+    migration_ports: tuple[int, int] = (0, 0)
+    migration_ca: str = ""
+    migration_certificate: str = ""
+    migration_key: str = ""
     runtime: str = REAL_RUNTIME
     networks: tuple[str, ...] = ("default user",)
     log_level: int = 20
+
+    @property
+    def migration_files(self) -> tuple[str, ...]:
+        """Authority's certificate, own certificate, own key; empty: this host is not set up for migration."""
+        files = (self.migration_ca, self.migration_certificate, self.migration_key)
+        return files if all(files) else ()
+
+    @property
+    def can_migrate(self) -> bool:
+        return bool(self.migration_files)
 
     @property
     def effective_cpus(self) -> int:

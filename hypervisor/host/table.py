@@ -21,6 +21,8 @@ from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec
 LOG = logging.getLogger(__name__)
 
 STATS_TIMEOUT = 1.0
+NOT_THERE = (Phase.BUILDING, Phase.ARRIVING)
+"""Domains in these phases are not listed."""
 
 
 class Orphan(Protocol):
@@ -76,6 +78,20 @@ class Devices(Protocol):
 
     async def let_go(self) -> None: ...
 
+    async def flush(self) -> None: ...
+
+    async def quiesce(self) -> None: ...
+
+    async def pack(self) -> dict[str, Any]: ...
+
+    def resume(self) -> None: ...
+
+    async def check_all(self) -> dict[str, int]: ...
+
+    async def expect(self) -> None: ...
+
+    def arrive(self) -> None: ...
+
     async def list(self) -> list[DeviceInfo]: ...
 
     async def attach(self, kind: str, spec: DiskSpec | NicSpec) -> DeviceInfo: ...
@@ -97,6 +113,8 @@ class Domain:
     :ivar orphan: that process.
     :ivar dying: its end is being dealt with.
     :ivar suspension: somebody waits until its guest has suspended itself.
+    :ivar held: it came from another host, and it is not known that it has left that: it must not run.
+    :ivar boot: what its process said of the guest when it was built.
     """
 
     record: DomainRecord
@@ -110,6 +128,8 @@ class Domain:
     orphan: Orphan | None = None
     dying: bool = False
     suspension: asyncio.Future[None] | None = None
+    held: bool = False
+    boot: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def uuid(self) -> str:
@@ -209,6 +229,10 @@ class DomainTable:
         domain = self._domains.get(uuid)
         if domain is None:
             raise DomainNotFound(f"no domain with uuid {uuid} on this host: see the list of domains")
+        if domain.record.phase is Phase.ARRIVING:
+            raise DomainNotFound(
+                f"domain {uuid} is on its way to this host (migration {domain.record.migration}): wait until it is here"
+            )
         return domain
 
     def all(self) -> list[Domain]:
@@ -216,7 +240,7 @@ class DomainTable:
 
     def made(self) -> list[Domain]:
         """Every domain that has been built, ordered by domid."""
-        made = [domain for domain in self._domains.values() if domain.record.phase is not Phase.BUILDING]
+        made = [domain for domain in self._domains.values() if domain.record.phase not in NOT_THERE]
         return sorted(made, key=lambda domain: domain.record.domid)
 
     def domids(self) -> frozenset[int]:
@@ -227,9 +251,10 @@ class DomainTable:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def emit(self, kind: str, uuid: str, detail: str = "") -> None:
+    def emit(self, kind: str, uuid: str, detail: str = "", *, loud: bool = True) -> None:
+        """:param loud: it is worth a line of the log."""
         event = DomainEvent(kind, uuid, time.time(), detail)
-        LOG.info("domain %s %s%s", uuid, kind, f": {detail}" if detail else "")
+        LOG.log(logging.INFO if loud else logging.DEBUG, "domain %s %s%s", uuid, kind, f": {detail}" if detail else "")
         for listener in list(self._listeners.values()):
             listener(event)
         self.changed()
@@ -247,7 +272,7 @@ class DomainTable:
             domain = self._domains.get(uuid)
             if domain is None:
                 return None
-            if domain.record.phase is not Phase.BUILDING and domain.state in states:
+            if domain.record.phase not in NOT_THERE and domain.state in states:
                 return domain
             left = deadline - time.monotonic()
             if left <= 0:

@@ -14,14 +14,17 @@ from typing import Any
 from hypervisor.errors import DomainNotFound, HostFailure, ProtocolError
 from hypervisor.host import inside, protocol
 from hypervisor.host.control import ConsolePort
-from hypervisor.host.devices import KINDS, with_device
+from hypervisor.host.device_specs import KINDS, with_device
 from hypervisor.host.ledger import PAGES_PER_MIB
 from hypervisor.host.lifecycle import Lifecycle
+from hypervisor.host.migration.offer import check_ours
+from hypervisor.host.migration.service import Migrations
+from hypervisor.host.migration.verbs import MigrationVerbs
 from hypervisor.host.records import Phase
 from hypervisor.host.sandbox import Report
 from hypervisor.host.saving import Saving
 from hypervisor.host.table import Devices, Domain
-from hypervisor.toolstack.api import DomainEvent, DomainSpec, DomainState, HostInfo
+from hypervisor.toolstack.api import Capability, DomainEvent, DomainSpec, DomainState, HostInfo
 from hypervisor.toolstack.devices import DiskSpec, NicSpec
 
 MAX_WAIT = 24 * 3600.0
@@ -40,7 +43,7 @@ class Verb:
 class Verbs:
     """The service behind the control socket."""
 
-    def __init__(self, lifecycle: Lifecycle, sandbox: Report) -> None:
+    def __init__(self, lifecycle: Lifecycle, sandbox: Report, migrations: Migrations) -> None:
         self._life = lifecycle
         self._table = lifecycle.table
         self._sandbox = sandbox
@@ -76,6 +79,7 @@ class Verbs:
             "domain.save": Verb(self._save, {**uuid, "path": (str,), "keep_running": (int,), "timeout": (int, float)}),
             "domain.restore": Verb(self._restore, {"path": (str,), "owner": (str,), "name": (str,), "uuid": (str,)}),
             "console.log": Verb(self._console_log, {**uuid, "max_bytes": (int,)}),
+            **{name: Verb(*found) for name, found in MigrationVerbs(lifecycle.table, migrations).table.items()},
         }
 
     async def call(self, verb: str, args: dict[str, Any]) -> Any:
@@ -114,7 +118,11 @@ class Verbs:
             "zygote_pid": str(self._life.zygote.pid),
             "state_dir": str(self._life.settings.state_dir),
             "xenstored_socket": str(self._life.settings.xenstored_socket),
+            "migration": " ".join(self._life.settings.migration_files),
         }
+        capabilities = set(facts.capabilities)
+        if not self._life.settings.can_migrate:
+            capabilities.discard(Capability.LIVE_MIGRATION)
         return HostInfo(
             hostname=socket.gethostname(),
             driver="embedded",
@@ -123,7 +131,7 @@ class Verbs:
             memory_total_mib=ledger.total // PAGES_PER_MIB,
             memory_free_mib=ledger.free // PAGES_PER_MIB,
             domains=len(self._table.made()),
-            capabilities=tuple(sorted(facts.capabilities)),
+            capabilities=tuple(sorted(capabilities)),
             detail=tuple(sorted(detail.items())),
         ).to_json()
 
@@ -239,6 +247,7 @@ class Verbs:
         if not 0 <= timeout <= MAX_WAIT:
             raise ProtocolError(f"timeout of device.detach is {timeout}: give 0 to {MAX_WAIT:g} seconds")
         domain = await self._settled(uuid)
+        check_ours(domain, "detach devices from")
         # Not under the domain's lock: it may take as long as the guest pleases.
         self._life.check_alive(domain, "detach devices from")
         await self._devices(domain).detach(kind, id, timeout, force=bool(force))
@@ -283,6 +292,7 @@ class Verbs:
         async with domain.lock:
             if self._table.get(uuid) is not domain:
                 raise HostFailure(f"domain {uuid} was replaced meanwhile: look at it and try again")
+            check_ours(domain, "change")
             yield domain
 
 

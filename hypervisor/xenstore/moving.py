@@ -72,6 +72,18 @@ def take(server: Server, domid: int, uuid: str, data: dict[str, Any]) -> None:
     server.fire_special(paths.INTRODUCE_DOMAIN, domid)
 
 
+def forget(server: Server, domid: int, uuid: str) -> None:
+    """Take back what `take` did; what is not there is no error."""
+    if server.is_introduced(domid):
+        server.release(domid)
+    changes: list[tree.Change] = []
+    for home in _homes(server, domid, uuid):
+        if server.store.get(home) is not None:
+            changes += tree.remove(server.store, DOM0, home)
+    server.fire(changes, None)
+    server.settle()
+
+
 def _homes(server: Server, domid: int, uuid: str) -> list[str]:
     """What is the domain's own, and there."""
     homes = [domain_path(domid), f"/vm/{uuid}", f"/libxl/{domid}"]

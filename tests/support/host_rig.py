@@ -33,14 +33,16 @@ def until(condition: Callable[[], Any], what: str, timeout: float = DEADLINE) ->
 
 
 class HostRig:
-    """:param options: of the group ``hypervisor``."""
+    """:param options: of the group ``hypervisor``. :param traps: see `trapped_host`; `trap` sets one."""
 
-    def __init__(self, folder: Path, runtime: str = SCRIPTED, **options: object) -> None:
+    def __init__(self, folder: Path, runtime: str = SCRIPTED, *, traps: bool = False, **options: object) -> None:
         self.folder = folder
         self.state = folder / "state"
         self.socket = self.state / "hypervisor.sock"
         self.log = folder / "host.log"
         self._config = folder / "hypervisor.conf"
+        self._program = "trapped_host" if traps else "hypervisor.host.main"
+        self.trap_file = folder / "trap"
         folder.mkdir(parents=True, exist_ok=True)
         values = {"runtime": runtime, "memory_mib": 2048, "restart_interval": 0.0, "log_level": "debug", **options}
         if runtime == SCRIPTED:
@@ -57,12 +59,26 @@ class HostRig:
     def start(self) -> HostRig:
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SUPPORT), environment.get("PYTHONPATH", "")]))
-        command = [sys.executable, "-m", "hypervisor.host.main"]
+        environment["REEVE_TEST_TRAP"] = str(self.trap_file)
+        command = [sys.executable, "-m", self._program]
         command += ["--state-dir", str(self.state), "--config-file", str(self._config)]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         until(self._answers, "the host process to answer", 60)
         return self
+
+    def trap(self, phase: str, what: str) -> None:
+        self.trap_file.write_text(f"{phase} {what}")
+
+    def trapped(self) -> bool:
+        """Whether it has stopped itself, or is gone."""
+        if self.trap_file.exists():
+            return False
+        state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state in "TtZ"
+
+    def go_on(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
 
     def connect(self) -> EmbeddedToolstack:
         return EmbeddedToolstack(self.socket)

@@ -114,6 +114,12 @@ class ToyBackend:
             size_bytes=size,
         )
 
+    async def check(self, domain: str, spec: Any) -> int:
+        path = getattr(spec, "path", "nic.0")
+        if not os.path.exists(getattr(spec, "path", "/")):
+            raise ImageInvalid(f"image {path} is not there: give one that is")
+        return int(path.rpartition(".")[2]) * 512
+
     def frontend(self, read: Callable[[str], str | None]) -> dict[str, Any]:
         ring = read("ring-ref")
         if ring is None or ring == "refuse":

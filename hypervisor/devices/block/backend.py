@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 from hypervisor.devices.block.disk import About, DaemonDisk, DiskHold, RawDisk, open_journal, whole_sectors
 from hypervisor.devices.block.frontend import MAX_QUEUES, read_frontend
-from hypervisor.devices.block.image.daemon import StorageDaemon
+from hypervisor.devices.block.image.daemon import StorageDaemon, find_program
 from hypervisor.devices.block.image.files import ImageFile, Opener
+from hypervisor.devices.block.journal import is_lost, note_lost
 from hypervisor.devices.block.ring import MAX_INDIRECT, MAX_RING_ORDER, SECTOR
 from hypervisor.devices.driver import Opened
 from hypervisor.errors import HostFailure, ImageInUse, SpecInvalid, ToolstackError, Unsupported, WrongState
@@ -93,6 +94,21 @@ class BlockBackend:
                 if not before:
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
+
+    async def check(self, domain: str, spec: Any) -> int:
+        """Another host may be writing to it: nothing is locked, and the daemon of a qcow2 image is not started.
+
+        :returns: bytes. :raises ImageInvalid.
+        """
+        files = self._opener.chain(
+            spec.path, str(spec.format), readonly=spec.readonly, shared=spec.shared, direct=spec.direct, lock=False
+        )
+        for file in files:
+            os.close(file.fd)
+        if files[0].format == "qcow2":
+            find_program()
+        size = files[0].size if files[0].header is None else files[0].header.size
+        return whole_sectors(size, spec.path) * SECTOR
 
     def frontend(self, read: Callable[[str], str | None]) -> dict[str, Any]:
         """:raises DeviceBroken."""
@@ -199,7 +215,17 @@ class BlockBackend:
         for identity in identities:
             self._users.setdefault(identity, []).append(domain)
         opened.close = lambda: self._close(opened, folder, domain, identities)
+        opened.end = lambda: self._end(opened, folder, domain, identities)
+        opened.flush = hold.flush
+        # What the guest was told to be written, and was not: it hears of it when it flushes, wherever that is.
+        opened.leave = lambda: {"lost": is_lost(hold.journal)}
+        opened.arrive = lambda carried: note_lost(hold.journal, bool(carried.get("lost")))
         return opened
+
+    async def _end(self, opened: Opened, folder: Path, domain: str, identities: list[tuple[int, int]]) -> None:
+        self._close(opened, folder, domain, identities)
+        if (closing := self._closing.get(folder)) is not None:
+            await asyncio.wait([closing])
 
     def _close(self, opened: Opened, folder: Path, domain: str, identities: list[tuple[int, int]]) -> None:
         hold = self._holds.pop(id(opened), None)

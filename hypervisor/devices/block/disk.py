@@ -16,14 +16,14 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Protocol
 
-from hypervisor.devices.block.image.base import Image
+from hypervisor.devices.block.image.base import Action, Image, ImageGone, Operation
 from hypervisor.devices.block.image.daemon import StorageDaemon
 from hypervisor.devices.block.image.files import ImageFile
 from hypervisor.devices.block.image.handshake import ALLOCATION, ALLOCATION_DEPTH
 from hypervisor.devices.block.image.nbd import NbdImage
 from hypervisor.devices.block.image.nbd_status import NbdStatus
 from hypervisor.devices.block.image.raw import RawImage
-from hypervisor.devices.block.journal import JOURNAL_BYTES
+from hypervisor.devices.block.journal import JOURNAL_BYTES, note_lost
 from hypervisor.devices.block.ring import SECTOR
 from hypervisor.devices.block.written import Written
 from hypervisor.errors import HostFailure, ImageInvalid, ToolstackError
@@ -58,13 +58,14 @@ class About:
 
 
 class DiskHold(Protocol):
-    """:ivar size: bytes. :ivar kind: as the driver is told it.
+    """:ivar size: bytes. :ivar kind: as the driver is told it. :ivar journal: descriptor of its rings' journal.
 
     :ivar record: of what is written, for every driver to come; owned by who mirrors the disk. None: it is not mirrored.
     """
 
     kind: str
     size: int
+    journal: int
     record: Written | None
 
     def fds(self) -> list[int]:
@@ -79,6 +80,9 @@ class DiskHold(Protocol):
         :param top: `View.status` tells how deep in a backing chain a range lies, and not what reads as zeroes.
         :raises HostFailure: it cannot be now.
         """
+
+    async def flush(self) -> None:
+        """What was written is on its disk. :raises HostFailure: it is not, and the guest's next flush will fail."""
 
     async def close(self) -> None: ...
 
@@ -124,13 +128,13 @@ class RawDisk:
 
     def __init__(self, file: ImageFile, journal: int, folder: Path) -> None:
         self._file = file
-        self._journal = journal
+        self.journal = journal
         self._folder = folder
         self.record: Written | None = None
         self.size = file.size
 
     def fds(self) -> list[int]:
-        return [_duplicate(self._file.fd), _duplicate(self._journal), *_record(self.record)]
+        return [_duplicate(self._file.fd), _duplicate(self.journal), *_record(self.record)]
 
     async def view(self, *, writable: bool, top: bool = False) -> View:
         flags = fcntl.fcntl(self._file.fd, fcntl.F_GETFL) & os.O_DIRECT
@@ -157,9 +161,16 @@ class RawDisk:
             self.size = self._file.size = size
         return self.size
 
+    async def flush(self) -> None:
+        if fcntl.fcntl(self._file.fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
+            try:
+                await asyncio.to_thread(os.fdatasync, self._file.fd)
+            except OSError as exc:
+                raise _unflushed(self.journal, self._file.path, exc.errno or errno.EIO) from exc
+
     async def close(self) -> None:
         os.close(self._file.fd)
-        os.close(self._journal)
+        os.close(self.journal)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -171,7 +182,7 @@ class DaemonDisk:
     def __init__(self, folder: Path, journal: int, chain: list[ImageFile], open_chain: OpenChain, about: About) -> None:
         self.size = 0
         self._folder = folder
-        self._journal = journal
+        self.journal = journal
         self._chain = chain  # empty after an adoption: the daemon holds the files and their locks
         self._open_chain = open_chain
         self._about = about
@@ -213,7 +224,7 @@ class DaemonDisk:
         self._control = ours
         ours.setblocking(False)
         self._task(self._supply(fence=True))
-        return [theirs.detach(), _duplicate(self._journal), *_record(self.record)]
+        return [theirs.detach(), _duplicate(self.journal), *_record(self.record)]
 
     async def view(self, *, writable: bool, top: bool = False) -> View:
         async with self._lock:
@@ -240,6 +251,19 @@ class DaemonDisk:
                 await self._give_connection(fence=False)
         return self.size
 
+    async def flush(self) -> None:
+        if self._about.readonly:
+            return
+        view, operation = await self.view(writable=True), Operation(Action.FLUSH)
+        try:
+            await asyncio.to_thread(view.image.run, [operation])
+        except ImageGone as exc:
+            raise HostFailure(f"the storage daemon of {self._about.path} has ended: try again") from exc
+        finally:
+            view.close()
+        if operation.error:
+            raise _unflushed(self.journal, self._about.path, operation.error)
+
     async def close(self) -> None:
         self._closed = True
         for task in list(self._tasks):
@@ -251,7 +275,7 @@ class DaemonDisk:
         if self._daemon is not None:
             await self._daemon.stop()
         self._close_chain()
-        os.close(self._journal)
+        os.close(self.journal)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _start(self) -> None:
@@ -315,6 +339,12 @@ class DaemonDisk:
         for file in self._chain:
             os.close(file.fd)
         self._chain = []
+
+
+def _unflushed(journal: int, path: str, error: int) -> HostFailure:
+    """The kernel tells of it once: so it must be written down for the guest."""
+    note_lost(journal, True)
+    return HostFailure(f"image {path} cannot be written out ({os.strerror(error)}): look after the host's disk")
 
 
 def _record(record: Written | None) -> list[int]:

@@ -17,6 +17,7 @@ class ConsoleLog:
     Opened again after a restart it goes on where it was. No fsync: the log
     is to outlive the process, not the machine.
 
+    :ivar written: bytes, by this object. :ivar lost: likewise, what could not be written.
     :param max_bytes: size of one file, bytes, at least 4096.
     :param keep: rotated files kept beside the current one, so at most ``max_bytes * (keep + 1)`` bytes in all.
     :raises OSError: the file cannot be made.
@@ -27,6 +28,7 @@ class ConsoleLog:
             raise ValueError(f"a console log of {max_bytes} bytes and {keep} old files: give at least 4096 and 0")
         self.path = path
         self.lost = 0
+        self.written = 0
         self._max_bytes = max_bytes
         self._keep = keep
         self._fd = -1
@@ -50,6 +52,7 @@ class ConsoleLog:
                 self.lost += len(data)
                 return
             self._size += count
+            self.written += count
             data = data[count:]
 
     def tail(self, size: int) -> bytes:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,15 +70,9 @@ class NetBackend:
 
     async def open(self, domain: str, domid: int, spec: Nic) -> Opened:
         """:raises NetworkUnknown: no such network, or it cannot be had here. :raises DeviceExists: the MAC is taken."""
-        network = self._networks.get(spec.network)
-        if network is None:
-            known = ", ".join(sorted(self._networks)) or "none"
-            raise NetworkUnknown(
-                f"network {spec.network!r} is not configured on this host: it has {known}; see networks"
-            )
+        network = self._look(domain, spec)
         port, place = f"{domain}/{spec.id}", (spec.network, spec.mac)
-        if self._macs.setdefault(place, port) != port:
-            raise DeviceExists(f"MAC {spec.mac} is in use on network {spec.network}: give another one")
+        self._macs[place] = port
         try:
             limits = dataclasses.asdict(spec.limits)
             await self.switch.add(port, network, spec.mac, list(spec.addresses), limits)
@@ -92,6 +87,15 @@ class NetBackend:
             self.switch.remove(port)
             os.close(journal)
 
+        def leave() -> dict[str, Any]:
+            content = os.pread(journal, frontend.MAX_QUEUES * Journal.BYTES, 0).rstrip(b"\0")
+            return {"journal": base64.b64encode(content).decode()}
+
+        def arrive(carried: Mapping[str, Any]) -> None:
+            content = base64.b64decode(str(carried.get("journal", "")))
+            os.pwrite(journal, content[: frontend.MAX_QUEUES * Journal.BYTES], 0)
+            self.switch.announce(port)
+
         return Opened(
             config={},
             nodes={**FEATURES, "multi-queue-max-queues": str(spec.queues)},
@@ -99,7 +103,26 @@ class NetBackend:
             frontend={"mac": spec.mac, "handle": str(spec.id)},
             fds=lambda: (self.switch.socket_of(port), os.dup(journal)),
             close=close,
+            leave=leave,
+            arrive=arrive,
         )
+
+    async def check(self, domain: str, spec: Nic) -> int:
+        """The switch and the network's uplink are started. :raises NetworkUnknown, DeviceExists: as `open`."""
+        await self.switch.join(self._look(domain, spec))
+        return 0
+
+    def _look(self, domain: str, spec: Nic) -> networks.NetworkConfig:
+        network = self._networks.get(spec.network)
+        if network is None:
+            known = ", ".join(sorted(self._networks)) or "none"
+            raise NetworkUnknown(
+                f"network {spec.network!r} is not configured on this host: it has {known}; see networks"
+            )
+        port = f"{domain}/{spec.id}"
+        if self._macs.get((spec.network, spec.mac), port) != port:
+            raise DeviceExists(f"MAC {spec.mac} is in use on network {spec.network}: give another one")
+        return network
 
     def frontend(self, read: Callable[[str], str | None]) -> dict[str, Any]:
         """:raises DeviceBroken: the nodes make no sense."""

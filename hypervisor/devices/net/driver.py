@@ -41,6 +41,12 @@ class NetDriver:
         if vif is not None:
             vif.close()
 
+    def leave(self, devid: int) -> None:
+        """The rings stay: what is in them is for the next driver, on another host."""
+        vif = self._vifs.pop(devid, None)
+        if vif is not None:
+            vif.leave()
+
     def stats(self) -> dict[int, dict[str, int]]:
         return {devid: vif.stats() for devid, vif in self._vifs.items()}
 

@@ -89,9 +89,7 @@ class SwitchKeeper:
         self, name: str, network: NetworkConfig, mac: str, addresses: list[str], limits: dict[str, Any]
     ) -> None:
         """Make a nic's port. :raises ToolstackError: the network cannot be had."""
-        async with self._lock:
-            await self._ensure()
-            await self._join(network)
+        await self.join(network)
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (near, far):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
@@ -101,6 +99,16 @@ class SwitchKeeper:
         self.remove(name)
         self._nics[name] = hold
         self._send(hold.message, far.fileno())
+
+    async def join(self, network: NetworkConfig) -> None:
+        """Have the switch, and the network's uplink. :raises ToolstackError: the network cannot be had."""
+        async with self._lock:
+            await self._ensure()
+            await self._join(network)
+
+    def announce(self, name: str) -> None:
+        """Tell everybody that a nic is here now."""
+        self._send({"op": "announce", "port": name})
 
     def socket_of(self, name: str) -> int:
         """A duplicate of the driver's end."""

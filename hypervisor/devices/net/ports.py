@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from hypervisor.devices.net import offload
+from hypervisor.devices.net.announce import announcements
 from hypervisor.devices.net.coalesce import Coalescer
 from hypervisor.devices.net.guard import Guard
 from hypervisor.devices.net.message import HEADER_BYTES, MAX_MESSAGE, Header
@@ -196,10 +197,16 @@ class NicPort(BasePort):
     ) -> None:
         """:raises ValueError: an address is none, or the MAC is in use."""
         self.guard = Guard(mac, addresses)
+        self._announcements = announcements(mac, addresses)
         network.add_nic(mac, self)
         self._sock = adopt(fd)
         self._sock.setblocking(False)
         super().__init__(fd, network, loop, limits)
+
+    def announce(self) -> None:
+        """Tell all others where its MAC is."""
+        for frame in self._announcements:
+            self._network.announce(self, frame)
 
     def _read(self, buffer: memoryview) -> int:
         return self._sock.recv_into(buffer)

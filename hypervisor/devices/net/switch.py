@@ -105,6 +105,12 @@ class Network:
             counters.forwarded += 1
             port.deliver(header, data)
 
+    def announce(self, source: Port, data: bytes) -> None:
+        """Send a message of our own making to all ports but one, as if it came from there."""
+        for port in (*self._nics.values(), *self._uplinks):
+            if port is not source:
+                port.deliver(message.NO_OFFLOAD, memoryview(data))
+
     def _targets(self, source: Port, mac: bytes) -> list[Port]:
         nic = self._nics.get(mac)
         if nic is not None:

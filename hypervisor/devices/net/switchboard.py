@@ -4,6 +4,7 @@ Messages are JSON objects, one a datagram of a SOCK_SEQPACKET socket, with at mo
 
     {"op": "network", "name", "uplink": "tap" | "bare-tap" | "plain" | ""}   + its descriptor; again: another uplink
     {"op": "nic", "port", "network", "mac", "addresses", "limits"}    + its socket; again: another one
+    {"op": "announce", "port"}                                        the nic came from another host
     {"op": "remove", "port"}
     {"op": "stats", "id"}   answered with {"id", "networks", "ports"}
 """
@@ -23,6 +24,8 @@ from hypervisor.devices.net.switch import Network
 LOG = logging.getLogger(__name__)
 
 MAX_MESSAGE = 1 << 16
+ANNOUNCE_AGAIN = (0.05, 0.2, 0.5, 1.0)
+"""Seconds after the first announcement of a nic that came from another host."""
 
 _UPLINKS: dict[str, Callable[[int, Network, Timers], BasePort]] = {
     "tap": TapPort,
@@ -56,6 +59,8 @@ class Switchboard:
             elif op == "nic" and fd is not None:
                 self._nic(message, fd)
                 fd = None
+            elif op == "announce":
+                self._announce(message["port"])
             elif op == "remove":
                 self._remove(message["port"])
             elif op == "stats":
@@ -86,6 +91,18 @@ class Switchboard:
             list(message["addresses"]),
             message["limits"],
         )
+
+    def _announce(self, name: str) -> None:
+        """At once, and some more times, for what was not ready to hear it."""
+        port = self._nics[name]
+
+        def announce() -> None:
+            if self._nics.get(name) is port:
+                port.announce()
+
+        announce()
+        for seconds in ANNOUNCE_AGAIN:
+            self._loop.call_later(seconds, announce)
 
     def _remove(self, name: str) -> None:
         port = self._nics.pop(name, None)

@@ -151,6 +151,12 @@ class Vif:
         self._loop.add_reader(fd, guard(notified))
         undo.callback(self._loop.remove_reader, fd)
 
+    def leave(self) -> None:
+        """Hand the guest what has come for it, as far as it has room, and leave the rings to another driver."""
+        self._receiver.work()
+        self._journals = []
+        self._undo.close()
+
     def close(self) -> None:
         """Give the rings up: the front end makes new ones."""
         for journal in self._journals:

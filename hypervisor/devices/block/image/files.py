@@ -40,16 +40,19 @@ class Opener:
     def __init__(self, folders: Sequence[str | Path]) -> None:
         self._folders = [os.path.realpath(folder) for folder in folders]
 
-    def chain(self, path: str, image_format: str, *, readonly: bool, shared: bool, direct: bool) -> list[ImageFile]:
+    def chain(
+        self, path: str, image_format: str, *, readonly: bool, shared: bool, direct: bool, lock: bool = True
+    ) -> list[ImageFile]:
         """The image and all its backing files, locked.
 
+        :param lock: False: only for a look at them.
         :raises ImageInvalid: missing, another format, outside of the folders, a loop. :raises ImageInUse.
         """
         files: list[ImageFile] = []
         use = Use.of(readonly=readonly, shared=shared)
         try:
             while True:
-                file = self.one(path, image_format, use, direct=direct)
+                file = self.one(path, image_format, use, direct=direct, lock=lock)
                 files.append(file)
                 if any(other.identity == file.identity for other in files[:-1]):
                     raise ImageInvalid(f"{file.path} is its own backing file: make the image again")
@@ -70,7 +73,7 @@ class Opener:
         """The same for every name of a file or device. :raises OSError."""
         return _identity(os.stat(path))
 
-    def one(self, path: str, image_format: str, use: Use, *, direct: bool) -> ImageFile:
+    def one(self, path: str, image_format: str, use: Use, *, direct: bool, lock: bool = True) -> ImageFile:
         """:raises ImageInvalid. :raises ImageInUse."""
         real = os.path.realpath(path)
         self._check_folder(path, real)
@@ -90,17 +93,17 @@ class Opener:
             raise _cannot_open(path, exc, writing=writing) from exc
         try:
             self._check_folder(path, os.readlink(f"/proc/self/fd/{fd}"))
-            return self._opened(fd, path, image_format, use, direct=direct)
+            return self._opened(fd, path, image_format, use if lock else None, direct=direct)
         except BaseException:
             os.close(fd)
             raise
 
-    def _opened(self, fd: int, path: str, image_format: str, use: Use, *, direct: bool) -> ImageFile:
+    def _opened(self, fd: int, path: str, image_format: str, use: Use | None, *, direct: bool) -> ImageFile:
         status = os.fstat(fd)
         block = stat.S_ISBLK(status.st_mode)
         if not block and not stat.S_ISREG(status.st_mode):
             raise ImageInvalid(f"image {path} is neither a file nor a block device: give one")
-        if not acquire(fd, use):
+        if use is not None and not acquire(fd, use):
             raise ImageInUse(
                 f"image {path} is in use: detach it there, or give both sides readonly, or both shared if its file "
                 "system is made for that"

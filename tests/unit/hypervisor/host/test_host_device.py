@@ -15,7 +15,9 @@ from hypervisor.devices.driver import DeviceBroken, Opened
 from hypervisor.devices.xenbus import DevicePaths, XenbusDevice, XenbusState
 from hypervisor.errors import HostUnavailable, ImageInvalid
 from hypervisor.host import device as module
-from hypervisor.host.device import Device, DeviceMemory
+from hypervisor.host.device import Device
+from hypervisor.host.device_memory import DeviceMemory
+from hypervisor.host.drivers import numbers
 from hypervisor.toolstack.devices import DeviceState, DiskSpec
 from hypervisor.xenstore.handle import Handle
 from hypervisor.xenstore.server import Server
@@ -36,6 +38,10 @@ class FakeHold:
         self.broken: str = ""
         self.refuses_to_start = 0
         self.nonsense: list[str] = []
+
+    async def counters(self, devid: int) -> dict[str, int]:
+        answer = await self.request("stats", {}, timeout=1.0)
+        return numbers(answer["stats"].get(str(devid)))
 
     async def ensure(self) -> int:
         await asyncio.sleep(0)

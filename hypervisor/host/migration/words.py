@@ -1,0 +1,90 @@
+"""What two host processes say to each other over their movers, besides pages.
+
+=============  ===========================================================================================
+source says    with
+=============  ===========================================================================================
+``printed``    the end of the console's log, while the guest still runs
+``early``      part of the machine's state, likewise
+``host``       `hypervisor.host.migration.belongings`
+``state``      the machine's state: now all is there
+``go``         nothing: it has left the source
+``kept``       nothing: it has not, and will not
+=============  ===========================================================================================
+
+The target says ``ready`` (to ``early``), ``complete`` (to ``state``), ``running`` (to ``go``), each with milliseconds
+by step as JSON, and ``failed`` with the JSON of a `ToolstackError` when it gives up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+from hypervisor.errors import HostUnavailable, MigrationFailed, ToolstackError, from_json
+from hypervisor.host.mover import CLOSED, Sender
+
+PRINTED, EARLY, HOST, STATE, GO, KEPT = "printed", "early", "host", "state", "go", "kept"
+READY, COMPLETE, RUNNING, FAILED = "ready", "complete", "running", "failed"
+
+PRINTED_BYTES = 1 << 20
+"""Of the console's log that goes along."""
+LAST_WORDS = 5.0
+"""Seconds for a word that is said when all is decided already."""
+_MOMENT = 0.001
+
+
+class Words:
+    """The source's ear."""
+
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+
+    async def hear(self) -> None:
+        """Nothing should have been said by now. :raises ToolstackError: the target has given up, or is gone."""
+        with contextlib.suppress(TimeoutError):
+            self._check(*await self._sender.receive(_MOMENT))
+
+    async def answer(self, kind: str, timeout: float) -> dict[str, Any]:
+        """:raises ToolstackError: the target has given up, is gone, or does not answer."""
+        try:
+            said, content = await self._sender.receive(timeout)
+        except TimeoutError:
+            raise HostUnavailable(f"the target did not answer within {timeout:g} s: try again") from None
+        self._check(said, content, kind)
+        try:
+            data = json.loads(content or b"{}")
+        except ValueError:
+            data = {}
+        return data if isinstance(data, dict) else {}
+
+    async def last(self, why: MigrationFailed) -> ToolstackError:
+        """What the target said when it gave up, if that is what ended the connection."""
+        with contextlib.suppress(TimeoutError):
+            while True:
+                said, content = await self._sender.receive(1.0)
+                if said == CLOSED:
+                    break
+                try:
+                    self._check(said, content)
+                except ToolstackError as exc:
+                    if said == FAILED:
+                        return exc
+        return why
+
+    def _check(self, said: str, content: bytes, expected: str = "") -> None:
+        if said == FAILED:
+            raise _failure(content)
+        if said == CLOSED:
+            if self._sender.error is not None:
+                raise self._sender.error
+            raise MigrationFailed(f"the connection to the target was lost ({self._sender.why}): try again")
+        if said != expected:
+            raise MigrationFailed(f"the target said {said[:40]!r} out of place: are both hosts of one release?")
+
+
+def _failure(content: bytes) -> ToolstackError:
+    try:
+        return from_json(json.loads(content))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return MigrationFailed("the target has given up, and does not say why: see its log")
