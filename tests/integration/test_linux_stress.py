@@ -137,9 +137,9 @@ def run_stress(host: Toolstack, image: Image, vcpus: int, seconds: float, withou
         host.unpause(spec.uuid)
         log = watch(host, spec.uuid, seconds + BOOT_SECONDS + END_SECONDS)
     finally:
+        if keep := os.environ.get("REEVE_STRESS_LOGS"):
+            (Path(keep) / f"{spec.name}.log").write_bytes(host.console_log(spec.uuid, LOG_BYTES))
         host.destroy(spec.uuid)
-    if keep := os.environ.get("REEVE_STRESS_LOGS"):
-        (Path(keep) / f"{spec.name}.log").write_bytes(log)
     verdict = VERDICT.search(log)
     assert verdict and verdict[1].startswith(b"OK"), tail(log)
     trouble = [line for line in log.splitlines() if TROUBLE.search(line)]
