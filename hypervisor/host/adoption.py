@@ -54,13 +54,19 @@ class Contact:
     task: asyncio.Task[None] | None = None
 
     def close(self) -> None:
+        """Quiet when it is closed: whoever ends it and whoever waited for it may both come to this."""
         self.sock.close()
-        os.close(self.pidfd)
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
 
     def gone(self, timeout: float = 0.0) -> bool:
         """:param timeout: seconds to wait for its end."""
+        pidfd = self.pidfd
+        if pidfd < 0:
+            return True
         poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
+        poll.register(pidfd, select.POLLIN)
         return bool(poll.poll(timeout * 1000))
 
     def kill(self) -> None:

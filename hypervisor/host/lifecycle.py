@@ -31,6 +31,7 @@ from hypervisor.host.records import DomainRecord, Phase, RecordStore, RunSizes
 from hypervisor.host.resize import Resizer
 from hypervisor.host.runtime import BuildRequest, RuntimeFacts
 from hypervisor.host.settings import HostSettings
+from hypervisor.host.suspension import Suspension
 from hypervisor.host.table import Attachment, Devices, Domain, DomainTable
 from hypervisor.host.word_size import is_64bit
 from hypervisor.host.zygote_client import ZygoteClient
@@ -55,7 +56,7 @@ class Backends(Protocol):
 
 
 @dataclasses.dataclass(slots=True)
-class Lifecycle:
+class Lifecycle(Suspension):
     settings: HostSettings
     records: RecordStore
     table: DomainTable
@@ -136,24 +137,6 @@ class Lifecycle:
             return
         self._ended(domain, reason, detail)
 
-    def suspended(self, domain: Domain) -> None:
-        """It was asked to; nobody waits for it any more if the one who asked gave up: then it goes on."""
-        waiter = domain.suspension
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-        elif waiter is None:
-            self.spawn(self.resume(domain))
-
-    async def resume(self, domain: Domain) -> None:
-        """Let a guest that suspended itself go on where it is."""
-        process, record = domain.process, domain.record
-        if process is not None and process.alive:
-            await process.request("resume")
-        if domain.attachment is not None:
-            domain.attachment.withdraw_shutdown()
-        record.suspending = False
-        self.records.save(record)
-
     def process_gone(self, domain: Domain, code: int | None) -> None:
         """Its process ended. Without a word before that, it is a crash."""
         if domain.record.ended or domain.dying:
@@ -164,7 +147,9 @@ class Lifecycle:
         """An adopted domain has no process: nobody saw how it ended."""
         domain.lost = False
         if domain.record.ended:
-            self.spawn(self._after_end(domain, OnEvent.PRESERVE))
+            self.spawn(self.after_end(domain, OnEvent.PRESERVE))
+        elif domain.record.is_saved():
+            self.saved(domain)
         else:
             self._ended(domain, ShutdownReason.CRASH, "its process ended while the host process was away")
 
@@ -203,9 +188,9 @@ class Lifecycle:
         domain.dying = action is not OnEvent.PRESERVE
         if crashed or action is not OnEvent.RESTART:
             self.table.emit("crashed" if crashed else "shutdown", domain.uuid, detail or reason)
-        self.spawn(self._after_end(domain, action))
+        self.spawn(self.after_end(domain, action))
 
-    async def _after_end(self, domain: Domain, action: OnEvent) -> None:
+    async def after_end(self, domain: Domain, action: OnEvent) -> None:
         if domain.record.migration:
             await self.leaving(domain)
         async with domain.lock:
@@ -235,7 +220,7 @@ class Lifecycle:
         record.phase = Phase.REMAKING if record.restarts else Phase.BUILDING
         record.state = DomainState.PAUSED
         record.reason, record.detail, record.cpu_time_ns, record.console = None, "", 0, {}
-        record.suspending = False
+        record.suspending, record.saved_as = False, []
         folder = self.records.directory(spec.uuid)
         wide = is_64bit(spec.boot.kernel) if image is None else image.bits == 64
         record.claim = self._claim(spec, frames, most + layout.xen_frames(max_pages), wide=wide)

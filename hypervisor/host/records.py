@@ -70,6 +70,7 @@ class DomainRecord:
     :ivar pid: of its process, for people; what counts is who listens at its socket.
     :ivar console: what its console backend saved (`ConsoleRing.save`).
     :ivar suspending: it was asked to suspend itself, to be saved: if nobody waits for that any more it goes on.
+    :ivar saved_as: where its image appears when it is whole, and device and inode of it: then the domain is to go.
     :ivar migration: ident of the migration that has it in its hands (`hypervisor.host.migration`), "" for none.
     :ivar devices: what its devices saved (`hypervisor.host.device_memory.DeviceMemory`), by ``kind/id``.
     """
@@ -90,6 +91,7 @@ class DomainRecord:
     devices: dict[str, Any] = dataclasses.field(default_factory=dict)
     run: RunSizes = RunSizes(0, 0, 0, 0)
     suspending: bool = False
+    saved_as: list[Any] = dataclasses.field(default_factory=list)
     migration: str = ""
 
     def __post_init__(self) -> None:
@@ -99,6 +101,15 @@ class DomainRecord:
     @property
     def ended(self) -> bool:
         return self.state in (DomainState.SHUTDOWN, DomainState.CRASHED)
+
+    def is_saved(self) -> bool:
+        """Whether its image has appeared."""
+        try:
+            path, *identity = self.saved_as
+            found = os.lstat(path)
+        except (ValueError, OSError):
+            return False
+        return identity == [found.st_dev, found.st_ino]
 
     def to_json(self) -> dict[str, Any]:
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

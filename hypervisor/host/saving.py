@@ -62,6 +62,8 @@ class Saving:
                         await self._life.resume(domain)
                         stood = time.monotonic() - since
                     await _sync(out, path)
+                    if not keep_running:
+                        self._note(domain, out, path)
         except FileExistsError:
             raise already(path) from None
         except OSError as exc:
@@ -72,6 +74,12 @@ class Saving:
         if not keep_running:
             await self._life.destroy(domain)
         return info
+
+    def _note(self, domain: Domain, out: int, path: Path) -> None:
+        """From the moment on in which the file has its name the domain is to go, whoever sees to it."""
+        found = os.fstat(out)
+        domain.record.saved_as = [str(path), found.st_dev, found.st_ino]
+        self._life.records.save(domain.record)
 
     def _check(self, domain: Domain) -> None:
         self._life.check_alive(domain, "save")

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,10 @@ def build_netload(folder: Path) -> Path:
     return result
 
 
-def build_net_image(folder: Path, program: Path) -> Image:
+def build_net_image(
+    folder: Path, program: Path, modules: Sequence[str] = MODULES, more: Sequence[tuple[Path, str]] = ()
+) -> Image:
+    """:param modules: loaded when it boots. :param more: files and where they go."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reeve" / "packages"
     start = folder / "start"
     start.write_text(START)
@@ -72,11 +76,11 @@ def build_net_image(folder: Path, program: Path) -> Image:
     lease = folder / "lease"
     lease.write_text(LEASE)
     lease.chmod(0o755)
-    add = [(program, "bin/netload"), (start, "etc/init.d/net"), (lease, "etc/lease")]
+    add = [(program, "bin/netload"), (start, "etc/init.d/net"), (lease, "etc/lease"), *more]
     apt = Apt(cache)
     try:
         _, package = apt.fetch(KERNEL_META_PACKAGE)
-        for name, content in read_members(package, lambda path: path.endswith(MODULES), len(MODULES)):
+        for name, content in read_members(package, lambda path: path.endswith(tuple(modules)), len(modules)):
             module = folder / Path(name).name
             module.write_bytes(content)
             add.append((module, f"lib/net/{module.name}"))
@@ -110,15 +114,18 @@ def net_host(
     memory_mib: int = 1024,
     prefix: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
 ) -> Iterator[Toolstack]:
     """A host process with these networks; its log is ``host.log`` in the folder.
 
+    :param options: further lines of its configuration.
     :param prefix: a command that becomes what it is given, as ``ip netns exec`` and ``setpriv`` do.
     """
     program = shutil.which("reeve-hypervisor", path=str(Path(sys.executable).parent)) or "reeve-hypervisor"
     folder.mkdir(exist_ok=True)
     config, log, control = folder / "hypervisor.conf", folder / "host.log", folder / "hypervisor.sock"
-    config.write_text("[hypervisor]\n" + "".join(f"networks = {network}\n" for network in networks))
+    lines = [*(f"networks = {network}" for network in networks), *options]
+    config.write_text("\n".join(["[hypervisor]", *lines, ""]))
     command = [*prefix, program, "--config-file", str(config), "--state-dir", str(folder), "--socket", str(control)]
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -153,7 +160,10 @@ def net_host(
 class Guest:
     """A Debian guest, driven by its console's shell."""
 
-    def __init__(self, toolstack: Toolstack, image: Image, nics: Sequence[NicSpec], memory_mib: int = 128) -> None:
+    def __init__(
+        self, toolstack: Toolstack, image: Image, nics: Sequence[NicSpec], memory_mib: int = 128, **fields: Any
+    ) -> None:
+        """:param fields: further ones of the `DomainSpec`."""
         self.toolstack = toolstack
         self.uuid = str(uuid.uuid4())
         self._seen = b""
@@ -164,14 +174,19 @@ class Guest:
                 name=f"net-{self.uuid[:8]}",
                 boot=KernelBoot(kernel=image.kernel, ramdisk=image.ramdisk, cmdline=image.cmdline),
                 memory_mib=memory_mib,
-                vcpus=1,
                 nics=tuple(nics),
                 on_crash=OnEvent.PRESERVE,
                 owner="tests",
+                **fields,
             )
         )
         self.console = toolstack.open_console(self.uuid)
         toolstack.unpause(self.uuid)
+
+    def reconnect(self) -> None:
+        """To the console of the domain's next incarnation."""
+        self.console.close()
+        self.console = self.toolstack.open_console(self.uuid)
 
     def booted(self) -> Guest:
         self.until(re.escape(PROMPT), BOOT_SECONDS)
