@@ -121,7 +121,7 @@ class DomainProcess(DomainVerbs):
         self._guest = guest
         saver = guest.saver()
         if saver is not None:
-            self._saving = Saving(saver, self._send)
+            self._saving = Saving(saver, self.handles.memory, self._send)
             saver.watch(self._suspended)
         target = guest.link_target()
         if target is not None:

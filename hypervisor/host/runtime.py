@@ -187,8 +187,11 @@ class Saver(Protocol):
     def watch(self, suspended: Callable[[], None]) -> None:
         """Call `suspended`, in the guest's thread, when the guest has suspended itself; it waits then."""
 
-    def write(self, out: Callable[[bytes | memoryview], object]) -> int:
-        """Give a suspended guest to `out`, as a libxc stream. :returns: pages with data. :raises WrongState."""
+    def write(self, out: Callable[[bytes | memoryview], object], memory: int) -> int:
+        """Give a suspended guest to `out`, as a libxc stream.
+
+        :param memory: descriptor of the domain's memory. :returns: pages with data. :raises WrongState, OSError.
+        """
 
     def resume(self) -> None:
         """Let a suspended guest go on."""

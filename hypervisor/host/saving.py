@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from hypervisor.errors import HostFailure, OperationTimeout, SpecInvalid, StreamInvalid, WrongState
+from hypervisor.errors import HostFailure, OperationTimeout, SpecInvalid, StreamInvalid, ToolstackError, WrongState
 from hypervisor.host.building import Image
 from hypervisor.host.lifecycle import Lifecycle
 from hypervisor.host.new_file import already, checked, new_file
@@ -97,7 +97,10 @@ class Saving:
         try:
             yield time.monotonic()
         except BaseException:
-            await self._life.resume(domain)
+            try:
+                await self._life.resume(domain)
+            except ToolstackError as exc:  # it is the first error that says what went wrong
+                LOG.error("domain %s does not go on: %s", domain.uuid, exc)
             raise
 
     async def _suspend(self, domain: Domain, timeout: float) -> None:
@@ -109,6 +112,9 @@ class Saving:
         try:
             attachment.request_shutdown("suspend")
             await asyncio.wait_for(domain.suspension, timeout)
+        except WrongState:
+            record.suspending = False
+            raise
         except TimeoutError:
             if attachment.withdraw_shutdown():
                 record.suspending = False

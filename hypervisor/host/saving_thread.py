@@ -15,10 +15,11 @@ LOG = logging.getLogger(__name__)
 
 
 class Saving:
-    """One at a time. :param send: tells the host."""
+    """One at a time. :param memory: descriptor of the domain's memory. :param send: tells the host."""
 
-    def __init__(self, saver: Saver, send: Callable[[Message], None]) -> None:
+    def __init__(self, saver: Saver, memory: int, send: Callable[[Message], None]) -> None:
         self.saver = saver
+        self._memory = memory
         self._send = send
         self._busy = threading.Lock()
 
@@ -31,7 +32,7 @@ class Saving:
 
     def _run(self, number: object, out: int) -> None:
         try:
-            pages = self.saver.write(lambda data: _write_all(out, data))
+            pages = self.saver.write(lambda data: _write_all(out, data), self._memory)
             answer: Message = {"result": {"pages": pages}}
         except ToolstackError as exc:
             answer = {"error": exc.to_json()}

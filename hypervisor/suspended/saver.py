@@ -27,8 +27,8 @@ class MachineSaver:
     def resume(self) -> None:
         self._machine.resume()
 
-    def write(self, out: Callable[[bytes | memoryview], object]) -> int:
-        return write(self.capture(), out)
+    def write(self, out: Callable[[bytes | memoryview], object], memory: int) -> int:
+        return write(self.capture(), out, memory)
 
     def capture(self) -> Captured:
         """:raises WrongState: the guest cannot be saved. :raises HostFailure: the run loop does not answer."""

@@ -45,18 +45,18 @@ _MAX_LEAVES = 256
 # -- out
 
 
-def write(captured: Captured, out: Callable[[bytes | memoryview], object]) -> int:
+def write(captured: Captured, out: Callable[[bytes | memoryview], object], memory: int = -1) -> int:
     """Write the stream, from its header to its END. The guest has to stay suspended meanwhile; any thread.
 
-    :param out: takes all that it is given. :returns: number of pages with data.
-    :raises WrongState: see `hypervisor.suspended.capture`.
+    :param out: takes all that it is given. :param memory: see `Captured.batches`.
+    :returns: number of pages with data. :raises WrongState: see `hypervisor.suspended.capture`. :raises OSError.
     """
     state = captured.state
     out(libxc.header_bytes())
     for record in _head(state):
         out(libxc.record_bytes(record))
     pages = 0
-    for pfns, types, contents in captured.batches():
+    for pfns, types, contents in captured.batches(memory):
         head = PageData(pfns, types, b"").head()
         before, behind = libxc.record_frame(Kind.PAGE_DATA, len(head) + len(contents))
         for piece in (before, head, contents, behind):
@@ -196,11 +196,13 @@ class _Pages:
             if pfn < self._ram:
                 self._memory[pfn] = 0
             self._high.pop(pfn, None)
-        self.types[pfns] = np.where(there, record.types, ABSENT)
         contents = np.frombuffer(record.pages, np.uint64).reshape(-1, 512)
         full = pfns[there]
         low = full < self._ram
-        self._memory[full[low]] = contents[low]
+        # Zeros over what was never written would only cost memory.
+        needed = low & (contents.any(axis=1) | has_data(self.types[full]))
+        self.types[pfns] = np.where(there, record.types, ABSENT)
+        self._memory[full[needed]] = contents[needed]
         for row in np.flatnonzero(~low).tolist():
             self._high[int(full[row])] = contents[row].tobytes()
         if len(self._high) > self._ram:

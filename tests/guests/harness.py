@@ -97,12 +97,17 @@ class MemoryLog:
 def make_memory(max_pages: int) -> mmap.mmap:
     """An anonymous file of a domain's whole extent, mapped."""
     size = layout.total_frames(max_pages) * mmap.PAGESIZE
-    fd = os.memfd_create("guest", os.MFD_CLOEXEC)
+    fd = memory_file(size)
     try:
-        os.ftruncate(fd, size)
         return mmap.mmap(fd, size)
     finally:
         os.close(fd)
+
+
+def memory_file(size: int) -> int:
+    fd = os.memfd_create("guest", os.MFD_CLOEXEC)
+    os.ftruncate(fd, size)
+    return fd
 
 
 class GuestRun:
@@ -135,7 +140,9 @@ class GuestRun:
         arriving: GuestRun | None = None,
         parks: bool = False,
     ) -> None:
-        self.memory = make_memory(pages)
+        size = layout.total_frames(pages) * mmap.PAGESIZE
+        self.memory_fd = memory_file(size)
+        self.memory = mmap.mmap(self.memory_fd, size)
         if stream is not None:
             incoming = Incoming(Source.of_file(io.BytesIO(stream)))
             incoming.begin()
@@ -313,6 +320,10 @@ class GuestRun:
         write(self.call(lambda: capture(self.machine.domain)), out.extend)
         return bytes(out)
 
+    def resident_pages(self) -> int:
+        """Of its memory, what the host has really given."""
+        return os.fstat(self.memory_fd).st_blocks * 512 // mmap.PAGESIZE
+
     def failures(self) -> list[str]:
         """The guest's own verdicts that were not PASS."""
         return [line for line in self.text.splitlines() if line.startswith("FAIL")]
@@ -324,6 +335,9 @@ class GuestRun:
         if self.ended is None:
             self.machine.stop()
             self.wait_end()
+        if self.memory_fd >= 0:
+            os.close(self.memory_fd)
+            self.memory_fd = -1
 
 
 def running(runs: list[GuestRun], *args: Any, **kwargs: Any) -> GuestRun:

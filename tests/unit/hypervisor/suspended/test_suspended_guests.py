@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 from harness import GuestRun, build, guest_runs, running
 
+from hypervisor.suspended.capture import capture
+from hypervisor.suspended.transfer import write
+
 pytestmark = pytest.mark.skipif(bool(build.available()), reason=str(build.available()))
 ELSEWHERE = {"base_mfn": 0x31000, "domid": 9}
 
@@ -77,3 +80,20 @@ def test_a_32_bit_guest(runs: list[GuestRun], cmdline: str, vcpus: int) -> None:
         line = next(line for line in run.text.splitlines() if "awake" in line)
         assert how in line and "BAD" not in line and ("second good" in line) == (vcpus == 2), line
     last.wait_end()
+
+
+def test_memory_that_was_never_written_costs_nothing(runs: list[GuestRun]) -> None:
+    """Neither saving nor restoring allocates it."""
+    here = running(runs, "suspend", pages=16384, parks=True)
+    here.wait_text("suspend: ready")
+    here.suspend()
+    captured = here.call(lambda: capture(here.machine.domain))
+    image, before = bytearray(), here.resident_pages()
+    write(captured, image.extend, here.memory_fd)
+    assert here.resident_pages() == before < 1024
+    other = bytearray()
+    write(captured, other.extend)
+    assert image == other
+    there = running(runs, "suspend", stream=bytes(image), pages=16384, **ELSEWHERE)
+    awake(there, 1, "elsewhere")
+    assert there.resident_pages() < 1024
