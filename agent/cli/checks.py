@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from agent.cli import tls_files
 from agent.cli.settings import Connection
 from agent.errors import AgentError
 from hypervisor.errors import ToolstackError
@@ -208,6 +209,29 @@ def host_process(connection: Connection) -> Finding:
     return Finding("host_process", Status.OK, text)
 
 
+def migration(connection: Connection) -> Finding:
+    """What other hosts must prove and be proved; as the host process was told."""
+    try:
+        toolstack = connection.toolstack()
+        try:
+            files = dict(toolstack.host_info().detail).get("migration", "").split("\n")
+        finally:
+            toolstack.close()
+    except (ToolstackError, AgentError):
+        return Finding("migration", Status.WARN, "not asked: no host process", "see host_process")
+    if len(files) != 3:
+        cure = "not needed on a host by itself; else set migration_ca, migration_certificate and migration_key"
+        return Finding("migration", Status.WARN, "no certificate configured: domains cannot move from or to here", cure)
+    try:
+        days = tls_files.days_left(*files)
+    except tls_files.Unusable as exc:
+        return Finding("migration", Status.WARN, _line(exc), "correct it: no domain can move from or to here")
+    text = f"{files[1]} is valid for {days:.0f} days"
+    if days < tls_files.SOON_DAYS:
+        return Finding("migration", Status.WARN, text, "renew it: afterwards no domain can move from or to here")
+    return Finding("migration", Status.OK, text)
+
+
 def broker(connection: Connection) -> Finding:
     """The broker takes a connection."""
     from agent.rpc import connection as rpc
@@ -290,6 +314,7 @@ def run_all(connection: Connection) -> list[Finding]:
     """Every check, in the order they are shown."""
     findings = [check() for check in HOST_CHECKS]
     findings += [loader(connection), state_dir(connection), disk(connection), host_process(connection)]
+    findings.append(migration(connection))
     asked = broker(connection)
     return [*findings, asked, agent(connection, asked)]
 

@@ -118,7 +118,7 @@ class Verbs:
             "zygote_pid": str(self._life.zygote.pid),
             "state_dir": str(self._life.settings.state_dir),
             "xenstored_socket": str(self._life.settings.xenstored_socket),
-            "migration": " ".join(self._life.settings.migration_files),
+            "migration": "\n".join(self._life.settings.migration_files),
         }
         capabilities = set(facts.capabilities)
         if not self._life.settings.can_migrate:

@@ -50,7 +50,7 @@ class Detail:
         try:
             made = cls(**{**data, "run": RunSizes(**data["run"])})
             made._check()
-        except (KeyError, TypeError, ValueError) as exc:
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise SpecInvalid(f"migration offer: detail makes no sense ({exc}): let the source offer it anew") from None
         return made
 

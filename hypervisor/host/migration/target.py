@@ -39,7 +39,7 @@ from hypervisor.host.migration.words import (
     STATE,
 )
 from hypervisor.host.mover import CLOSED, Receiver
-from hypervisor.host.process import ProcessHold
+from hypervisor.host.process import ProcessHold, describe_exit
 from hypervisor.host.records import DomainRecord, Phase
 from hypervisor.host.runtime import BuildRequest
 from hypervisor.host.table import Domain
@@ -92,7 +92,9 @@ class Incoming:
         domain.boot = await building.built(domain, folder, life.settings.build_timeout)
         await process.request("commit")
         record.pid = process.pid
+        life.records.save(record)
         life.watch(domain)
+        process.on_exit = self._process_gone
         self._receiver = await self._listen(tls, token, process, detail.frames)
         self._receiver.on_connected = self._connected
         settings = life.settings
@@ -160,6 +162,13 @@ class Incoming:
                 self._host.write(self.move, MigrationPhase.RECEIVING)
             except ToolstackError as exc:
                 LOG.error("migration %s: %s", self.move.ident, exc)
+
+    def _process_gone(self, code: int | None) -> None:
+        self._host.life.process_gone(self.domain, code)
+        task = self._task
+        if self.move.phase in (MigrationPhase.WAITING, MigrationPhase.RECEIVING) and task is not None:
+            self._why = MigrationFailed(f"the domain process on the target ended: {describe_exit(code)}: see its log")
+            task.cancel()
 
     # -- ends -----------------------------------------------------------------------------------------------------
 

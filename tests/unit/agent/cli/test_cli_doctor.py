@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mover_rig import Authority
 
 from agent import conf
 from agent.cli import checks
@@ -16,6 +17,7 @@ from agent.cli.checks import Finding, Status
 from agent.service import Service
 from hypervisor import errors
 from hypervisor.host import sandbox
+from hypervisor.host.mover import TlsFiles
 from hypervisor.host.sandbox import Report
 from hypervisor.toolstack.api import HostInfo
 from hypervisor.toolstack.drivers.fake import FakeToolstack
@@ -32,7 +34,7 @@ def test_every_check_is_told_with_a_cure(reeve: Any) -> None:
     assert list(found) == [
         *("python", "machine", "unicorn", "engine", "memfd", "seccomp", "landlock", "userfaultfd", "kvm", "xen"),
         *("dpkg-deb", "apt-get", "cpio", "busybox", "qemu-storage-daemon", "qemu-img", "slirp4netns"),
-        *("grub-xen-host", "state_dir", "disk", "host_process", "broker", "agent"),
+        *("grub-xen-host", "state_dir", "disk", "host_process", "migration", "broker", "agent"),
     ]
     for row in found.values():
         assert set(row) == {"check", "status", "detail", "cure"}
@@ -82,6 +84,29 @@ def test_a_host_process_without_seccomp_says_so(reeve: Any, monkeypatch: pytest.
     monkeypatch.setattr(FakeToolstack, "host_info", without)
     row = rows(reeve)["host_process"]
     assert row["status"] == "warn" and "without seccomp" in row["detail"] and "sandbox = required" in row["cure"]
+
+
+def test_files_of_migration_are_looked_at(reeve: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As the host process was told them; a host by itself needs none."""
+    assert rows(reeve)["migration"]["detail"].startswith("no certificate configured")
+    authority, other = Authority(tmp_path), Authority(tmp_path, "other")
+    plain = FakeToolstack.host_info
+    cases: tuple[tuple[TlsFiles, str, str], ...] = (
+        (authority.host("good", days=90), "ok", "is valid for"),
+        (authority.host("soon", days=2), "warn", "is valid for"),
+        (authority.host("expired", days=-1), "warn", "expired"),
+        (dataclasses.replace(authority.host("foreign"), ca=other.ca), "warn", "is not valid"),
+        (dataclasses.replace(authority.host("a"), key=authority.host("b").key), "warn", "is no such file"),
+        (dataclasses.replace(authority.host("c"), key=str(tmp_path / "gone")), "warn", "cannot be read"),
+        (dataclasses.replace(authority.host("d"), certificate=str(tmp_path)), "warn", "cannot be read"),
+    )
+    for files, status, detail in cases:
+        told = "\n".join(map(str, (files.ca, files.certificate, files.key)))
+        monkeypatch.setattr(
+            FakeToolstack, "host_info", lambda s, t=told: dataclasses.replace(plain(s), detail=(("migration", t),))
+        )
+        row = rows(reeve)["migration"]
+        assert row["status"] == status and detail in row["detail"], row
 
 
 def test_broker_and_agent_before_and_after_the_agent_starts(reeve: Any) -> None:
