@@ -254,11 +254,12 @@ def test_a_process_dies(pair: Pair, phase: str, victim: str, role: str) -> None:
             assert told[2][0] is DomainState.CRASHED and role == "source"
 
 
-def test_the_link_is_cut_at_random_moments(pair: Pair) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_the_link_is_cut_at_random_moments(pair: Pair, seed: int) -> None:
     domain = restless(pair)
-    chance = random.Random(5)
+    chance = random.Random(seed)
     place = 0
-    for _ in range(4):
+    for _ in range(5):
         move = Move(pair, domain, place).start()
         victim = pair.rigs[chance.randrange(2)]
         wait = chance.randrange(6)

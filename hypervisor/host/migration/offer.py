@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from hypervisor.errors import HostFailure, MigrationNotTransparent, MigrationRefused, SpecInvalid, WrongState
 from hypervisor.host import protocol
 from hypervisor.host.ledger import PAGES_PER_MIB
-from hypervisor.host.records import LAST_DOMID, RunSizes
-from hypervisor.host.runtime import RuntimeFacts
+from hypervisor.host.records import LAST_DOMID, DomainRecord, Phase, RunSizes
+from hypervisor.host.runtime import BuildRequest, RuntimeFacts
 from hypervisor.host.settings import HostSettings
 from hypervisor.host.table import Domain
 from hypervisor.memory import layout
-from hypervisor.toolstack.api import DomainState, MigrationOffer
+from hypervisor.toolstack.api import DomainSpec, DomainState, MigrationOffer
 
 DRIVER = "embedded"
 STATE = 1
@@ -144,3 +145,35 @@ def check_ours(domain: Domain, verb: str) -> None:
             f"domain {domain.uuid} is in the hands of migration {domain.record.migration}, cannot {verb} it: "
             "wait for its end, or cancel it"
         )
+
+
+def new_record(offer: MigrationOffer, detail: Detail, ident: str, owner: str) -> DomainRecord:
+    """Of the half that is to arrive."""
+    return DomainRecord(
+        spec=dataclasses.replace(offer.spec, owner=owner),
+        domid=offer.domid,
+        phase=Phase.ARRIVING,
+        state=DomainState.PAUSED,
+        created_at=time.time(),
+        run=detail.run,
+        migration=ident,
+    )
+
+
+def request_of(offer: MigrationOffer, detail: Detail, spec: DomainSpec, settings: HostSettings) -> BuildRequest:
+    """The domain process that takes the guest. Sizes are those of its run: the spec may have been changed since."""
+    run = detail.run
+    sizes = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+    return BuildRequest(
+        spec=dataclasses.replace(spec, **sizes),
+        domid=offer.domid,
+        base_mfn=detail.base_mfn,
+        nr_pages=run.memory_mib * PAGES_PER_MIB,
+        max_pages=run.max_memory_mib * PAGES_PER_MIB,
+        cache_dir=settings.cache_dir,
+        engine=settings.engine,
+        linear_page_tables=detail.linear_page_tables,
+        fast_path=settings.fast_path,
+        cpu_policy=settings.cpu_policy,
+        incoming=dict(detail.facts),
+    )

@@ -20,7 +20,7 @@ from hypervisor.host.adoption import Fate
 from hypervisor.host.backends import HostBackends
 from hypervisor.host.lifecycle import Lifecycle
 from hypervisor.host.migration import offer as offers
-from hypervisor.host.migration import source, target
+from hypervisor.host.migration import source
 from hypervisor.host.migration.hosting import Hosting
 from hypervisor.host.migration.move import Move, MoveStore, secret_of
 from hypervisor.host.migration.offer import Detail
@@ -149,7 +149,7 @@ class Migrations:
         offers.check_driver(offer)
         life = self._host.life
         detail = Detail.from_json(offer.detail)
-        record = target.new_record(offer, detail, ident, owner)
+        record = offers.new_record(offer, detail, ident, owner)
         record.spec.validate()
         self._host.tls()
         facts = await life.zygote.start()
@@ -267,6 +267,8 @@ class Migrations:
             await self._incoming[ident].cancel(
                 MigrationCancelled(f"migration {ident} was cancelled on the target: the domain runs on at its source")
             )
+            if self._move(ident).phase is not Phase.DROPPED:
+                raise WrongState(f"migration {ident} is {move.phase} here: {move.detail or 'too late to cancel it'}")
 
     async def resolve(self, ident: str, *, keep: bool) -> None:
         move = self._move(ident)

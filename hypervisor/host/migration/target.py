@@ -12,7 +12,6 @@ import dataclasses
 import json
 import logging
 import os
-import time
 from typing import Any
 
 from hypervisor.errors import HostFailure, MigrationFailed, MigrationNotTransparent, ToolstackError
@@ -41,7 +40,6 @@ from hypervisor.host.migration.words import (
 from hypervisor.host.mover import CLOSED, Receiver
 from hypervisor.host.process import ProcessHold, describe_exit
 from hypervisor.host.records import DomainRecord, Phase
-from hypervisor.host.runtime import BuildRequest
 from hypervisor.host.table import Domain
 from hypervisor.toolstack.api import DomainState, MigrationOffer, MigrationPhase, MigrationTicket
 from hypervisor.toolstack.migration import WAIT_SECONDS
@@ -68,6 +66,7 @@ class Incoming:
         self._receiver: Receiver | None = None
         self._task: asyncio.Task[None] | None = None
         self._drivers: asyncio.Task[None] | None = None
+        self._dropping: asyncio.Task[None] | None = None
         self._belongings: Belongings | None = None
         self._why: ToolstackError | None = None
 
@@ -85,7 +84,7 @@ class Incoming:
         tls = host.tls()
         offers.check_disks(detail, await domain.devices.check_all())
         life.records.save(record)
-        await life.fork(domain, self._request(offer, detail), detail.frames)
+        await life.fork(domain, offers.request_of(offer, detail, record.spec, life.settings), detail.frames)
         process = domain.process
         assert process is not None
         folder = life.records.directory(domain.uuid)
@@ -110,29 +109,6 @@ class Incoming:
         self._task = asyncio.get_running_loop().create_task(self._run())
         self._drivers = asyncio.get_running_loop().create_task(domain.devices.expect())
         return ticket
-
-    def _request(self, offer: MigrationOffer, detail: Detail) -> BuildRequest:
-        settings, run = self._host.life.settings, detail.run
-        return BuildRequest(
-            # Sizes of this run: the spec may have been changed for the next one.
-            spec=dataclasses.replace(
-                self.domain.record.spec,
-                vcpus=run.vcpus,
-                max_vcpus=run.max_vcpus,
-                memory_mib=run.memory_mib,
-                max_memory_mib=run.max_memory_mib,
-            ),
-            domid=offer.domid,
-            base_mfn=detail.base_mfn,
-            nr_pages=run.memory_mib * 256,
-            max_pages=run.max_memory_mib * 256,
-            cache_dir=settings.cache_dir,
-            engine=settings.engine,
-            linear_page_tables=detail.linear_page_tables,
-            fast_path=settings.fast_path,
-            cpu_policy=settings.cpu_policy,
-            incoming=dict(detail.facts),
-        )
 
     async def _listen(self, tls: Any, token: str, process: ProcessHold, pages: int) -> Receiver:
         life = self._host.life
@@ -178,15 +154,24 @@ class Incoming:
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
+        if self._dropping is not None:
+            await asyncio.wait([self._dropping])
 
     def stop(self) -> None:
         """The host process ends."""
-        for task in (self._task, self._drivers):
+        for task in (self._task, self._drivers, self._dropping):
             if task is not None:
                 task.cancel()
 
     async def drop(self, why: ToolstackError) -> None:
-        """Nothing of it stays here."""
+        """Nothing of it stays here. Once begun it is done, whoever asks for it besides or does not wait for it."""
+        before = self._dropping
+        if before is None or (before.done() and (before.cancelled() or before.exception() is not None)):
+            self._dropping = asyncio.get_running_loop().create_task(self._drop(why))
+        assert self._dropping is not None
+        await asyncio.shield(self._dropping)
+
+    async def _drop(self, why: ToolstackError) -> None:
         life, domain, move = self._host.life, self.domain, self.move
         receiver = self._receiver
         if receiver is not None and move.phase is not MigrationPhase.COMPLETE:
@@ -208,6 +193,8 @@ class Incoming:
         domain, move, life = self.domain, self.move, self._host.life
         steps = Steps()
         async with domain.lock:
+            if not domain.record.migration:
+                return {}
             if move.phase is not MigrationPhase.RUNNING:
                 move.ending = True
                 self._host.write(move, MigrationPhase.RUNNING, tell=False)
@@ -373,18 +360,6 @@ class Incoming:
         if process is None or not process.alive:
             raise MigrationFailed("the domain process on the target has ended: see its host's log")
         return process
-
-
-def new_record(offer: MigrationOffer, detail: Detail, ident: str, owner: str) -> DomainRecord:
-    return DomainRecord(
-        spec=dataclasses.replace(offer.spec, owner=owner),
-        domid=offer.domid,
-        phase=Phase.ARRIVING,
-        state=DomainState.PAUSED,
-        created_at=time.time(),
-        run=detail.run,
-        migration=ident,
-    )
 
 
 def _in_memory(data: bytes) -> int:
