@@ -19,7 +19,8 @@ _BLOCK_STATUS, _DISCONNECT = 7, 2
 _DONE = 1
 _STATUS, _ERROR = 5, 1 << 15
 _EXTENT = struct.Struct(">II")
-_MAX_CHUNK = 1 << 20
+_MAX_CHUNK = (1 << 20) + 4
+"""QEMU tells of at most a MiB of extents at once."""
 
 STEP = 1 << 31
 """Bytes of one question."""

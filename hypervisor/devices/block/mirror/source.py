@@ -33,6 +33,8 @@ GREETING = 1800.0
 """Seconds in which it must have made its images, and looked at its backing files if need be."""
 REPLACED_WITHIN, TRY_EVERY = 60.0, 0.05
 """How long a driver or daemon that died is waited for."""
+ATTEMPTS = 5
+"""So many daemons in a row may end before they have told what their image holds."""
 BURST_SECONDS = 0.1
 
 Ask = Callable[[str, Sequence[int]], Awaitable[dict[str, Any] | None]]
@@ -316,7 +318,7 @@ class _Disk:
 
     async def _survey(self) -> None:
         """:raises ToolstackError: it cannot be read."""
-        while True:
+        for attempt in range(ATTEMPTS):
             view = await self._open()
             try:
                 await self.run(functools.partial(self._reader.everything, view))
@@ -324,6 +326,8 @@ class _Disk:
             except ImageGone as exc:
                 LOG.warning("disk %s: %s", self.source.id, exc)
                 self._drop_view()
+                if attempt + 1 == ATTEMPTS:
+                    raise MigrationFailed(f"disk {self.source.id} cannot be read: {exc}: look at its image") from exc
 
     async def _open(self) -> View:
         deadline = time.monotonic() + REPLACED_WITHIN

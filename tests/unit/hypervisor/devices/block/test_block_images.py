@@ -9,6 +9,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from hypervisor.devices.block.image.base import Action, ImageGone, Operation
 from hypervisor.devices.block.image.files import Opener
 from hypervisor.devices.block.image.locks import Use, acquire
 from hypervisor.devices.block.image.nbd import NbdImage
+from hypervisor.devices.block.image.nbd_status import NbdStatus
 from hypervisor.devices.block.image.raw import RawImage
 from hypervisor.errors import HostFailure, ImageInUse, ImageInvalid, SpecInvalid, Unsupported, WrongState
 from hypervisor.toolstack.devices import DiskFormat, DiskSpec, Limits
@@ -431,3 +433,58 @@ def test_nbd_errors(told: int, error: int) -> None:
     assert operation.error == error
     nbd.close()
     kept[0].close()
+
+
+# -- what lies where, with a server that does its worst
+
+
+def chunk(body: bytes, *, kind: int = 5, done: int = 1, magic: int = 0x668E33EF, cookie: int = 1) -> bytes:
+    return struct.pack(">IHHQI", magic, done, kind, cookie, len(body)) + body
+
+
+def extents(*found: tuple[int, int], context: int = 7) -> bytes:
+    return struct.pack(">I", context) + b"".join(struct.pack(">II", *one) for one in found)
+
+
+def told(data: bytes, length: int) -> list[tuple[int, int, int]]:
+    ours, theirs = socket.socketpair()
+    sender = threading.Thread(target=lambda: (theirs.sendall(data), theirs.shutdown(socket.SHUT_WR)))
+    sender.start()
+    status = NbdStatus(ours.detach(), 7)
+    try:
+        return list(status.extents(0, length))
+    finally:
+        status.close()
+        sender.join()
+        theirs.close()
+
+
+def test_what_lies_where() -> None:
+    foreign = chunk(extents((1, 1), context=8), done=0)
+    assert told(foreign + chunk(extents((4096, 0), (8192, 3))), 12288) == [(0, 4096, 0), (4096, 8192, 3)]
+    # A server may say more than was asked, and less.
+    assert told(chunk(extents((4096, 0), (8192, 3))), 6000) == [(0, 4096, 0), (4096, 1904, 3)]
+    twice = chunk(extents((4096, 0))) + chunk(extents((4096, 1)), cookie=2)
+    assert told(twice, 8192) == [(0, 4096, 0), (4096, 4096, 1)]
+    most = (1 << 20) // 8
+    assert len(told(chunk(extents(*[(512, 0)] * most)), most * 512)) == most
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        chunk(extents((4096, 0)), magic=1),
+        chunk(extents((4096, 0)), cookie=2),
+        chunk(extents((4096, 0)))[:-1],
+        chunk(extents((0, 0))),
+        chunk(extents()),
+        chunk(extents((4096, 0), context=8)),
+        chunk(extents((4096, 0)) + b"x"),
+        chunk(struct.pack(">IH", 22, 0), kind=1 << 15 | 1),
+        struct.pack(">IHHQI", 0x668E33EF, 1, 5, 1, 1 << 31),
+    ],
+)
+def test_a_server_that_does_not_tell_what_lies_where_is_gone(data: bytes) -> None:
+    with pytest.raises(ImageGone):
+        told(data, 4096)

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mirror_rig import FORMATS, Guest, Killed, Rig, content, die, needs_qemu
 
+from hypervisor.devices.block.image.base import ImageGone
 from hypervisor.devices.block.mirror import wire
 from hypervisor.devices.block.mirror.images import Copy, DiskAnswer, DiskOffer, DiskPlan, choose, survey
 from hypervisor.devices.block.mirror.target import Candidate, MirrorTarget
@@ -179,6 +180,23 @@ def test_qcow2_whose_driver_and_daemon_die(tmp_path: Path) -> None:
         await guest.settle()
         await moved(rig, [guest])
         assert content(rig.homes[1] / "images" / "disk", "qcow2") == content(path, "qcow2")
+
+    run(work())
+
+
+@needs_qemu
+def test_a_daemon_that_never_tells_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        rig = Rig(tmp_path)
+        guest = await rig.attach(rig.image("disk", "qcow2", MIB), "qcow2")
+
+        def gone(*_: object) -> None:
+            raise ImageGone("it has closed the connection")
+
+        monkeypatch.setattr("hypervisor.devices.block.image.nbd_status.NbdStatus.extents", gone)
+        with pytest.raises(MigrationFailed, match="xvda cannot be read: it has closed"):
+            await rig.begin()
+        await gave_up(rig, guest)
 
     run(work())
 
