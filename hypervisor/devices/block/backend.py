@@ -17,7 +17,7 @@ from hypervisor.devices.block.image.files import ImageFile, Opener
 from hypervisor.devices.block.journal import is_lost, note_lost
 from hypervisor.devices.block.ring import MAX_INDIRECT, MAX_RING_ORDER, SECTOR
 from hypervisor.devices.driver import Opened
-from hypervisor.errors import HostFailure, ImageInUse, SpecInvalid, ToolstackError, Unsupported, WrongState
+from hypervisor.errors import HostFailure, ImageInUse, SpecInvalid, Unsupported, WrongState
 
 LOG = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class BlockBackend:
                         shutil.rmtree(folder, ignore_errors=True)
                     raise
                 await asyncio.sleep(LOCK_EVERY)
-            except ToolstackError:
+            except BaseException:
                 if not before:
                     shutil.rmtree(folder, ignore_errors=True)
                 raise

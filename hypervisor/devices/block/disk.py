@@ -212,6 +212,9 @@ class DaemonDisk:
         try:
             await disk._start()
         except BaseException:
+            disk._closed = True
+            if disk._daemon is not None:
+                await disk._daemon.stop()
             disk._close_chain()
             raise
         about.save(folder)

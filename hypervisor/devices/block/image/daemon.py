@@ -66,11 +66,11 @@ class StorageDaemon:
         pidfd = os.pidfd_open(pid)
         try:
             qmp = await Qmp.connect(str(folder), QMP_SOCKET)
-        except (OSError, QmpError) as exc:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            _reap(pidfd)
-            os.close(pidfd)
-            raise HostFailure(f"{program} does not start ({exc}): see {folder / LOG_NAME}") from exc
+        except BaseException as exc:
+            await asyncio.shield(asyncio.to_thread(_end, pidfd))
+            if isinstance(exc, OSError | QmpError):
+                raise HostFailure(f"{program} does not start ({exc}): see {folder / LOG_NAME}") from exc
+            raise
         daemon = cls(folder, qmp, pidfd, on_exit)
         try:
             await daemon._open(chain, readonly=readonly, direct=direct)
@@ -291,6 +291,17 @@ def _confinement() -> list[str]:
         return []
     command = [setpriv, "--no-new-privs", "--inh-caps=-all", "--ambient-caps=-all"]
     return [*command, "--bounding-set=-all", "--"] if os.geteuid() == 0 else [*command, "--"]
+
+
+def _end(pidfd: int) -> None:
+    """Kill it and wait for it; `pidfd` is closed."""
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    except (ProcessLookupError, ChildProcessError):
+        pass
+    finally:
+        os.close(pidfd)
 
 
 def _reap(pidfd: int) -> None:

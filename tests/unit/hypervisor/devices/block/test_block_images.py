@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from hypervisor.devices.block.backend import BlockBackend
+from hypervisor.devices.block.image import daemon as daemons
 from hypervisor.devices.block.image import overlay
 from hypervisor.devices.block.image.base import Action, ImageGone, Operation
 from hypervisor.devices.block.image.files import Opener
@@ -386,6 +387,36 @@ def test_what_is_missing_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -
 
     run(work())
     assert not list((home / "disks").iterdir())
+
+
+@needs_qemu
+@pytest.mark.parametrize("moment", ["qmp.Qmp.command", "daemon.StorageDaemon._open", "daemon.StorageDaemon.size"])
+def test_an_opening_that_is_cut_off_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    pids: list[int] = []
+    started = daemons._spawn
+    monkeypatch.setattr(daemons, "_spawn", lambda *args: pids.append(started(*args)) or pids[-1])
+
+    async def work() -> None:
+        reached = asyncio.Event()
+
+        async def never(*_: object, **__: object) -> None:
+            reached.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(f"hypervisor.devices.block.image.{moment}", never)
+        path = home / "images" / "a.qcow2"
+        overlay.create(path, image(home), "raw")
+        opening = asyncio.get_running_loop().create_task(
+            BlockBackend(Settings(home)).open("d1", 3, DiskSpec("xvda", str(path), DiskFormat.QCOW2))
+        )
+        await asyncio.wait_for(reached.wait(), 20)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        assert not Path(f"/proc/{pids[0]}").exists()
+        assert not list((home / "disks").iterdir())
+
+    run(work())
 
 
 # -- NBD, with a server that does its worst
