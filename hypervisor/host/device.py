@@ -146,10 +146,7 @@ class Device:
     # -- to another host ------------------------------------------------------------------------------------------
 
     async def quiesce(self) -> None:
-        """The guest stands still: have the driver finish and let go of it. `begin` takes it up again.
-
-        :raises HostUnavailable: it does not answer.
-        """
+        """The guest stands still: its driver lets go. `begin` takes it up again. :raises HostUnavailable: it does not."""
         await self._stop_task()
         self.memory.count(await self._driver.leave(self.devid))
         self._generation = 0
@@ -165,8 +162,8 @@ class Device:
             self.begin()
             raise
 
-    async def pack(self) -> dict[str, Any]:
-        """After `quiesce`: give back what was opened. :returns: JSON of its memory, with what goes along.
+    async def pack(self, *, copied: bool) -> dict[str, Any]:
+        """After `quiesce`: give back what was opened, unless it was `copied`. :returns: JSON of its memory and more.
 
         :raises HostFailure: as `flush`; nothing is given back then.
         """
@@ -174,8 +171,9 @@ class Device:
             return {**self.memory.to_json(), "carried": self.memory.carried or {}}
         await opened.flush()
         told = {**self.memory.to_json(), "carried": opened.leave()}
-        self.opened = None
-        opened.close() if opened.end is None else await opened.end()
+        if not copied:
+            self.opened = None
+            opened.close() if opened.end is None else await opened.end()
         return told
 
     async def ask(self, op: str, fds: Sequence[int]) -> dict[str, Any] | None:

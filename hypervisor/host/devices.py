@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 from hypervisor.devices import registry
-from hypervisor.devices.driver import Backend
+from hypervisor.devices.driver import Backend, Opened
 from hypervisor.devices.xenbus import BACKEND_HOME, DevicePaths, XenbusDevice
 from hypervisor.errors import (
     DeviceExists,
@@ -27,6 +27,7 @@ from hypervisor.host.guest_side import DomainSide
 from hypervisor.host.records import RecordStore
 from hypervisor.host.settings import HostSettings
 from hypervisor.host.table import Domain, DomainTable
+from hypervisor.host.together import all_of
 from hypervisor.host.zygote_client import ZygoteClient
 from hypervisor.toolstack.api import DomainSpec
 from hypervisor.toolstack.devices import MAX_DISK_BYTES, SECTOR, DeviceInfo, NicSpec, check_devices
@@ -34,8 +35,6 @@ from hypervisor.xenstore.errors import XenstoreError
 from hypervisor.xenstore.handle import Handle
 
 LOG = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 
 FORCE_TIMEOUT = 60.0
 
@@ -166,47 +165,63 @@ class DomainDevices:
 
     async def flush(self) -> None:
         """Less is left to do for `pack`. :raises HostFailure: it cannot be done."""
-        await _all(device.flush() for device in self._devices.values())
+        await all_of(device.flush() for device in self._devices.values())
 
     async def quiesce(self) -> None:
         """The guest stands still: drivers finish and let go of all devices. :raises HostUnavailable: one does not."""
         await self._stop_adopting()
-        await _all(device.quiesce() for device in self._devices.values())
+        await all_of(device.quiesce() for device in self._devices.values())
 
-    async def pack(self) -> dict[str, Any]:
+    def disks(self) -> list[Device]:
+        return [device for device in self._devices.values() if device.kind == "disk"]
+
+    def disk_backend(self) -> Backend:
+        """Of all disks of this host."""
+        return self._host.backend("disk")
+
+    async def pack(self, copied: frozenset[str] = frozenset()) -> dict[str, Any]:
         """After `quiesce`: give everything back. :returns: what `DomainRecord.devices` is to be on the other host.
 
+        :param copied: keys of disks of which that one has copies.
         :raises HostFailure: not all content of the disks is where that one finds it.
         """
-        return dict(await _all(self._packed(device) for device in self._devices.values()))
+        return dict(await all_of(self._packed(device, copied) for device in self._devices.values()))
 
-    async def _packed(self, device: Device) -> tuple[str, dict[str, Any]]:
-        return key_of(device.spec), await device.pack()
+    async def _packed(self, device: Device, copied: frozenset[str]) -> tuple[str, dict[str, Any]]:
+        return key_of(device.spec), await device.pack(copied=key_of(device.spec) in copied)
 
     def resume(self) -> None:
         """After `quiesce`, with or without `pack`: it goes on here."""
         for device in self._devices.values():
             device.begin()
 
-    async def check_all(self) -> dict[str, int]:
-        """Whether all could be opened if nobody else had them. :returns: sizes, bytes. :raises ToolstackError."""
+    async def check_all(self, elsewhere: frozenset[str]) -> dict[str, int]:
+        """Whether all could be opened if nobody else had them. :returns: sizes, bytes. :raises ToolstackError.
+
+        :param elsewhere: keys of disks that are not on this host.
+        """
         spec = self._domain.record.spec
         self._host.check_macs(spec, spec.nics)
-        sizes = await _all(self._host.backend(kind_of(d)).check(self._domain.uuid, d) for d in specs_of(spec))
-        return dict(zip(map(key_of, specs_of(spec)), sizes, strict=True))
+        here = [device for device in specs_of(spec) if key_of(device) not in elsewhere]
+        sizes = await all_of(self._host.backend(kind_of(device)).check(self._domain.uuid, device) for device in here)
+        return dict(zip(map(key_of, here), sizes, strict=True))
 
     async def expect(self) -> None:
         """Have the drivers ready. :raises ToolstackError: one cannot be started; that is tried again by `arrive`."""
-        await _all(
+        await all_of(
             self._driver(kind).ensure() for kind in {kind_of(spec) for spec in specs_of(self._domain.record.spec)}
         )
 
-    def arrive(self) -> None:
-        """The guest goes on here with the devices that its record tells of; its nodes are there."""
+    def arrive(self, opened: Mapping[str, Opened] | None = None) -> None:
+        """The guest goes on here with the devices that its record tells of; its nodes are there.
+
+        :param opened: by key, what is open already; the others are opened by and by.
+        """
         record = self._domain.record
         for spec in specs_of(record.spec):
             device = self._make(spec, DeviceMemory.from_json(record.devices.get(key_of(spec), {})))
             self._devices[key_of(spec)] = device
+            device.opened = (opened or {}).get(key_of(spec))
             device.begin()
 
     # -- verbs ----------------------------------------------------------------------------------------------------
@@ -382,12 +397,3 @@ class DomainDevices:
     def _bus(self, spec: Spec) -> XenbusDevice:
         paths = DevicePaths(self._domain.record.domid, self._host.backend(kind_of(spec)).type, spec.devid)
         return XenbusDevice(self._host.handle, paths)
-
-
-async def _all(work: Iterable[Awaitable[_T]]) -> list[_T]:
-    """At once; each is finished before the first failure is raised."""
-    results = await asyncio.gather(*work, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return [result for result in results if not isinstance(result, BaseException)]

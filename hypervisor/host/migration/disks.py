@@ -101,8 +101,8 @@ class OutgoingDisks:
 
     @property
     def copied(self) -> frozenset[str]:
-        """Ids of the disks that the target gets copies of."""
-        return frozenset(self._mirror.disks) if self._mirror is not None else frozenset()
+        """Disks that the target gets copies of, as in `DomainRecord.devices`."""
+        return frozenset(f"disk/{ident}" for ident in self._mirror.disks) if self._mirror is not None else frozenset()
 
     @property
     def left(self) -> int:
@@ -179,8 +179,8 @@ class IncomingDisks:
 
     @property
     def elsewhere(self) -> frozenset[str]:
-        """Ids of disks that this host does not see, so that they must be copied."""
-        return frozenset(str(answer["id"]) for answer in self.answers if not answer["shared"])
+        """Disks that this host does not see, so that they must be copied; as in `DomainRecord.devices`."""
+        return frozenset(f"disk/{answer['id']}" for answer in self.answers if not answer["shared"])
 
     def begin(self, backend: Backend, record: DomainRecord, mover: Mover) -> None:
         """Be ready for what comes.
@@ -213,14 +213,15 @@ class IncomingDisks:
             self._task.result()
         await self.end()
         taken = await self._mirror.take()
-        self._opened = {name: opened for name, (_, opened) in taken.items()}
-        if missing := self.elsewhere - taken.keys():
-            raise MigrationFailed(f"disk {min(missing)} was not copied, and the target does not see it: try again")
+        self._opened = {f"disk/{name}": opened for name, (_, opened) in taken.items()}
+        if missing := self.elsewhere - self._opened.keys():
+            name = min(missing).replace("/", " ")
+            raise MigrationFailed(f"{name} was not copied, and the target does not see it: try again")
         here = {name: disk for name, (disk, _) in taken.items()}
         return dataclasses.replace(spec, disks=tuple(here.get(disk.id, disk) for disk in spec.disks))
 
     def use(self) -> dict[str, Opened]:
-        """The disks that were taken, by id; they are the caller's."""
+        """The disks that were taken, by key as in `DomainRecord.devices`; they are the caller's."""
         opened, self._opened = self._opened, {}
         return opened
 

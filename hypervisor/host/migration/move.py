@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hypervisor.errors import ToolstackError
+from hypervisor.errors import MigrationCancelled, ToolstackError
 from hypervisor.host.records import write_atomically
 from hypervisor.toolstack.api import MigrationMode, MigrationPhase, MigrationRole, MigrationStatus
 
@@ -30,6 +30,7 @@ class Move:
 
     :ivar secret: of the token, which itself is not kept; `ticket` what the target said of itself.
     :ivar running: whether the guest ran when it was offered, so that it shall run in the end.
+    :ivar images: that were made here for its disks, and go when it does not come.
     :ivar began: seconds since the epoch.
     :ivar downtime: where the downtime went, milliseconds by step.
     :ivar ending: the phase is written, what follows from it is being done; until then the one before is told.
@@ -60,6 +61,7 @@ class Move:
     error: dict[str, Any] | None = None
     detail: str = ""
     ticket: dict[str, Any] = dataclasses.field(default_factory=dict)
+    images: list[str] = dataclasses.field(default_factory=list)
     downtime: dict[str, float] = dataclasses.field(default_factory=dict)
     ending: bool = False
 
@@ -74,6 +76,9 @@ class Move:
     def commands(self) -> str:
         """How an operator decides for this half."""
         return f"reeve migration resolve {self.ident} --keep or --drop"
+
+    def cancelled(self) -> MigrationCancelled:
+        return MigrationCancelled(f"migration {self.ident} was cancelled: the domain runs on")
 
     def status(self) -> MigrationStatus:
         data = {name: value for name, value in self.to_json().items() if name in _TOLD}

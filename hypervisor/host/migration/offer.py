@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hypervisor.errors import HostFailure, MigrationNotTransparent, MigrationRefused, SpecInvalid, WrongState
-from hypervisor.host import protocol
+from hypervisor.host import disk_mirror, protocol
 from hypervisor.host.ledger import PAGES_PER_MIB
 from hypervisor.host.records import LAST_DOMID, DomainRecord, Phase, RunSizes
 from hypervisor.host.runtime import BuildRequest, RuntimeFacts
@@ -30,7 +30,7 @@ class Detail:
     :ivar base_mfn: of the extent; `frames` its length, `committed` what of it may be filled.
     :ivar facts: of the guest, for the domain process (`hypervisor.host.runtime.BuildRequest.incoming`).
     :ivar linear_page_tables: whether it may have them.
-    :ivar disks: sizes by ``disk/id``, bytes.
+    :ivar disks: sizes by ``disk/id``, bytes. :ivar images: `disk_mirror.offers` of those that can be copied.
     """
 
     base_mfn: int
@@ -40,6 +40,7 @@ class Detail:
     facts: Mapping[str, Any]
     linear_page_tables: bool
     disks: Mapping[str, int]
+    images: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -99,6 +100,7 @@ async def make(domain: Domain, settings: HostSettings, facts: RuntimeFacts) -> M
         facts=about,
         linear_page_tables=settings.linear_page_tables,
         disks=sizes,
+        images=await disk_mirror.offers(domain.devices.disks()),
     )
     return MigrationOffer(
         driver=DRIVER,
@@ -128,10 +130,13 @@ def check_live(offer: MigrationOffer, build: str, taken: frozenset[int]) -> None
         raise MigrationNotTransparent(f"domid {offer.domid} is in use here: move it as an image")
 
 
-def check_disks(detail: Detail, sizes: Mapping[str, int]) -> None:
-    """:raises MigrationRefused: an image here is not the one there."""
+def check_disks(detail: Detail, sizes: Mapping[str, int], elsewhere: frozenset[str]) -> None:
+    """:param elsewhere: keys of disks that are not here.
+
+    :raises MigrationRefused: an image here is not the one there.
+    """
     for key, size in detail.disks.items():
-        if sizes.get(key, 0) != size:
+        if key not in elsewhere and sizes.get(key, 0) != size:
             raise MigrationRefused(
                 f"{key.replace('/', ' ')} has {size} bytes on the source and {sizes.get(key, 0)} here: "
                 "is it the same image, on storage that both hosts share?"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+from typing import Any
 
 from hypervisor.host.migration.belongings import Belongings
 from hypervisor.host.migration.clock import Steps
+from hypervisor.host.migration.disks import OutgoingDisks
 from hypervisor.host.migration.words import HOST, PRINTED_BYTES, STATE
 from hypervisor.host.mover import PagesSent, Sender
 from hypervisor.host.process import ProcessHold
@@ -31,6 +33,7 @@ class Rest:
     domain: Domain
     process: ProcessHold
     sender: Sender
+    disks: OutgoingDisks
     bitmap: int
     printed: int
 
@@ -42,13 +45,19 @@ class Rest:
         finally:
             os.close(state)
 
+    async def _pack(self) -> dict[str, Any]:
+        """The disks' last blocks go beside the pages."""
+        assert self.domain.devices is not None
+        await self.disks.last()
+        return await self.domain.devices.pack(self.disks.copied)
+
     async def _send(self, state: int, steps: Steps) -> PagesSent:
         domain, process = self.domain, self.process
         assert domain.devices is not None
         # Asked one after the other without waiting: the domain process does them in this order.
         frozen = asyncio.ensure_future(process.request("migration_freeze", STATE_TIMEOUT, {"on": True, "dirty": True}))
         export = asyncio.ensure_future(process.request("migration_export", STATE_TIMEOUT, {}, [state]))
-        packed = asyncio.ensure_future(domain.devices.pack())
+        packed = asyncio.ensure_future(self._pack())
         try:
             await frozen
             steps.done("freeze")

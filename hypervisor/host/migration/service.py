@@ -19,8 +19,8 @@ from hypervisor.errors import (
 from hypervisor.host.adoption import Fate
 from hypervisor.host.backends import HostBackends
 from hypervisor.host.lifecycle import Lifecycle
+from hypervisor.host.migration import disks, source
 from hypervisor.host.migration import offer as offers
-from hypervisor.host.migration import source
 from hypervisor.host.migration.hosting import Hosting
 from hypervisor.host.migration.move import Move, MoveStore, secret_of
 from hypervisor.host.migration.offer import Detail
@@ -113,6 +113,8 @@ class Migrations:
 
     async def _recover_target(self, move: Move, domain: Domain | None) -> None:
         if move.phase in (Phase.WAITING, Phase.RECEIVING):
+            disks.remove(move.images)
+            move.images = []
             move.end(Phase.DROPPED, MigrationFailed("the target's host process ended before the domain was whole"))
             self._host.write(move, Phase.DROPPED)
         elif domain is not None:
@@ -260,7 +262,7 @@ class Migrations:
         if move.role is Role.SOURCE:
             if move.phase not in source.BEGUN:
                 raise WrongState(f"migration {ident} is {move.phase} here, too late to cancel it: {move.detail}")
-            await self._outgoing[ident].cancel(source.cancelled(move))
+            await self._outgoing[ident].cancel(move.cancelled())
         else:
             if move.phase not in (Phase.WAITING, Phase.RECEIVING):
                 raise WrongState(f"migration {ident} is {move.phase} here: {move.detail or 'too late to cancel it'}")

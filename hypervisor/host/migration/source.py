@@ -13,7 +13,6 @@ import os
 
 from hypervisor.errors import (
     HostFailure,
-    MigrationCancelled,
     MigrationFailed,
     MigrationUnresolved,
     ToolstackError,
@@ -22,10 +21,12 @@ from hypervisor.errors import (
 )
 from hypervisor.host.migration import bitmap
 from hypervisor.host.migration.clock import Steps
+from hypervisor.host.migration.disks import OutgoingDisks, Talk
 from hypervisor.host.migration.hosting import Hosting
 from hypervisor.host.migration.move import Move
 from hypervisor.host.migration.rest import Rest
 from hypervisor.host.migration.rounds import Rounds, Verdict
+from hypervisor.host.migration.sent import Sent
 from hypervisor.host.migration.words import (
     COMPLETE,
     EARLY,
@@ -76,8 +77,11 @@ class Outgoing:
         self._options = options or MigrationOptions()
         self._process: ProcessHold | None = domain.process
         self._sender: Sender | None = None
+        self._talk: Talk | None = None
+        self._disks: OutgoingDisks | None = None
         self._bitmap = -1
         self._rounds = Rounds(self._options)
+        self._sent = Sent(host, move)
         self._why: ToolstackError | None = None
         self._giving_up = False
         self._task: asyncio.Task[None] | None = None
@@ -178,6 +182,11 @@ class Outgoing:
         if self._bitmap >= 0:
             os.close(self._bitmap)
             self._bitmap = -1
+        if self._disks is not None:
+            await self._disks.abort()
+        if self._talk is not None:
+            await self._talk.close()
+            self._talk = None
         sender, self._sender = self._sender, None
         if sender is not None:
             await sender.close()
@@ -214,12 +223,18 @@ class Outgoing:
             zstd=self._options.compress == "zstd",
             sandbox=self._host.life.settings.sandbox,
         )
-        self._sender.on_progress = self._progress
+        self._sender.on_progress = self._sent.progress
+        self._talk = Talk(self._sender)
+        assert self.domain.devices is not None
+        disks, link = self.domain.devices.disks(), self._talk.link
+        self._disks = await OutgoingDisks.of(disks, ticket, self._options, link, self._sent.disks)
         self._host.write(self.move, Phase.COPYING)
 
     async def _copy(self) -> None:
         """Until the rest is quickly done."""
-        process = self._there()
+        process, disks = self._there(), self._disks
+        assert disks is not None
+        await disks.copy()
         await process.request("migration_log", fields={"on": True}, fds=[self._bitmap])
         assert self.domain.record.claim is not None
         bitmap.mark_data(self._bitmap, process.handles.memory, self.domain.record.claim.frames)
@@ -233,6 +248,8 @@ class Outgoing:
             if verdict is Verdict.SLOWER:
                 LOG.info("domain %s: %d per cent of a CPU while it is moved", self.move.uuid, self._rounds.cap)
                 await process.request("set_cap", fields={"percent": self._rounds.cap})
+            if verdict is Verdict.SWITCH:
+                await disks.again()
             sent = await self._round()
             if verdict is Verdict.SWITCH and ready:
                 return
@@ -245,9 +262,8 @@ class Outgoing:
         await self._words().hear()
         assert self._sender is not None
         self.move.rounds += 1
-        before = self.move.pages_sent, self.move.bytes_sent
         sent = await self._sender.pages(self._bitmap)
-        self._count(before, sent)
+        self._sent.round(sent)
         self.move.rate_bytes = round(sent.bytes / sent.seconds, 1) if sent.seconds > 0 else 0.0
         return sent
 
@@ -289,7 +305,8 @@ class Outgoing:
     async def _switch(self) -> None:
         """The guest stands still from here to the target's word that it runs."""
         domain, process, sender = self.domain, self._there(), self._sender
-        assert domain.devices is not None and domain.attachment is not None and sender is not None
+        assert domain.devices is not None and domain.attachment is not None
+        assert sender is not None and self._disks is not None
         self._host.write(self.move, Phase.SWITCHING)
         steps = Steps()
         if self.move.running:
@@ -302,8 +319,8 @@ class Outgoing:
         steps.done("rings")
         await domain.devices.quiesce()
         steps.done("drivers")
-        rest = Rest(self._host.backends.server, domain, process, sender, self._bitmap, self._printed)
-        self._count((self.move.pages_sent, self.move.bytes_sent), await rest.send(steps))
+        rest = Rest(self._host.backends.server, domain, process, sender, self._disks, self._bitmap, self._printed)
+        self._sent.round(await rest.send(steps))
         said = await self._words().answer(COMPLETE, STATE_TIMEOUT)
         steps.done("target takes it")
         self.move.ending = True
@@ -358,11 +375,11 @@ class Outgoing:
     # -- inside ---------------------------------------------------------------------------------------------------
 
     def _words(self) -> Words:
-        assert self._sender is not None
-        return Words(self._sender)
+        assert self._talk is not None
+        return Words(self._talk)
 
     async def _reason(self, why: ToolstackError) -> ToolstackError:
-        if self._sender is None or self._has_moved() or not isinstance(why, MigrationFailed):
+        if self._talk is None or self._has_moved() or not isinstance(why, MigrationFailed):
             return why
         return await self._words().last(why)
 
@@ -378,20 +395,4 @@ class Outgoing:
         if not same or domain.record.ended or domain.dying or self._host.life.table.find(domain.uuid) is not domain:
             raise WrongState(f"domain {domain.uuid} ended or restarted by itself while it was moved")
 
-    def _count(self, before: tuple[int, int], sent: PagesSent) -> None:
-        self.move.pages_sent = before[0] + sent.pages - sent.unchanged
-        self.move.bytes_sent = before[1] + sent.bytes
-        self._round_began = self.move.pages_sent, self.move.bytes_sent
-
-    def _progress(self, sent: PagesSent) -> None:
-        began = self._round_began
-        self.move.pages_sent = began[0] + sent.pages - sent.unchanged
-        self.move.bytes_sent = began[1] + sent.bytes
-        self._host.tell(self.move)
-
-    _round_began = (0, 0)
     _printed = 0
-
-
-def cancelled(move: Move) -> MigrationCancelled:
-    return MigrationCancelled(f"migration {move.ident} was cancelled: the domain runs on")

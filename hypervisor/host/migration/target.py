@@ -15,11 +15,13 @@ import os
 from typing import Any
 
 from hypervisor.errors import HostFailure, MigrationFailed, MigrationNotTransparent, ToolstackError
-from hypervisor.host import building, priority
+from hypervisor.host import building, disk_mirror, priority
 from hypervisor.host.ledger import ExtentTaken
+from hypervisor.host.migration import disks
 from hypervisor.host.migration import offer as offers
 from hypervisor.host.migration.belongings import Belongings
 from hypervisor.host.migration.clock import Steps
+from hypervisor.host.migration.disks import IncomingDisks
 from hypervisor.host.migration.hosting import Hosting
 from hypervisor.host.migration.move import Move
 from hypervisor.host.migration.offer import Detail
@@ -68,6 +70,7 @@ class Incoming:
         self._drivers: asyncio.Task[None] | None = None
         self._dropping: asyncio.Task[None] | None = None
         self._belongings: Belongings | None = None
+        self._disks: IncomingDisks | None = None
         self._why: ToolstackError | None = None
 
     # -- before ---------------------------------------------------------------------------------------------------
@@ -82,7 +85,9 @@ class Incoming:
         except ExtentTaken as exc:
             raise MigrationNotTransparent(f"{exc}: move it as an image") from None
         tls = host.tls()
-        offers.check_disks(detail, await domain.devices.check_all())
+        self._disks = await IncomingDisks.of(detail.images, life.settings, self._made)
+        elsewhere = self._disks.elsewhere
+        offers.check_disks(detail, await domain.devices.check_all(elsewhere), elsewhere)
         life.records.save(record)
         await life.fork(domain, offers.request_of(offer, detail, record.spec, life.settings), detail.frames)
         process = domain.process
@@ -96,6 +101,7 @@ class Incoming:
         process.on_exit = self._process_gone
         self._receiver = await self._listen(tls, token, process, detail.frames)
         self._receiver.on_connected = self._connected
+        self._disks.begin(domain.devices.disk_backend(), record, self._receiver)
         settings = life.settings
         ticket = MigrationTicket(
             ident=self.move.ident,
@@ -103,6 +109,7 @@ class Incoming:
             mode=self.move.mode,
             address=settings.migration_name or settings.migration_address,
             port=self._receiver.port,
+            detail={disks.ANSWERS: self._disks.answers},
         )
         self.move.ticket = ticket.to_json()
         host.write(self.move, MigrationPhase.WAITING)
@@ -131,6 +138,11 @@ class Incoming:
                 problem = exc
         assert problem is not None
         raise problem
+
+    def _made(self, images: list[str]) -> None:
+        """:raises HostFailure: it cannot be written down."""
+        self.move.images = images
+        self._host.moves.save(self.move)
 
     def _connected(self) -> None:
         if self.move.phase is MigrationPhase.WAITING:
@@ -178,10 +190,14 @@ class Incoming:
             with contextlib.suppress(ToolstackError, TimeoutError):
                 await asyncio.wait_for(receiver.blob(FAILED, json.dumps(why.to_json()).encode()), LAST_WORDS)
         await self.hang_up()
+        if self._disks is not None:
+            await self._disks.drop()
         async with domain.lock:
             domain.dying = True
             await life.forget(domain)
             moving.forget(self._host.backends.server, domain.record.domid, domain.uuid)
+        disks.remove(move.images)
+        move.images = []
         move.end(MigrationPhase.DROPPED, why)
         self._host.write(move, MigrationPhase.DROPPED)
 
@@ -202,7 +218,7 @@ class Incoming:
             record, process = domain.record, domain.process
             domain.held = False
             if not record.ended and process is not None and process.alive and domain.devices is not None:
-                domain.devices.arrive()
+                domain.devices.arrive(self._disks.use() if self._disks is not None else None)
                 if move.running:
                     await process.request("unpause")
                     record.state = DomainState.RUNNING
@@ -216,6 +232,7 @@ class Incoming:
         """What need not be done at once."""
         domain, life = self.domain, self._host.life
         process = domain.process
+        self.move.images = []
         self.move.end(MigrationPhase.RUNNING)
         self._host.write(self.move, MigrationPhase.RUNNING)
         life.resizer.begin(domain)
@@ -225,6 +242,8 @@ class Incoming:
 
     async def hang_up(self) -> None:
         receiver, self._receiver = self._receiver, None
+        if self._disks is not None:
+            await self._disks.end()
         if self._drivers is not None:
             self._drivers.cancel()
             await asyncio.gather(self._drivers, return_exceptions=True)
@@ -276,7 +295,9 @@ class Incoming:
     async def _heard(self, receiver: Receiver, kind: str, data: bytes) -> bool:
         """Whether that was all."""
         receiving = self.move.phase is MigrationPhase.RECEIVING
-        if kind == HOST and receiving:
+        if kind == disk_mirror.KIND and receiving and self._disks is not None:
+            self._disks.heard(data)
+        elif kind == HOST and receiving:
             self._belongings = Belongings.unpack(data)
         elif kind == PRINTED and receiving and len(data) <= PRINTED_BYTES:
             self.domain.console.add(data)
@@ -320,12 +341,15 @@ class Incoming:
             await asyncio.sleep(0)  # it is on its way before the rest is done here
             self._take_store(said)
             steps.done("xenstore")
+            here = await self._disks.take(record.spec) if self._disks is not None else record.spec
+            steps.done("disks")
         finally:
             await asyncio.gather(taken, return_exceptions=True)
             os.close(state)
         await taken
         steps.done("state")
         async with domain.lock:
+            record.spec = here
             record.run, record.restarts, record.cpu_time_ns = said.run, said.restarts, said.cpu_time_ns
             record.created_at, record.started_at = said.created_at, said.started_at
             record.console, record.devices = dict(said.console), dict(said.devices)

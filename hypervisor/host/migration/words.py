@@ -9,6 +9,7 @@ source says    with
 ``state``      the machine's state: now all is there
 ``go``         nothing: it has left the source
 ``kept``       nothing: it has not, and will not
+``disk``       `hypervisor.devices.block.mirror.wire`, to be answered likewise
 =============  ===========================================================================================
 
 The target says ``ready`` (to ``early``), ``complete`` (to ``state``), ``running`` (to ``go``), each with milliseconds
@@ -22,7 +23,8 @@ import json
 from typing import Any
 
 from hypervisor.errors import HostUnavailable, MigrationFailed, ToolstackError, from_json
-from hypervisor.host.mover import CLOSED, Sender
+from hypervisor.host.migration.disks import Talk
+from hypervisor.host.mover import CLOSED
 
 PRINTED, EARLY, HOST, STATE, GO, KEPT = "printed", "early", "host", "state", "go", "kept"
 READY, COMPLETE, RUNNING, FAILED = "ready", "complete", "running", "failed"
@@ -37,18 +39,18 @@ _MOMENT = 0.001
 class Words:
     """The source's ear."""
 
-    def __init__(self, sender: Sender) -> None:
-        self._sender = sender
+    def __init__(self, talk: Talk) -> None:
+        self._talk = talk
 
     async def hear(self) -> None:
         """Nothing should have been said by now. :raises ToolstackError: the target has given up, or is gone."""
         with contextlib.suppress(TimeoutError):
-            self._check(*await self._sender.receive(_MOMENT))
+            self._check(*await self._talk.receive(_MOMENT))
 
     async def answer(self, kind: str, timeout: float) -> dict[str, Any]:
         """:raises ToolstackError: the target has given up, is gone, or does not answer."""
         try:
-            said, content = await self._sender.receive(timeout)
+            said, content = await self._talk.receive(timeout)
         except TimeoutError:
             raise HostUnavailable(f"the target did not answer within {timeout:g} s: try again") from None
         self._check(said, content, kind)
@@ -62,7 +64,7 @@ class Words:
         """What the target said when it gave up, if that is what ended the connection."""
         with contextlib.suppress(TimeoutError):
             while True:
-                said, content = await self._sender.receive(1.0)
+                said, content = await self._talk.receive(1.0)
                 if said == CLOSED:
                     break
                 try:
@@ -76,9 +78,9 @@ class Words:
         if said == FAILED:
             raise _failure(content)
         if said == CLOSED:
-            if self._sender.error is not None:
-                raise self._sender.error
-            raise MigrationFailed(f"the connection to the target was lost ({self._sender.why}): try again")
+            if self._talk.error is not None:
+                raise self._talk.error
+            raise MigrationFailed(f"the connection to the target was lost ({self._talk.why}): try again")
         if said != expected:
             raise MigrationFailed(f"the target said {said[:40]!r} out of place: are both hosts of one release?")
 

@@ -169,7 +169,7 @@ def test_disks_go_along(tmp_path: Path) -> None:
         guest, other = await guest_of(rig), await guest_of(rig, "other.img", MIB)
         way = Way(rig)
         await way.begin()
-        assert way.outgoing.copied == way.incoming.elsewhere == {"xvda", "xvdb"}
+        assert way.outgoing.copied == way.incoming.elsewhere == {"disk/xvda", "disk/xvdb"}
         await way.outgoing.copy()
         guest.write(0, 1, 11)
         assert way.outgoing.left == 11 * 4096
@@ -183,7 +183,7 @@ def test_disks_go_along(tmp_path: Path) -> None:
         assert [disk.path for disk in spec.disks] == paths and way.made[-1] == paths
         assert spec == dataclasses.replace(way.record.spec, disks=spec.disks)
         opened = way.incoming.use()
-        assert list(opened) == ["xvda", "xvdb"] and way.incoming.use() == {}
+        assert list(opened) == ["disk/xvda", "disk/xvdb"] and way.incoming.use() == {}
         await way.incoming.drop()
         for path, disk in zip(paths, rig.specs, strict=True):
             assert Path(path).read_bytes() == Path(disk.path).read_bytes()

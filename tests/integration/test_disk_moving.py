@@ -1,0 +1,189 @@
+"""Local disks move with a running Debian guest between two host processes, each with a folder of images of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+from block_guest import Guest, daemons, guest, make_image, missing, new_disk
+from host_rig import HostRig, until
+from mover_rig import Authority
+
+from agent.images import Image
+from hypervisor.devices.block.image import overlay
+from hypervisor.errors import MigrationRefused
+from hypervisor.host.settings import REAL_RUNTIME
+from hypervisor.toolstack.api import MigrationOptions, MigrationPhase, MigrationStatus
+from hypervisor.toolstack.devices import DiskFormat, DiskSpec
+
+MIB = 1 << 20
+LOAD_SECONDS = 40
+TROUBLE = re.compile(rb"I/O error|blk_update_request|WARNING:|BUG:|disabled for further use|Call Trace")
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
+    for program, package in (
+        ("qemu-img", "qemu-utils"),
+        ("qemu-storage-daemon", "qemu-system-common"),
+        ("openssl", "openssl"),
+    ):
+        if shutil.which(program) is None:
+            missing(f"{program} is not installed: apt-get install {package}")
+    return make_image(tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[tuple[HostRig, HostRig]]:
+    authority = Authority(tmp_path)
+    made: list[HostRig] = []
+    try:
+        for name in ("here", "there"):
+            tls = authority.host(name)
+            rig = HostRig(
+                tmp_path / name,
+                REAL_RUNTIME,
+                log_level="info",
+                memory_mib=512,
+                migration_ca=tls.ca,
+                migration_certificate=tls.certificate,
+                migration_key=tls.key,
+            )
+            made.append(rig)
+            rig.start()
+        yield made[0], made[1]
+    finally:
+        for rig in made:
+            rig.stop()
+
+
+class Move:
+    """A guest's way from one host to the other; the guest's console follows."""
+
+    def __init__(self, guest: Guest, there: HostRig, **options: object) -> None:
+        self.guest = guest
+        self.there = there.connect()
+        self.ident, token = str(uuid.uuid4()), "a token"
+        offer = guest.toolstack.migration_offer(guest.uuid)
+        ticket = self.there.migration_prepare(offer, ident=self.ident, token=token, owner="tests")
+        guest.toolstack.migration_start(
+            guest.uuid,
+            ident=self.ident,
+            token=token,
+            ticket=ticket,
+            options=MigrationOptions(**options),  # type: ignore[arg-type]
+        )
+
+    def phases(self) -> tuple[MigrationStatus, MigrationStatus]:
+        return self.guest.toolstack.migration_status(self.ident), self.there.migration_status(self.ident)
+
+    def ended(self) -> tuple[MigrationStatus, MigrationStatus]:
+        until(lambda: all(half.phase.ended for half in self.phases()), "both halves to end", 300)
+        return self.phases()
+
+    def follow(self, there: HostRig) -> None:
+        source, target = self.ended()
+        assert (source.phase, target.phase) == (MigrationPhase.MOVED, MigrationPhase.RUNNING), (source, target)
+        self.guest.console.close()
+        self.guest.toolstack.close()
+        self.guest.rig, self.guest.toolstack = there, self.there
+        self.guest.console = self.there.open_console(self.guest.uuid)
+
+
+def disks(rig: HostRig, mib: int = 64) -> tuple[DiskSpec, DiskSpec]:
+    """A raw one and a qcow2 one on a backing file."""
+    raw, base = new_disk(rig, mib, "load.img"), new_disk(rig, mib, "base.img")
+    top = base.with_name("load.qcow2")
+    overlay.create(top, base, "raw")
+    return DiskSpec("xvdb", str(raw)), DiskSpec("xvdc", str(top), DiskFormat.QCOW2)
+
+
+def content(path: Path, kind: str) -> bytes:
+    if kind == "raw":
+        return path.read_bytes()
+    subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", str(path)], check=True)
+    out = path.with_suffix(".out")
+    subprocess.run(["qemu-img", "convert", "-f", kind, "-O", "raw", str(path), str(out)], check=True)
+    return out.read_bytes()
+
+
+def test_checksums_hold_while_disks_move(hosts: tuple[HostRig, HostRig], image: Image) -> None:
+    here, there = hosts
+    with guest(here, image, *disks(here)) as debian:
+        for name in ("xvdb", "xvdc"):
+            debian.connected(name)
+        before = len(debian.log())
+        command = " & ".join(f"blockload verify /dev/{name} {LOAD_SECONDS} 2 >/dev/hvc0" for name in ("xvdb", "xvdc"))
+        debian.start(f"{command} & wait")
+        debian.until(rb"FLUSHED")
+        Move(debian, there, flatten_disks=True).follow(there)
+        until(lambda: len(re.findall(rb"BLOCK (OK|FAIL)", debian.log()[before:])) == 2, "verdicts", LOAD_SECONDS + 120)
+        log = debian.log()[before:]
+        assert log.count(b"BLOCK OK") == 2, log[-3000:]
+        assert not TROUBLE.search(log), log[-3000:]
+        assert [debian.connected(name).spec["path"] for name in ("xvdb", "xvdc")] == [
+            str(there.state / "images" / name) for name in ("load.img", "load.qcow2")
+        ]
+        said = debian.run("blockload check /dev/xvdb 2; blockload check /dev/xvdc 2", 120)
+        assert said.count("BLOCK OK") == 2, said
+    until(lambda: not daemons(here) and not daemons(there), "storage daemons to end")
+    until(lambda: not [*here.state.glob("disks/*"), *there.state.glob("disks/*")], "nothing of the disks to be left")
+    program = str(Path(image.directory).parents[1] / "blockload")
+    checked = subprocess.run([program, "check", str(there.state / "images" / "load.img"), "2"], capture_output=True)
+    assert b"BLOCK OK" in checked.stdout, checked
+
+
+def test_images_of_a_paused_guest_are_equal(hosts: tuple[HostRig, HostRig], image: Image) -> None:
+    here, there = hosts
+    with guest(here, image, *disks(here, 32)) as debian:
+        for name in ("xvdb", "xvdc"):
+            debian.connected(name)
+        said = debian.run("blockload verify /dev/xvdb 3 2; blockload verify /dev/xvdc 3 2", 120)
+        said += debian.run("blockload discard /dev/xvdb; blockload verify /dev/xvdb 2 1", 120)
+        assert said.count("BLOCK OK") == 4, said
+        debian.toolstack.pause(debian.uuid)
+        Move(debian, there, flatten_disks=True).follow(there)
+        for name, kind in (("load.img", "raw"), ("load.qcow2", "qcow2")):
+            path = here.state / "images" / name
+            if kind == "raw":
+                assert (there.state / "images" / name).read_bytes() == path.read_bytes()
+        debian.toolstack.unpause(debian.uuid)
+        assert "BLOCK OK" in debian.run("blockload check /dev/xvdb 1", 60)
+    until(lambda: not daemons(there), "storage daemons to end")
+    assert content(there.state / "images" / "load.qcow2", "qcow2") == content(
+        here.state / "images" / "load.qcow2", "qcow2"
+    )
+
+
+def test_what_cannot_be_taken_is_refused_and_leaves_nothing(hosts: tuple[HostRig, HostRig], image: Image) -> None:
+    here, there = hosts
+    with guest(here, image, *disks(here, 16)) as debian:
+        debian.connected("xvdc")
+        taken = new_disk(there, 1, "load.img")
+        with pytest.raises(MigrationRefused, match=r"xvdb: there is an image .*load.img on the target already"):
+            Move(debian, there)
+        taken.unlink()
+        # The backing file is not there, and nobody asked for a disk without.
+        source, target = Move(debian, there).ended()
+        assert (source.phase, target.phase) == (MigrationPhase.KEPT, MigrationPhase.DROPPED)
+        assert source.error is not None and re.search(r"xvdc: its backing file .*base.img", source.error["message"])
+        move = Move(debian, there, flatten_disks=True, bandwidth_bytes=1 * MIB)
+        until(lambda: list((there.state / "images").iterdir()), "an image on the target")
+        debian.toolstack.migration_cancel(move.ident)
+        assert [half.phase for half in move.ended()] == [MigrationPhase.KEPT, MigrationPhase.DROPPED]
+        until(lambda: not list((there.state / "images").iterdir()), "the images to be removed")
+        until(lambda: not daemons(there), "storage daemons to end")
+        assert "BLOCK OK" in debian.run("blockload verify /dev/xvdb 2 2", 60)
+        assert "BLOCK OK" in debian.run("blockload verify /dev/xvdc 2 2", 60)
+        assert dataclasses.asdict(debian.connected("xvdb"))["spec"]["path"] == str(here.state / "images" / "load.img")
