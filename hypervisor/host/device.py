@@ -146,7 +146,7 @@ class Device:
     # -- to another host ------------------------------------------------------------------------------------------
 
     async def quiesce(self) -> None:
-        """The guest stands still: its driver lets go. `begin` takes it up again. :raises HostUnavailable: it does not."""
+        """The guest stands still: its driver lets go. `begin` takes it up again. :raises HostUnavailable."""
         await self._stop_task()
         self.memory.count(await self._driver.leave(self.devid))
         self._generation = 0

@@ -10,6 +10,7 @@ import os
 import resource
 from pathlib import Path
 
+from hypervisor.devices.block.backend import BlockBackend
 from hypervisor.errors import HostFailure
 from hypervisor.host import sandbox
 from hypervisor.host.adoption import Adoption
@@ -72,6 +73,8 @@ class HostProcess:
         await backends.start(known)
         devices.forget_strangers(known)
         await migrations.recover()
+        if any((settings.state_dir / "disks").glob("*")) and isinstance(disks := devices.backend("disk"), BlockBackend):
+            await disks.sweep()
         self._control = ControlServer(Verbs(life, report, migrations), max_clients=settings.max_clients)
         await self._control.start(settings.socket)
         LOG.info(

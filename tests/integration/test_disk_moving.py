@@ -184,6 +184,13 @@ def test_what_cannot_be_taken_is_refused_and_leaves_nothing(hosts: tuple[HostRig
         assert [half.phase for half in move.ended()] == [MigrationPhase.KEPT, MigrationPhase.DROPPED]
         until(lambda: not list((there.state / "images").iterdir()), "the images to be removed")
         until(lambda: not daemons(there), "storage daemons to end")
+        move = Move(debian, there, flatten_disks=True, bandwidth_bytes=1 * MIB)
+        until(lambda: len(list((there.state / "images").iterdir())) == 2 and daemons(there), "images on the target")
+        there.restart()
+        source, target = move.ended()
+        assert (source.phase, target.phase) == (MigrationPhase.KEPT, MigrationPhase.DROPPED)
+        assert not list((there.state / "images").iterdir()) and not list((there.state / "disks").iterdir())
+        until(lambda: not daemons(there), "storage daemons to end")
         assert "BLOCK OK" in debian.run("blockload verify /dev/xvdb 2 2", 60)
         assert "BLOCK OK" in debian.run("blockload verify /dev/xvdc 2 2", 60)
         assert dataclasses.asdict(debian.connected("xvdb"))["spec"]["path"] == str(here.state / "images" / "load.img")

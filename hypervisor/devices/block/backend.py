@@ -72,9 +72,7 @@ class BlockBackend:
 
         :raises ImageInvalid, ImageInUse, HostFailure.
         """
-        if not self._swept:
-            self._swept = True
-            await self._sweep()
+        await self.sweep()
         folder = self._home / f"{domain}-{spec.id}"
         if (closing := self._closing.get(folder)) is not None:
             await asyncio.wait([closing])
@@ -254,9 +252,10 @@ class BlockBackend:
             users = []
         return ImageInUse(f"{exc.message} (domain {', '.join(sorted(set(users)))})") if users else exc
 
-    async def _sweep(self) -> None:
-        """End daemons of domains that went while no host process was there."""
-        if not self._home.is_dir():
+    async def sweep(self) -> None:
+        """End daemons of domains that went while no host process was there; once is enough."""
+        swept, self._swept = self._swept, True
+        if swept or not self._home.is_dir():
             return
         for folder in self._home.iterdir():
             domain = folder.name.rpartition("-")[0]
