@@ -33,7 +33,7 @@ from common import (
     run,
     say,
 )
-from sides import Node, QemuGuest, Terminal, describe
+from sides import Meter, Node, QemuGuest, Terminal, describe
 
 from agent.images import Image
 from hypervisor.toolstack.devices import DiskFormat, DiskSpec
@@ -80,8 +80,18 @@ QUESTIONS = [
 ]
 
 
-def parse(question: Question, text: str) -> float:
-    """In the question's unit. The guest is not trusted to print what was asked for. :raises BenchFailed."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Side:
+    """:ivar device: the disk's name in the guest."""
+
+    terminal: Terminal
+    device: str
+    meter: Meter
+
+
+def parse(question: Question, text: str) -> tuple[float, float]:
+    """In the question's unit, and how many MiB or requests it were in all. The guest is not trusted to print what was
+    asked for. :raises BenchFailed."""
     found = re.search(r"^BENCH (\{.*\})\s*$", text, re.M)
     try:
         data: Any = json.loads(found[1]) if found else {}
@@ -90,15 +100,20 @@ def parse(question: Question, text: str) -> float:
         raise BenchFailed(f"{question.name}: the guest printed no figure, but {text[-200:]!r}") from None
     if operations <= 0 or size <= 0 or seconds <= 0:
         raise BenchFailed(f"{question.name}: the guest did {operations} operations in {seconds:g} s")
-    return size / MIB / seconds if question.pattern == "seq" else operations / seconds
+    amount = size / MIB if question.pattern == "seq" else float(operations)
+    return amount / seconds, amount
 
 
-def in_guest(terminal: Terminal, device: str, question: Question, options: argparse.Namespace) -> float:
+def in_guest(side: Side, question: Question, options: argparse.Namespace) -> tuple[float, float]:
+    """(the figure, us of CPU time for each MiB or request)."""
     words = f"{question.pattern} {question.direction} {question.depth} {options.time:g}"
-    terminal.type(f"blockload bench /dev/{device} {words}\r".encode())
-    text = terminal.until(rb"BENCH \{[^\n]*\}\r?\n|BLOCK FAIL[^\n]*\n", options.timeout + options.time)
-    terminal.until(PROMPT, options.timeout)
-    return parse(question, text.decode(errors="replace").replace("\r", ""))
+    side.meter.start()
+    side.terminal.type(f"blockload bench /dev/{side.device} {words}\r".encode())
+    text = side.terminal.until(rb"BENCH \{[^\n]*\}\r?\n|BLOCK FAIL[^\n]*\n", options.timeout + options.time)
+    used = side.meter.stop()
+    side.terminal.until(PROMPT, options.timeout)
+    found, amount = parse(question, text.decode(errors="replace").replace("\r", ""))
+    return found, used * 1e6 / amount
 
 
 def guest_image(images: Path, folder: Path) -> Image:
@@ -150,9 +165,10 @@ def measure(options: argparse.Namespace, folder: Path) -> Result:
             qemu = login(other.terminal, options)
             wait_for(qemu, "vda", options)
             results = {}
+            sides = (Side(reeve, "xvda", node.meter()), Side(qemu, "vda", Meter(lambda: [other.pid])))
             for question in QUESTIONS:
                 if not options.only or question.name in options.only:
-                    results[question.name] = one(question, reeve, qemu, options)
+                    results[question.name] = one(question, sides, options)
         about = describe(node, image)
         node.destroy(guest)
     return {
@@ -178,21 +194,27 @@ def wait_for(terminal: Terminal, device: str, options: argparse.Namespace) -> No
     terminal.until(PROMPT, options.timeout)
 
 
-def one(question: Question, reeve: Terminal, qemu: Terminal, options: argparse.Namespace) -> Result:
+def one(question: Question, sides: tuple[Side, Side], options: argparse.Namespace) -> Result:
     figures: dict[str, list[float]] = {"reeve": [], "qemu_tcg": []}
+    cpu: dict[str, list[float]] = {"reeve": [], "qemu_tcg": []}
     for _ in range(options.rounds):
-        figures["reeve"].append(in_guest(reeve, "xvda", question, options))
-        figures["qemu_tcg"].append(in_guest(qemu, "vda", question, options))
-    medians = {side: median(found) for side, found in figures.items()}
-    ratio = rounded(medians["reeve"] / medians["qemu_tcg"])
+        for name, side in zip(figures, sides, strict=True):
+            found, cost = in_guest(side, question, options)
+            figures[name].append(found)
+            cpu[name].append(cost)
+    medians = {name: median(found) for name, found in figures.items()}
+    costs = {name: median(found) for name, found in cpu.items()}
+    ratio, cpu_ratio = rounded(medians["reeve"] / medians["qemu_tcg"]), rounded(costs["qemu_tcg"] / costs["reeve"])
     say(f"{question.name}: Reeve {medians['reeve']:g}, QEMU TCG {medians['qemu_tcg']:g} {question.unit}, {ratio:g}")
-    return {**medians, "unit": question.unit, "ratio": ratio}
+    unit = "us/MiB" if question.pattern == "seq" else "us/request"
+    return {**medians, "unit": question.unit, "ratio": ratio, "cpu": {**costs, "unit": unit, "ratio": cpu_ratio}}
 
 
 def table(result: Result) -> list[list[object]]:
-    rows: list[list[object]] = [["", "unit", "Reeve", "QEMU TCG", "ratio"]]
+    rows: list[list[object]] = [["", "unit", "Reeve", "QEMU TCG", "ratio", "CPU", "Reeve", "QEMU TCG", "ratio"]]
     for name, found in result["results"].items():
-        rows.append([name, found["unit"], found["reeve"], found["qemu_tcg"], found["ratio"]])
+        times = [found["cpu"][column] for column in ("unit", "reeve", "qemu_tcg", "ratio")]
+        rows.append([name, found["unit"], found["reeve"], found["qemu_tcg"], found["ratio"], *times])
     return rows
 
 

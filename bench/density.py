@@ -30,13 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from common import BenchFailed, Result, count, parser, plain_image, positive, rounded, run, say
-from sides import Node, describe
+from sides import Node, cpu_seconds, describe
 
 from agent.images import Image
 
 MIB = 1 << 20
 MEMFD = "/memfd:reeve-"
-_CPUCLOCK_SCHED = 2
 DAEMONS = ("hypervisor", "zygote", "agent")
 
 
@@ -117,11 +116,6 @@ def extent(pid: int, guest_bytes: int) -> tuple[int, int]:
                 finally:
                     os.close(fd)
     raise BenchFailed(f"process {pid} holds no guest memory: is it a domain process?")
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU time of a process with all its threads, to the nanosecond (clock_getcpuclockid(3)). OSError: it is gone."""
-    return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

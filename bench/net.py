@@ -35,7 +35,7 @@ from common import (
     run,
     say,
 )
-from sides import Node, QemuGuest, Terminal, describe
+from sides import Meter, Node, QemuGuest, Terminal, describe
 
 from agent.images import Image
 from hypervisor.toolstack.devices import NicSpec
@@ -71,11 +71,15 @@ NAMES = {
 class Side:
     """Two guests that know each other. :ivar program: netload, on the host."""
 
-    def __init__(self, first: Terminal, second: Terminal, program: Path, options: argparse.Namespace) -> None:
+    def __init__(
+        self, first: Terminal, second: Terminal, meter: Meter, program: Path, options: argparse.Namespace
+    ) -> None:
         self.first = first
         self.second = second
+        self._meter = meter
         self._program = program
         self._options = options
+        self._used = 0.0
 
     def set_up(self) -> None:
         for number, guest in enumerate((self.first, self.second)):
@@ -95,8 +99,8 @@ class Side:
         guest.until(PROMPT, seconds)
         return text
 
-    def measure(self, name: str) -> float:
-        """One figure, in the unit of `NAMES`."""
+    def measure(self, name: str) -> tuple[float, float]:
+        """(one figure in the unit of `NAMES`, us of CPU time for each MiB or round trip)."""
         seconds, options = f"{self._options.time:g}", self._options
         port = str(free_port())
         if name == "guest_to_guest":
@@ -110,10 +114,15 @@ class Side:
             with self._host_server(mode, port):
                 client = {"sink": f"source {HOST} {port} {seconds}", "give": f"fetch {HOST} {port} {seconds}"}
                 text = self._client(f"netload {client.get(mode, f'rtt {HOST} {port} {options.count}')}")
-        return figure(name, text)
+        found, amount = figure(name, text)
+        return found, self._used * 1e6 / amount
 
     def _client(self, command: str) -> str:
-        return self.say_and_wait(self.first, command, self._options.timeout + 20 * self._options.time)
+        self._meter.start()
+        try:
+            return self.say_and_wait(self.first, command, self._options.timeout + 20 * self._options.time)
+        finally:
+            self._used = self._meter.stop()
 
     @contextlib.contextmanager
     def _guest_server(self, command: str) -> Iterator[None]:
@@ -137,16 +146,17 @@ class Side:
                 server.stdout.close()
 
 
-def figure(name: str, text: str) -> float:
-    """What netload printed. :raises BenchFailed: something else."""
+def figure(name: str, text: str) -> tuple[float, float]:
+    """What netload printed, and how many MiB or round trips it were. :raises BenchFailed: something else."""
     if name.endswith("_rtt"):
-        found = re.search(r"RTT count=\d+ us=([0-9.]+)", text)
-        if found and float(found[1]) > 0:
-            return float(found[1])
+        found = re.search(r"RTT count=(\d+) us=([0-9.]+)", text)
+        if found and float(found[2]) > 0 and int(found[1]) > 0:
+            return float(found[2]), float(found[1])
     else:
         found = re.search(r"(?:SOURCE|FETCH) bytes=(\d+) seconds=([0-9.]+)", text)
         if found and float(found[2]) > 0 and int(found[1]) > 0:
-            return int(found[1]) / float(found[2]) / (1 << 20)
+            mib = int(found[1]) / (1 << 20)
+            return mib / float(found[2]), mib
     raise BenchFailed(f"{name}: the guest printed no figure, but {text[-200:]!r}")
 
 
@@ -182,7 +192,7 @@ def net_image(images: Path, program: Path, folder: Path) -> Image:
 
 
 @contextlib.contextmanager
-def qemu_guests(image: Image, memory: int, folder: Path) -> Iterator[tuple[Terminal, Terminal]]:
+def qemu_guests(image: Image, memory: int, folder: Path) -> Iterator[tuple[QemuGuest, QemuGuest]]:
     path = folder / "lan.sock"
 
     def devices(number: int) -> list[str]:
@@ -196,7 +206,7 @@ def qemu_guests(image: Image, memory: int, folder: Path) -> Iterator[tuple[Termi
     with QemuGuest(image, memory, devices=devices(0)) as first:
         wait_for(path.exists)
         with QemuGuest(image, memory, devices=devices(1)) as second:
-            yield first.terminal, second.terminal
+            yield first, second
 
 
 def wait_for(there: Callable[[], bool]) -> None:
@@ -217,10 +227,11 @@ def measure(options: argparse.Namespace, folder: Path) -> Result:
         for number, guest in enumerate(guests):
             node.toolstack.attach_nic(guest.uuid, NicSpec(0, f"00:16:3e:00:00:0{number}", "lan"))
             node.toolstack.attach_nic(guest.uuid, NicSpec(1, f"00:16:3e:00:01:0{number}", "default"))
-        reeve = Side(guests[0].terminal, guests[1].terminal, program, options)
+        reeve = Side(guests[0].terminal, guests[1].terminal, node.meter(), program, options)
         reeve.set_up()
-        with qemu_guests(image, options.memory, folder) as terminals:
-            qemu = Side(*terminals, program, options)
+        with qemu_guests(image, options.memory, folder) as (first, second):
+            meter = Meter(lambda: [first.pid, second.pid])
+            qemu = Side(first.terminal, second.terminal, meter, program, options)
             qemu.set_up()
             results = {name: one(name, reeve, qemu, options) for name in options.only or NAMES}
         about = describe(node, image)
@@ -241,20 +252,27 @@ def measure(options: argparse.Namespace, folder: Path) -> Result:
 def one(name: str, reeve: Side, qemu: Side, options: argparse.Namespace) -> Result:
     unit, what = NAMES[name]
     figures: dict[str, list[float]] = {side: [] for side in SIDES}
+    cpu: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(options.rounds):
         for label, side in zip(SIDES, (reeve, qemu), strict=True):
-            figures[label].append(side.measure(name))
+            value, cost = side.measure(name)
+            figures[label].append(value)
+            cpu[label].append(cost)
     found = {label: median(values) for label, values in figures.items()}
+    costs = {label: median(values) for label, values in cpu.items()}
     better, worse = ("reeve", "qemu_tcg") if unit != "us" else ("qemu_tcg", "reeve")
     ratio = rounded(found[better] / found[worse])
     say(f"{name}: Reeve {found['reeve']:g}, QEMU TCG {found['qemu_tcg']:g} {unit}, ratio {ratio:g}")
-    return {**found, "unit": unit, "ratio": ratio, "what": what}
+    about: Result = {"unit": "us/round trip" if unit == "us" else "us/MiB"}
+    about |= {**costs, "ratio": rounded(costs["qemu_tcg"] / costs["reeve"])}
+    return {**found, "unit": unit, "ratio": ratio, "what": what, "cpu": about}
 
 
 def table(result: Result) -> list[list[object]]:
-    rows: list[list[object]] = [["", "unit", "Reeve", "QEMU TCG", "ratio"]]
+    rows: list[list[object]] = [["", "unit", "Reeve", "QEMU TCG", "ratio", "CPU", "Reeve", "QEMU TCG", "ratio"]]
     for name, found in result["results"].items():
-        rows.append([name, found["unit"], found["reeve"], found["qemu_tcg"], found["ratio"]])
+        times = [found["cpu"][column] for column in ("unit", "reeve", "qemu_tcg", "ratio")]
+        rows.append([name, found["unit"], found["reeve"], found["qemu_tcg"], found["ratio"], *times])
     return rows
 
 

@@ -34,6 +34,7 @@ START_SECONDS = 60.0
 """For a daemon to answer."""
 
 QEMU_COMMAND_LINE = "console=ttyS0"
+_CPUCLOCK_SCHED = 2  # clock_getcpuclockid(3), which Python lacks
 
 
 class Terminal:
@@ -93,6 +94,10 @@ class QemuGuest:
         except OSError as exc:
             raise BenchFailed(f"{binary} cannot be started: {exc.strerror}; install qemu-system-x86") from exc
         self.terminal = Terminal("the guest in QEMU", self._read, self._write)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def _read(self, seconds: float) -> bytes:
         assert self._process.stdout is not None
@@ -214,6 +219,10 @@ class Node:
             raise BenchFailed(f"the host process has {len(zygotes)} children where its zygote alone should be")
         return {name: process.pid for name, process in self._daemons.items()} | {"zygote": zygotes[0]}
 
+    def meter(self) -> Meter:
+        """Of the host process and all that it has started, domains and drivers included."""
+        return Meter(lambda: descendants(self._daemons["hypervisor"].pid))
+
     def domain_pids(self) -> list[int]:
         """The domain processes: the zygote's children."""
         found = children(self.pids()["zygote"])
@@ -317,6 +326,43 @@ def children(pid: int) -> list[int]:
                         yield int(entry.name)
 
     return sorted(found())
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all below it."""
+    return [pid, *(below for child in children(pid) for below in descendants(child))]
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process with all its threads, to the nanosecond (clock_getcpuclockid(3)). OSError: it is gone."""
+    return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
+
+
+class Meter:
+    """CPU time that one side uses: what it costs whatever else the machine has to do.
+
+    :param pids: gives all processes of the side; one that begins or ends meanwhile is not counted.
+    """
+
+    def __init__(self, pids: Callable[[], list[int]]) -> None:
+        self._pids = pids
+        self._before: dict[int, float] = {}
+
+    def start(self) -> None:
+        self._before = self._look(self._pids())
+
+    def stop(self) -> float:
+        """Seconds since `start`."""
+        after = self._look(list(self._before))
+        return sum(after[pid] - self._before[pid] for pid in after)
+
+    @staticmethod
+    def _look(pids: list[int]) -> dict[int, float]:
+        found = {}
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                found[pid] = cpu_seconds(pid)
+        return found
 
 
 def describe(node: Node, image: Image | None = None) -> dict[str, Any]:

@@ -18,8 +18,8 @@ LINE = 'BENCH {"operations": 400, "bytes": 52428800, "seconds": 2.000000}'
 
 
 def test_figures() -> None:
-    assert block.parse(SEQUENTIAL, f"blockload ...\n{LINE}\n") == 25.0
-    assert block.parse(RANDOM, f"{LINE}\n") == 200.0
+    assert block.parse(SEQUENTIAL, f"blockload ...\n{LINE}\n") == (25.0, 50.0)
+    assert block.parse(RANDOM, f"{LINE}\n") == (200.0, 400.0)
     assert len(block.QUESTIONS) == len({question.name for question in block.QUESTIONS}) == 8
 
 
@@ -41,5 +41,6 @@ def test_a_guest_that_says_something_else(text: str) -> None:
 
 
 def test_the_table_has_a_row_for_each() -> None:
-    found = {"seq_read_1": {"unit": "MiB/s", "reeve": 1.0, "qemu_tcg": 2.0, "ratio": 0.5}}
-    assert block.table({"results": found})[1] == ["seq_read_1", "MiB/s", 1.0, 2.0, 0.5]
+    cpu = {"unit": "us/MiB", "reeve": 4.0, "qemu_tcg": 1.0, "ratio": 0.25}
+    found = {"seq_read_1": {"unit": "MiB/s", "reeve": 1.0, "qemu_tcg": 2.0, "ratio": 0.5, "cpu": cpu}}
+    assert block.table({"results": found})[1] == ["seq_read_1", "MiB/s", 1.0, 2.0, 0.5, "us/MiB", 4.0, 1.0, 0.25]

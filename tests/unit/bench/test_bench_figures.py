@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "bench"))
 
 import density
 import guest
+import sides
 from common import BenchFailed
 from guest import Figure
 
@@ -107,11 +108,11 @@ def test_the_extent_of_a_process_is_split_into_the_guest_s_and_xen_s() -> None:
 def test_this_process_has_memory_and_cpu_time() -> None:
     memory = density.Memory.of(os.getpid())
     assert memory.own > 1 << 20 and memory.files > 0 and memory.tables > 0
-    before = density.cpu_seconds(os.getpid())
+    before = sides.cpu_seconds(os.getpid())
     spent = time.process_time()
     assert abs(before - spent) < 1.0 and before > 0
     with subprocess.Popen(["sleep", "60"]) as process:
-        assert 0 <= density.cpu_seconds(process.pid) < 1.0
+        assert 0 <= sides.cpu_seconds(process.pid) < 1.0
         process.kill()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from agent.images.store import Image, ImageFile
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "bench"))
 
 from common import PROMPT, READY, BenchFailed
-from sides import QemuGuest, Terminal, children
+from sides import Meter, QemuGuest, Terminal, children, descendants
 
 FAKE_QEMU = """#!/bin/sh
 echo "booting $*"
@@ -89,3 +90,31 @@ def test_children_are_found_by_their_parent() -> None:
         assert process.pid in children(os.getpid())
         assert children(process.pid) == []
         process.kill()
+
+
+def test_cpu_time_of_all_below_a_process() -> None:
+    """Of one that works, one that sleeps and one that is gone."""
+    work = "end = time.process_time() + 0.3\nwhile time.process_time() < end: pass\n"
+    script = f"import time\n{work}print('done', flush=True)\n"
+    shell = subprocess.Popen(
+        ["sh", "-c", 'read go; "$0" -c "$1"; read end', sys.executable, script + "input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert shell.stdin is not None and shell.stdout is not None
+    try:
+        assert descendants(shell.pid) == [shell.pid]
+        shell.stdin.write("go\n")
+        shell.stdin.flush()
+        deadline = time.monotonic() + 20
+        while len(descendants(shell.pid)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)  # a poll with a deadline
+        meter = Meter(lambda: [*descendants(shell.pid), 1 << 22])
+        meter.start()
+        assert shell.stdout.readline() == "done\n"
+        assert 0.05 < meter.stop() < 5.0
+    finally:
+        shell.kill()
+        shell.communicate()
