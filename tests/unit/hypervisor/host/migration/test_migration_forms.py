@@ -102,7 +102,7 @@ def test_bytes_that_are_no_belongings(data: bytes) -> None:
 
 def detail() -> Detail:
     frames = layout.total_frames(8 * 256)
-    return Detail(0x200000, frames, 2100, RUN, {"bits": 64}, False, {"disk/xvda": 4096})
+    return Detail(0x200000, frames, 2100, RUN, {"bits": 64}, False, {"disk/xvda": 4096}, [])
 
 
 def offer(**changes: Any) -> MigrationOffer:
@@ -147,10 +147,11 @@ def test_what_a_target_refuses() -> None:
     for changes, taken in (({"build": "older"}, set()), ({}, {7}), ({"domid": 0}, set()), ({"domid": 0x7FF0}, set())):
         with pytest.raises(MigrationNotTransparent):
             offers.check_live(offer(**changes), "build", frozenset(taken))
-    offers.check_disks(detail(), {"disk/xvda": 4096, "nic/0": 0})
+    offers.check_disks(detail(), {"disk/xvda": 4096, "nic/0": 0}, frozenset())
+    offers.check_disks(detail(), {}, frozenset({"disk/xvda"}))
     for sizes in ({"disk/xvda": 8192}, {}):
         with pytest.raises(MigrationRefused, match="disk xvda has 4096 bytes on the source"):
-            offers.check_disks(detail(), sizes)
+            offers.check_disks(detail(), sizes, frozenset())
 
 
 def move(**changes: Any) -> Move:
