@@ -60,8 +60,10 @@ class Pair:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Pair]:
-    rig = HostRig(tmp_path, REAL_RUNTIME, sandbox="required", memory_mib=256).start()
-    made = Pair(rig)
+    rig = HostRig(tmp_path, REAL_RUNTIME, sandbox="required", memory_mib=256)
+    rig.state.mkdir()
+    (rig.state / "next-domid").write_text("0")  # a new state folder begins at a random number
+    made = Pair(rig.start())
     yield made
     made.toolstack.close()
     rig.stop()
