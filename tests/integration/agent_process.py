@@ -9,6 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+from forked import Forked
+
 from agent.journal import Journal
 from agent.rpc.client import Client
 from hypervisor.toolstack.drivers.fake import FakeToolstack
@@ -30,7 +34,7 @@ class AgentProcess:
     broker_url: str = ""
     driver: tuple[str, ...] = ()
     host: str = HOST
-    process: subprocess.Popen[bytes] | None = None
+    process: Forked | None = None
 
     @property
     def url(self) -> str:
@@ -49,8 +53,7 @@ class AgentProcess:
         env = {key: value for key, value in os.environ.items() if not key.startswith(("OS_", "REEVE_"))}
         if kill_at:
             env["REEVE_TEST_KILL_AT"] = kill_at
-        command = [
-            sys.executable, "-m", "agent.service",
+        argv = [
             "--agent-state-dir", str(self.folder / "state"),
             "--agent-host", self.host,
             "--log-file", str(self.folder / "agent.log"),
@@ -58,7 +61,7 @@ class AgentProcess:
             *(self.driver or ("--driver-name", "fake", "--driver-settings", f"state_dir:{self.folder / 'host'}")),
             *options,
         ]  # fmt: skip
-        self.process = subprocess.Popen(command, env=env, cwd="/")
+        self.process = Forked("agent.service:main", argv, env)
 
     def wait(self, timeout: float = START_SECONDS) -> int:
         assert self.process is not None
@@ -86,7 +89,7 @@ class AgentProcess:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait(10)
-        return self.process.returncode
+        return self.process.wait(0)
 
     def client(self) -> Client:
         return Client(self.url, self.host)
