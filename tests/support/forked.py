@@ -1,4 +1,4 @@
-"""Programs started by forking a process that has imported them already: milliseconds each, instead of a second of imports.
+"""Programs started by forking a process that has imported them already: milliseconds each, not a second of imports.
 
 A test that kills an agent a hundred times starts it three hundred times. What runs is the program's own ``main`` in a
 process of its own, with its own arguments, environment and folder. `Forked` has the part of `subprocess.Popen` that
@@ -31,7 +31,7 @@ _BACKLOG = 64
 
 
 class Forked:
-    """One process. :param program: ``module:function``; the function takes the arguments and returns the exit status."""
+    """One process. :param program: ``module:function``, which takes the arguments and returns the exit status."""
 
     def __init__(self, program: str, argv: Sequence[str], env: Mapping[str, str], cwd: str = "/") -> None:
         self.args = [program, *argv]
