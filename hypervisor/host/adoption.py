@@ -25,7 +25,6 @@ from pathlib import Path
 from hypervisor.errors import HostFailure, HypervisorBug, ToolstackError
 from hypervisor.host import channel as channels
 from hypervisor.host.channel import BadMessage, Channel, ChannelClosed, Message
-from hypervisor.host.domain_process import SOCKET_NAME
 from hypervisor.host.handles import Handles
 from hypervisor.host.lifecycle import Lifecycle
 from hypervisor.host.process import KILL_TIMEOUT, ProcessHold
@@ -88,7 +87,7 @@ class Contact:
 def contact(directory: Path) -> Contact | None:
     """Connect to a domain's own socket; None when nobody listens there."""
     try:
-        sock = channels.connect(directory / SOCKET_NAME, socket.SOCK_SEQPACKET, timeout=1.0)
+        sock = channels.connect(directory / channels.DOMAIN_SOCKET, socket.SOCK_SEQPACKET, timeout=1.0)
     except OSError as exc:
         LOG.info("%s: no process (%s)", directory.name, exc)
         return None

@@ -22,6 +22,8 @@ from typing import Any
 
 MAX_MESSAGE = 128 * 1024
 MAX_FDS = 16
+DOMAIN_SOCKET = "sock"
+"""In a domain's folder: where its process is found again by a host process that starts."""
 
 Message = dict[str, Any]
 

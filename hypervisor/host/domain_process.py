@@ -42,8 +42,6 @@ from hypervisor.toolstack.api import DomainState, ShutdownReason
 
 LOG = logging.getLogger(__name__)
 
-SOCKET_NAME = "sock"
-
 
 class DomainProcess(DomainVerbs):
     """:param sandbox_required: refuse to run without seccomp."""
@@ -109,7 +107,7 @@ class DomainProcess(DomainVerbs):
         threading.Event().wait()
 
     def _build(self) -> Guest:
-        self._listener = channels.listen(self.directory / SOCKET_NAME, socket.SOCK_SEQPACKET, backlog=4)
+        self._listener = channels.listen(self.directory / channels.DOMAIN_SOCKET, socket.SOCK_SEQPACKET, backlog=4)
         memory = mmap.mmap(self.handles.memory, 0)
         log = moving.open_log()
         sealed: list[sandbox.Report] = []

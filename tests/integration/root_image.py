@@ -49,6 +49,17 @@ echo '/dev/xvda / ext4 errors=panic 0 1' >"$1/etc/fstab"
 echo 'datasource_list: [NoCloud, ConfigDrive, None]' >"$1/etc/cloud/cloud.cfg.d/90_datasource.cfg"
 # Linux leaves it to udev to bring an added vCPU of a PV guest online.
 echo 'SUBSYSTEM=="cpu", ACTION=="add", ATTR{online}="1"' >"$1/etc/udev/rules.d/90-vcpus.rules"
+# What a test does not look at and an emulated CPU takes its time for; and time enough for the rest.
+for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service \
+    fstrim.timer logrotate.timer systemd-tmpfiles-clean.timer getty@tty1.service getty-static.service \
+    systemd-pstore.service systemd-update-utmp.service systemd-update-utmp-runlevel.service \
+    systemd-binfmt.service proc-sys-fs-binfmt_misc.automount systemd-timesyncd.service \
+    sys-kernel-debug.mount sys-kernel-tracing.mount dev-hugepages.mount dev-mqueue.mount; do
+    ln -sf /dev/null "$1/etc/systemd/system/$unit"
+done
+mkdir -p "$1/etc/systemd/system.conf.d" "$1/etc/systemd/journald.conf.d"
+printf '[Manager]\nDefaultTimeoutStartSec=900\nDefaultDeviceTimeoutSec=900\n' >"$1/etc/systemd/system.conf.d/slow.conf"
+printf '[Journal]\nStorage=volatile\n' >"$1/etc/systemd/journald.conf.d/small.conf"
 rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/*.bin
 """
 

@@ -1,7 +1,9 @@
 """A Debian disk as a cloud has it: made by an instruction, boots by PV-GRUB with its own kernel, configures itself from
 its config drive, answers SSH from the host, reboots, grows and shrinks while it works.
 
-Needs Debian's mirror, mmdebstrap, qemu-utils, slirp4netns, grub-xen-host and an SSH client.
+Needs Debian's mirror, mmdebstrap, qemu-utils, slirp4netns, grub-xen-host and an SSH client. REEVE_KILLS says how often
+the driver of its disks is killed (10; the whole is 100), REEVE_HOTPLUGS how often a disk comes and goes meanwhile (2;
+the whole is 20).
 """
 
 from __future__ import annotations
@@ -18,20 +20,25 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from agent_process import AgentProcess
 from root_image import RootImageMissing, overlay, root_image
 
+from agent.configdrive import Drives
+from agent.configdrive.request import drive_files, first_boot
 from agent.rpc.client import Client
 from hypervisor.toolstack.api import DomainSpec, DomainState, Toolstack
-from hypervisor.toolstack.devices import DeviceState
+from hypervisor.toolstack.devices import DeviceInfo, DeviceState
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 from run_xtf import _connect, _stop  # the same start and stop as the other guests' host
 
 GRUB = Path("/usr/lib/grub-xen/grub-x86_64-xen.bin")
+KILLS = int(os.environ.get("REEVE_KILLS") or 10)
+HOTPLUGS = int(os.environ.get("REEVE_HOTPLUGS") or 2)
 BOOT_SECONDS = 900.0
 STEP_SECONDS = 240.0
 MAC = "00:16:3e:aa:00:01"
@@ -63,6 +70,7 @@ class Guest:
     toolstack: Toolstack
     client: Client
     spec: DomainSpec
+    drive: dict[str, Any]
     key: Path
     port: int
 
@@ -87,9 +95,16 @@ class Guest:
         )
 
     def _client(self) -> list[str]:
-        options = ("BatchMode=yes", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "ConnectTimeout=10")
+        """One connection for all commands: a handshake takes the guest seconds."""
+        control = (f"ControlPath={self.key}.ssh", "ControlMaster=auto", "ControlPersist=600")
+        trust = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null")
+        options = ("BatchMode=yes", "ConnectTimeout=10", *trust, *control)
         flags = [part for option in options for part in ("-o", option)]
         return ["ssh", "-q", *flags, "-i", str(self.key), "-p", str(self.port), "debian@127.0.0.1"]
+
+    def hang_up(self) -> None:
+        """End the connection, which would outlive the guest."""
+        subprocess.run([*self._client()[:-1], "-O", "exit", "guest"], capture_output=True, timeout=30, check=False)
 
     def answers(self) -> bool:
         try:
@@ -170,7 +185,7 @@ def guest(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gues
     ident = str(uuid.uuid4())
     network = {"nic": 0, "addresses": ["10.0.2.15/24"], "gateways": ["10.0.2.2"], "dns": ["10.0.2.3"]}
     public = key.with_suffix(".pub").read_text().strip()
-    args = {
+    args: dict[str, Any] = {
         "uuid": ident,
         "name": "web",
         "loader": "pv-grub",
@@ -189,9 +204,12 @@ def guest(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gues
             with agent.client() as client:
                 made = client.call("create", args, timeout=120)
                 assert made.ok, (made.error, agent.log)
-                found = Guest(toolstack, client, toolstack.get_spec(ident), key, port)
-                found.wait("an answer by SSH", found.answers, BOOT_SECONDS)
-                yield found
+                found = Guest(toolstack, client, toolstack.get_spec(ident), args["config_drive"], key, port)
+                try:
+                    found.wait("an answer by SSH", found.answers, BOOT_SECONDS)
+                    yield found
+                finally:
+                    found.hang_up()
                 assert client.call("destroy", {"uuid": ident}, timeout=120).ok
                 assert list(drives.iterdir()) == []
         finally:
@@ -207,34 +225,40 @@ def test_it_configured_itself(guest: Guest) -> None:
     assert b"web login:" in guest.toolstack.console_log(guest.spec.uuid, 1 << 20)
 
 
+# Work that says when it was disturbed: stress looks at its workers, fio at its checksums.
+WORK = (
+    "rm -f /tmp/enough; until [ -e /tmp/enough ]; do stress -q --cpu 2 --vm 1 --vm-bytes 48M --timeout 10 || exit 1; "
+    "sudo fio --name=work --filename=/var/tmp/work --size=8M --bs=16k --rw=randwrite --direct=1 --ioengine=libaio "
+    "--iodepth=8 --verify=crc32c --verify_fatal=1 --do_verify=1 --output-format=terse || exit 1; done"
+)
+
+
 def test_it_grows_and_shrinks_at_work(guest: Guest) -> None:
     tools, ident = guest.toolstack, guest.spec.uuid
-    load = guest.start("stress --cpu 1 --vm 1 --vm-bytes 48M --timeout 3600")
-    try:
-        before = guest.number("awk '/MemTotal/ {print $2}' /proc/meminfo")
-        tools.set_vcpus(ident, 4)
-        guest.wait("four vCPUs", lambda: guest.number("nproc") == 4, STEP_SECONDS)
-        tools.set_memory(ident, 768)
-        enough = before + 480 * 1024
-        guest.wait(
-            "more memory", lambda: guest.number("awk '/MemTotal/ {print $2}' /proc/meminfo") >= enough, STEP_SECONDS
-        )
-        tools.set_memory(ident, 256)
-        less = before + 16 * 1024
-        guest.wait(
-            "memory given back",
-            lambda: 0 < guest.number("awk '/MemTotal/ {print $2}' /proc/meminfo") <= less,
-            STEP_SECONDS,
-        )
-        guest.wait("what the host sees", lambda: tools.get_domain(ident).memory_mib <= 260, STEP_SECONDS)
-        tools.set_vcpus(ident, 1)
-        guest.wait("one vCPU", lambda: guest.number("nproc") == 1, STEP_SECONDS)
-        assert load.poll() is None, load.communicate()
-    finally:
-        load.send_signal(signal.SIGTERM)
-        load.communicate(timeout=60)
-    guest.ssh("sudo pkill -x stress || true")
-    trouble = guest.ssh("sudo dmesg --level=emerg,alert,crit,err,warn | grep -E 'WARNING|BUG|Oops|stall' || true")
+
+    def resize(**wanted: int) -> None:
+        answer = guest.client.call("resize", {"uuid": ident, "wait_seconds": STEP_SECONDS, **wanted}, timeout=600)
+        assert answer.ok, answer.error
+
+    def memory() -> int:
+        return guest.number("awk '/MemTotal/ {print $2}' /proc/meminfo")
+
+    before = memory()
+    load = guest.start(WORK)
+    resize(vcpus=4)
+    guest.wait("four vCPUs", lambda: guest.number("nproc") == 4, STEP_SECONDS)
+    resize(memory_mib=768)
+    guest.wait("more memory", lambda: memory() >= before + 480 * 1024, STEP_SECONDS)
+    assert load.poll() is None, load.communicate()
+    resize(memory_mib=256)
+    guest.wait("memory given back", lambda: 0 < memory() <= before + 16 * 1024, STEP_SECONDS)
+    assert tools.get_domain(ident).memory_mib <= 260
+    resize(vcpus=1)
+    guest.wait("one vCPU", lambda: guest.number("nproc") == 1, STEP_SECONDS)
+    guest.ssh("touch /tmp/enough")
+    out, err = load.communicate(timeout=STEP_SECONDS)
+    assert load.returncode == 0, out + err
+    trouble = guest.ssh("sudo dmesg --level=emerg,alert,crit,err,warn | grep -E 'WARNING|BUG|Oops|stall|oom' || true")
     assert trouble == ""
 
 
@@ -256,37 +280,118 @@ def driver_process(guest: Guest) -> int | None:
     return None
 
 
-def restarts(guest: Guest) -> int:
-    disk = next(item for item in guest.toolstack.list_devices(guest.spec.uuid) if item.id == "xvda")
-    return disk.stats["restarts"] if disk.state is DeviceState.CONNECTED else -1
+def disk(guest: Guest, name: str = "xvda") -> DeviceInfo | None:
+    """If it is there and served."""
+    found = [item for item in guest.toolstack.list_devices(guest.spec.uuid) if item.id == name]
+    return found[0] if found and found[0].state is DeviceState.CONNECTED else None
 
 
-def test_checksums_hold_while_its_disk_driver_is_killed(guest: Guest) -> None:
-    """fio verifies what it wrote, while the driver process is killed again and again."""
-    wanted = int(os.environ.get("REEVE_KILLS") or 10)
-    job = (
-        "sudo fio --name=check --filename=/var/tmp/fio --size=32M --bs=16k --rw=randwrite --direct=1 --ioengine=libaio "
-        "--iodepth=8 --verify=crc32c --verify_fatal=1 --do_verify=1 --loops=2 --output-format=terse"
+class Kills:
+    """Kills of the process that serves the guest's disks, each after the one before was replaced."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+        self._before = self._restarts()
+        self.done = 0
+
+    def _restarts(self) -> int:
+        served = disk(self._guest)
+        return served.stats["restarts"] if served else -1
+
+    def another(self) -> None:
+        self._guest.wait("the driver's return", lambda: self._restarts() == self._before + self.done, STEP_SECONDS)
+        pid = driver_process(self._guest)
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+            self.done += 1
+
+
+FIO = "--direct=1 --ioengine=libaio --iodepth=8 --verify=crc32c --verify_fatal=1 --output-format=terse"
+
+
+def fio_passed(load: subprocess.Popen[str]) -> None:
+    out, err = load.communicate(timeout=STEP_SECONDS)
+    assert load.returncode == 0, out + err
+
+
+@pytest.mark.timeout(7200)
+def test_fio_verifies_through_kills_and_hotplug(guest: Guest) -> None:
+    """It checks what it wrote on the root disk, and on one that comes and goes, while the driver of both is killed."""
+    job = f"sudo fio --name=check --filename=/var/tmp/fio --size=32M --bs=16k --rw=randwrite --loops=2 {FIO}"
+    kills = Kills(guest)
+    load = guest.start(job)
+    for cycle in range(HOTPLUGS):
+        wanted = KILLS * (cycle + 1) // HOTPLUGS
+        plug(guest)
+        try:
+            # Each time over what the time before has left, which is verified first.
+            passes = [("--rw=read --verify_only",)] * bool(cycle) + [("--rw=randwrite", "--do_verify=1")]
+            for words in passes:
+                other = guest.start(
+                    f"sudo fio --name=plug --filename=/dev/xvdb --size=8M --bs=4k {' '.join(words)} {FIO}"
+                )
+                while other.poll() is None:
+                    if load.poll() is not None:
+                        fio_passed(load)
+                        load = guest.start(job)
+                    if kills.done < wanted:
+                        kills.another()
+                    else:
+                        time.sleep(0.2)  # a poll with fio's end as its deadline
+                fio_passed(other)
+        finally:
+            unplug(guest)
+    while kills.done < KILLS:
+        if load.poll() is not None:
+            fio_passed(load)
+            load = guest.start(job)
+        kills.another()
+    fio_passed(load)
+    assert kills.done >= KILLS
+    errors = guest.ssh("sudo dmesg --level=emerg,alert,crit,err | grep -iE 'xvd|ext4|I/O' || true")
+    assert errors == "", errors
+
+
+def plug(guest: Guest) -> None:
+    """A raw disk beside the root image, the same each time."""
+    path = Path(guest.spec.disks[0].path).with_name("plug.img")
+    if not path.exists():
+        path.write_bytes(bytes(16 << 20))
+    answer = guest.client.call(
+        "attach_disk", {"uuid": guest.spec.uuid, "disk": {"id": "xvdb", "path": str(path)}}, timeout=STEP_SECONDS
     )
-    before, killed = restarts(guest), 0
-    while killed < wanted:
-        load = guest.start(job)
-        while load.poll() is None and killed < wanted:
-            guest.wait("the driver's return", lambda done=killed: restarts(guest) == before + done, STEP_SECONDS)
-            pid = driver_process(guest)
-            if pid is not None:
-                os.kill(pid, signal.SIGKILL)
-                killed += 1
-        out, err = load.communicate(timeout=STEP_SECONDS)
-        assert load.returncode == 0, out + err
-    assert "error" not in guest.ssh("sudo dmesg | grep -i xvda || true")
+    assert answer.ok, answer.error
+    guest.wait("the disk in the guest", lambda: guest.number("ls /dev/xvdb | wc -l") == 1, STEP_SECONDS)
+
+
+def unplug(guest: Guest) -> None:
+    args = {"uuid": guest.spec.uuid, "id": "xvdb", "wait_seconds": 120}
+    answer = guest.client.call("detach_disk", args, timeout=STEP_SECONDS)
+    assert answer.ok and answer.result is not None and not answer.result["forced"], answer.error
+    guest.wait(
+        "the disk's end in the guest", lambda: guest.number("ls /dev/xvdb 2>/dev/null | wc -l") == 0, STEP_SECONDS
+    )
 
 
 def test_it_survives_a_reboot(guest: Guest) -> None:
+    """And configures itself anew, from a drive of the other format, as it is told to forget the first boot."""
     domid = guest.toolstack.get_domain(guest.spec.uuid).domid
     boot = guest.ssh("cat /proc/sys/kernel/random/boot_id")
+    rewrite_drive(guest, "changed")
     with contextlib.suppress(subprocess.SubprocessError):
-        guest.ssh("sudo systemctl reboot")
+        guest.ssh("sudo cloud-init clean && sudo rm /var/lib/first-boot-is-over && sudo systemctl reboot")
+    guest.hang_up()
     guest.wait("a new domid", lambda: guest.toolstack.get_domain(guest.spec.uuid).domid != domid, STEP_SECONDS)
     guest.wait("an answer by SSH", guest.answers, BOOT_SECONDS)
     assert guest.ssh("cat /proc/sys/kernel/random/boot_id") != boot
+    assert guest.ssh("hostname").strip() == "changed"
+    assert "DataSourceConfigDrive" in guest.ssh("sudo cat /var/lib/cloud/instance/datasource")
+    assert "10.0.2.15/24" in guest.ssh("ip -4 -br address show dev eth0")
+
+
+def rewrite_drive(guest: Guest, hostname: str) -> None:
+    """As a create with the format `configdrive` would have written it."""
+    folder = Path(guest.spec.disks[1].path).parent
+    args = {**guest.drive, "format": "configdrive", "hostname": hostname}
+    first = first_boot(args, guest.spec.uuid, guest.spec.name, guest.spec.nics)
+    Drives(folder).write(guest.spec.uuid, *drive_files(args, first), "tests")

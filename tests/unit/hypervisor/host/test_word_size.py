@@ -24,9 +24,9 @@ def bzimage(version: int, flags: int, size: int = 0x1000) -> bytes:
     [
         (ELF64, True),
         (ELF32, False),
-        (gzip.compress(ELF64), True),
-        (gzip.compress(ELF32), False),
-        (gzip.compress(ELF64)[:6], False),
+        (gzip.compress(ELF64, mtime=0), True),
+        (gzip.compress(ELF32, mtime=0), False),
+        (gzip.compress(ELF64, mtime=0)[:6], False),
         (b"\x1f\x8bnonsense", False),
         (bzimage(0x20F, 0x7F), True),
         (bzimage(0x20F, 0x7E), False),
