@@ -19,11 +19,10 @@ from typing import Any
 
 from oslo_config import cfg
 
-from agent import conf_oslo, wire
+from agent import conf_observe, conf_oslo, wire
 from agent.errors import AgentError, ConfigError
 
 SYSTEM_CONFIG = Path("/etc/reeve/agent.conf")
-LOG_LEVELS = ("debug", "info", "warning", "error")
 
 AGENT = (
     cfg.StrOpt(
@@ -163,11 +162,6 @@ RESOURCES = (
 REPORTS = (
     cfg.IntOpt("interval", default=60, min=1, help="Seconds between full capacity reports; changes are sent at once."),
 )
-LOGGING = (
-    cfg.StrOpt("level", default="info", choices=LOG_LEVELS, help="Least severe messages that are logged."),
-    cfg.StrOpt("file", help="Log file; standard error when not given."),
-)
-
 GROUPS: Mapping[str, Sequence[cfg.Opt]] = {
     "agent": AGENT,
     "broker": BROKER,
@@ -178,7 +172,7 @@ GROUPS: Mapping[str, Sequence[cfg.Opt]] = {
     "images": IMAGES,
     "resources": RESOURCES,
     "reports": REPORTS,
-    "log": LOGGING,
+    "log": conf_observe.LOGGING,
 }
 
 
@@ -214,8 +208,7 @@ class Settings:
     vcpu_ratio: float
     reserved_memory_mib: int
     report_interval: int
-    log_level: str
-    log_file: str
+    log: conf_observe.LogSettings
 
 
 def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
@@ -326,6 +319,5 @@ def _settings(values: Mapping[str, Mapping[str, Any]]) -> Settings:
         vcpu_ratio=values["resources"]["vcpu_ratio"],
         reserved_memory_mib=values["resources"]["reserved_memory_mib"],
         report_interval=values["reports"]["interval"],
-        log_level=values["log"]["level"],
-        log_file=values["log"]["file"] or "",
+        log=conf_observe.log_settings(values["log"]),
     )

@@ -8,9 +8,10 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from agent import trace
 from agent.api import Host, JsonDict
 
 _instruction: contextvars.ContextVar[str] = contextvars.ContextVar("instruction", default="-")
@@ -27,20 +28,24 @@ class Interrupted(Exception):
 
 
 class ContextFilter(logging.Filter):
-    """Adds ``instruction``, ``domain`` and ``request`` (the sender's own id for it) to every log record."""
+    """Adds ``instruction``, ``domain``, ``request`` (the sender's own id) and ``traceparent`` to every log record."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.instruction = _instruction.get()
         record.domain = _domain.get()
         record.request = _request.get()
+        record.traceparent = trace.current().get(trace.PARENT, "")
         return True
 
 
 @contextlib.contextmanager
-def log_fields(instruction: str, domain: str = "-", request: str | None = None) -> Iterator[None]:
-    """:param request: None leaves what is set."""
+def log_fields(
+    instruction: str, domain: str = "-", request: str | None = None, traced: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """:param request: None leaves what is set, and so does `traced`, the trace of the instruction."""
     tokens = _instruction.set(instruction), _domain.set(domain or "-")
     asked = None if request is None else _request.set(request or "-")
+    entered = None if traced is None else trace.enter(traced)
     try:
         yield
     finally:
@@ -48,6 +53,8 @@ def log_fields(instruction: str, domain: str = "-", request: str | None = None) 
         _domain.reset(tokens[1])
         if asked is not None:
             _request.reset(asked)
+        if entered is not None:
+            trace.leave(entered)
 
 
 @dataclasses.dataclass(slots=True)

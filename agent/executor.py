@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from agent import trace
 from agent.api import Check, Host, Plan, Step, TooLate
 from agent.context import Interrupted, StepContext, log_fields
 from agent.errors import AgentError, InstructionError, JournalError
@@ -23,7 +24,7 @@ from agent.journal import Entry, Journal, Phase, StepState
 from agent.loader import Verb
 from agent.plain import json_object, one_line
 from agent.wire import Reply
-from agent.work import Work, remains, request_id
+from agent.work import Work, failure, remains, request_id
 from hypervisor.errors import ToolstackError
 
 LOG = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class Executor:
 
     def _run(self, entry: Entry) -> None:
         ident = entry.instruction.id
-        with log_fields(ident, entry.domain, request_id(entry)):
+        with log_fields(ident, entry.domain, request_id(entry), trace.of(entry.instruction.context)):
             verb = self._verbs.get(entry.instruction.verb)
             if verb is None:
                 self._without_plugin(entry)
@@ -170,7 +171,7 @@ class Executor:
         self._forward(work, next((i for i, s in enumerate(work.states) if s is not StepState.DONE), len(plan.steps)))
 
     def _settle_failure(self, work: Work, index: int, exc: BaseException) -> None:
-        error = self._error(work.entry, exc, work.plan.steps[index])
+        error = failure(work.entry, exc, work.plan.steps[index])
         if work.committed:
             self._give_up(work, error, index)
         elif error["code"] == OUTCOME_UNKNOWN:
@@ -203,7 +204,7 @@ class Executor:
             except (Interrupted, JournalError):
                 raise
             except _FAULTS as exc:
-                error = self._error(work.entry, exc, step)
+                error = failure(work.entry, exc, step)
                 if committed:
                     self._give_up(work, error, index)
                 else:
@@ -244,7 +245,7 @@ class Executor:
                 self._turn(work, index, late.output)
                 return
             except _FAULTS as exc:
-                why = self._error(work.entry, exc, step)
+                why = failure(work.entry, exc, step)
                 LOG.error("step %s cannot be undone: %s", step.name, why["message"])
                 error = error | {"message": f"{error['message']}; step {step.name} not undone: {why['message']}"}
                 continue
@@ -340,7 +341,7 @@ class Executor:
 
     def _fail(self, entry: Entry, exc: BaseException) -> None:
         """It failed before anything was begun."""
-        error = self._error(entry, exc)
+        error = failure(entry, exc)
         LOG.info("%s refused: %s", entry.instruction.verb, error["message"])
         self._store(entry, error | {"undone": True}, None, ())
 
@@ -363,6 +364,7 @@ class Executor:
             steps=steps,
             accepted=entry.received,
             finished=self._now(),
+            traceparent=instruction.context.get(trace.PARENT, ""),
         )
         verb = self._verbs.get(instruction.verb)
         reads = verb is not None and verb.plugin.read_only
@@ -385,14 +387,3 @@ class Executor:
             stored(exc)
 
         self._journal.finish_later(reply, keep, done)
-
-    def _error(self, entry: Entry, exc: BaseException, step: Step | None = None) -> dict[str, Any]:
-        if isinstance(exc, ToolstackError | AgentError):
-            return {"code": exc.code, "message": one_line(exc.message), "retryable": exc.retryable}
-        where = f"{entry.instruction.verb!r}" if step is None else f"step {step.name!r} of {entry.instruction.verb!r}"
-        LOG.error("a mistake in %s", where, exc_info=exc)
-        return {
-            "code": "plugin.failed",
-            "message": one_line(f"a mistake in the plugin: {where} raised {exc!r}; report it with the agent's log"),
-            "retryable": False,
-        }

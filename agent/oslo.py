@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from agent import wire
+from agent import trace, wire
 from agent.errors import MessageError
 from agent.redact import redact
 
@@ -90,7 +90,7 @@ def decode(
         deadline=_deadline(raw.expiration, now) if service.call_deadlines else None,
         dialect=DIALECT,
         correlation=msg_id,
-        context=_context(request),
+        context=trace.merged(_context(request), raw.headers),
         heartbeat=_heartbeat(request.get("_timeout")) if msg_id else 0.0,
     )
 
@@ -101,12 +101,12 @@ _ASK = "`reeve schema` lists what there is"
 def encode_reply(reply: wire.Reply, reply_to: str, msg_id: str) -> wire.Outgoing:
     """The outcome of an instruction: its result, or a failure that the client can rebuild."""
     if reply.error is None:
-        return _ending(reply_to, msg_id, reply.result, ident=reply.id)
+        return _ending(reply_to, msg_id, reply.result, ident=reply.id, traceparent=reply.traceparent)
     if reply.error["code"] == "instruction.unknown_verb":
         failure = _no_such_method(reply.verb, reply.host)
     else:
         failure = _failure(reply.error, reply.host, reply.id)
-    return _ending(reply_to, msg_id, None, failure, reply.id)
+    return _ending(reply_to, msg_id, None, failure, reply.id, reply.traceparent)
 
 
 def encode_refusal(raw: wire.Raw, why: MessageError, host: str, max_bytes: int) -> wire.Outgoing | None:
@@ -261,8 +261,8 @@ def _context(request: Mapping[str, Any]) -> dict[str, Any]:
     context = {name[9:]: value for name, value in request.items() if name.startswith("_context_")}
     kept = redact(context)
     if len(json.dumps(kept)) > MAX_CONTEXT_BYTES:
-        names = ("request_id", "global_request_id")
-        kept = {name: str(kept[name])[:128] for name in names if name in kept} | {"shortened": True}
+        names = ("request_id", "global_request_id", *trace.NAMES)
+        kept = {name: str(kept[name])[: trace.MAX_STATE] for name in names if name in kept} | {"shortened": True}
     return dict(kept)
 
 
@@ -300,12 +300,18 @@ def _exception(
 
 
 def _ending(
-    reply_to: str, msg_id: str, result: Any, failure: dict[str, Any] | None = None, ident: str = ""
+    reply_to: str,
+    msg_id: str,
+    result: Any,
+    failure: dict[str, Any] | None = None,
+    ident: str = "",
+    traceparent: str = "",
 ) -> wire.Outgoing:
     text = None if failure is None else json.dumps(failure)
+    traced = {"_context_traceparent": traceparent} if traceparent else {}
     # Always the same for the same call: a client that drops duplicates may do so.
     unique = uuid.uuid5(_NAMES, f"{msg_id} {ident}").hex
-    return _message(reply_to, msg_id, {"result": result, "failure": text, "ending": True}, unique, ident)
+    return _message(reply_to, msg_id, {"result": result, "failure": text, "ending": True} | traced, unique, ident)
 
 
 def _message(reply_to: str, msg_id: str, data: dict[str, Any], unique: str, ident: str = "") -> wire.Outgoing:

@@ -53,6 +53,11 @@ def instruction(plugin: Plugin) -> dict[str, Any]:
                 "maximum": wire.MAX_DEADLINE,
                 "description": "Seconds since the epoch; nothing is begun after it, and what was begun is undone.",
             },
+            "traceparent": {
+                "type": ["string", "null"],
+                "description": "W3C trace context; a malformed one is ignored.",
+            },
+            "tracestate": {"type": ["string", "null"], "description": "W3C trace context, as above."},
         },
     }
 
@@ -86,6 +91,7 @@ def reply() -> dict[str, Any]:
             "steps": {"type": "array", "items": step},
             "accepted": _TIME,
             "finished": _TIME,
+            "traceparent": {"type": "string", "description": "As the instruction had it; left out if it had none."},
         },
         "if": {"properties": {"ok": {"const": True}}},
         "then": {"properties": {"error": {"type": "null"}}},

@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agent import conf, oslo
+from agent import conf, logs, oslo
 from agent.api import Host
 from agent.configdrive.drives import Drives, wanted_drives
-from agent.context import ContextFilter
 from agent.dispatcher import Dispatcher
 from agent.errors import AgentError, AlreadyRunning, ConfigError, JournalError
 from agent.executor import Executor
@@ -42,7 +41,6 @@ from hypervisor.toolstack.api import Toolstack
 
 LOG = logging.getLogger(__name__)
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s [%(instruction)s %(domain)s %(request)s] %(message)s"
 HOUSEKEEPING_SECONDS = 60.0
 FLUSH_SECONDS = 5.0
 DRIVER_PAUSE = 5.0
@@ -312,27 +310,11 @@ def lock_folder(folder: Path) -> Any:
     return file
 
 
-def setup_logging(level: str, file: str) -> None:
-    handler: logging.Handler = logging.FileHandler(file) if file else logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
-    handler.addFilter(ContextFilter())
-    # What the format does not show is not looked up either: it is most of what a line costs (logging's HOWTO).
-    logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
-    # Connection chatter that our own lines already tell.
-    logging.getLogger("amqp").setLevel(logging.WARNING)
-    logging.getLogger("kombu").setLevel(logging.WARNING)
-    logging.getLogger("stevedore").setLevel(logging.WARNING)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``reeve-agent``: 0 ended as asked, 1 could not run, 2 wrong options."""
     try:
         settings = conf.load(None, sys.argv[1:] if argv is None else argv, description=DESCRIPTION, epilog=EPILOG)
-        setup_logging(settings.log_level, settings.log_file)
+        logs.setup(settings.log.level, settings.log.file, settings.log.format)
     except (ConfigError, OSError) as exc:
         sys.stderr.write(f"reeve-agent: {exc}\n")
         return 2

@@ -3,9 +3,9 @@
 The native form, version 1.0, is one JSON object (UTF-8)::
 
     {"reeve": "1.0", "id": "<uuid>", "verb": "create", "host": "node1", "args": {…},
-     "reply_to": "<queue>", "deadline": 1700000000.0}
+     "reply_to": "<queue>", "deadline": 1700000000.0, "traceparent": "00-…", "tracestate": "…"}
 
-``reply_to`` and ``deadline`` may be left out or null. ``docs/instruction-path.md`` describes it for senders.
+What follows ``args`` may be left out or null. ``docs/instruction-path.md`` describes it for senders.
 
 A message is hostile until proven otherwise: its size is checked before anything else, its nesting
 before it is parsed, and every field before it is used. Each refusal is a `MessageError` with its own code.
@@ -22,6 +22,7 @@ import uuid as uuid_module
 from collections.abc import Mapping
 from typing import Any
 
+from agent import trace
 from agent.errors import MessageError
 
 VERSION = (1, 0)
@@ -40,7 +41,7 @@ _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 _VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
 _VERB = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _QUEUE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
-_FIELDS = {"reeve", "id", "verb", "host", "args", "reply_to", "deadline"}
+_FIELDS = {"reeve", "id", "verb", "host", "args", "reply_to", "deadline", *trace.NAMES}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Instruction:
     :ivar deadline: seconds since the epoch, or None.
     :ivar dialect: the form the reply must take.
     :ivar correlation: what the reply must carry besides the id, where the dialect has such a thing.
-    :ivar context: what the sender says about itself (request id, user, project), secrets taken out; for logs.
+    :ivar context: what the sender says about itself (request id, user, project; `agent.trace`), secrets taken out.
     :ivar heartbeat: seconds between the signs of life that the sender wants until the reply comes; 0 for none.
     """
 
@@ -96,7 +97,7 @@ class Instruction:
         data = dataclasses.asdict(self)
         data["reeve"] = "{}.{}".format(*VERSION)
         del data["dialect"], data["correlation"], data["context"], data["heartbeat"]
-        return data
+        return data | trace.of(self.context)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,6 +118,7 @@ class Reply:
     steps: tuple[dict[str, Any], ...] = ()
     accepted: float = 0.0
     finished: float = 0.0
+    traceparent: str = ""
 
     @property
     def ok(self) -> bool:
@@ -124,7 +126,10 @@ class Reply:
 
     def to_json(self) -> dict[str, Any]:
         head = {"reeve": "{}.{}".format(*VERSION), "kind": "reply", "ok": self.ok}
-        return head | dataclasses.asdict(self) | {"steps": list(self.steps)}
+        data = head | dataclasses.asdict(self) | {"steps": list(self.steps)}
+        if not self.traceparent:
+            del data["traceparent"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Reply:
@@ -214,6 +219,7 @@ def decode(raw: Raw, host: str, max_bytes: int = MAX_BYTES) -> Instruction:
         args=_object(data.get("args", {}), "args"),
         reply_to=reply_address(data.get("reply_to") or raw.reply_to),
         deadline=_deadline(data.get("deadline")),
+        context=dict(trace.adopt(data, raw.headers)),
     )
     if instruction.host != host:
         raise MessageError(

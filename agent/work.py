@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
+from typing import Any
 
 from agent.api import Plan, Step
 from agent.context import StepContext
+from agent.errors import AgentError
 from agent.journal import Entry, StepState
 from agent.loader import Verb
+from agent.plain import one_line
+from hypervisor.errors import ToolstackError
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(slots=True)
@@ -48,3 +55,16 @@ def remains(step: Step, state: StepState | None) -> bool:
     if state is None or not step.changes:
         return False
     return state is not StepState.UNDONE or type(step).undo is Step.undo
+
+
+def failure(entry: Entry, exc: BaseException, step: Step | None = None) -> dict[str, Any]:
+    """What went wrong, as a reply tells it; a mistake of a plugin is logged with its traceback."""
+    if isinstance(exc, ToolstackError | AgentError):
+        return {"code": exc.code, "message": one_line(exc.message), "retryable": exc.retryable}
+    where = f"{entry.instruction.verb!r}" if step is None else f"step {step.name!r} of {entry.instruction.verb!r}"
+    LOG.error("a mistake in %s", where, exc_info=exc)
+    return {
+        "code": "plugin.failed",
+        "message": one_line(f"a mistake in the plugin: {where} raised {exc!r}; report it with the agent's log"),
+        "retryable": False,
+    }

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import kombu
 
-from agent import wire
+from agent import trace, wire
 from agent.errors import BrokerError, MessageError, ReplyTimeout
 from agent.rpc import connection as broker
 
@@ -86,10 +86,17 @@ class Client:
         *,
         instruction_id: str | None = None,
         deadline: float | None = None,
+        traceparent: str = "",
     ) -> str:
-        """Send and do not wait; returns the instruction's id. Sending an id again asks for its reply again."""
+        """Send and do not wait; returns the instruction's id. Sending an id again asks for its reply again.
+
+        :param traceparent: W3C trace context; by default that of the instruction this is part of, if there is one.
+        """
         ident = instruction_id or str(uuid.uuid4())
-        instruction = wire.Instruction(ident, verb, self.host, dict(args or {}), self.reply_to, deadline)
+        context = trace.adopt({trace.PARENT: traceparent}, trace.current())
+        instruction = wire.Instruction(
+            ident, verb, self.host, dict(args or {}), self.reply_to, deadline, context=dict(context)
+        )
         body = wire.encode_instruction(instruction)
         if len(body) > self._max_message_bytes:
             raise MessageError(

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from agent import wire
+from agent import trace, wire
 from agent.api import JsonDict
 from agent.context import Interrupted
 from agent.errors import AgentError, BrokerError, InstructionError, ReplyTimeout
@@ -76,7 +76,7 @@ class BrokerPeers:
         """See `agent.api.Peers.tell`."""
         if ident in self._told:
             return
-        body = wire.encode_instruction(wire.Instruction(ident, verb, host, dict(args)))
+        body = wire.encode_instruction(wire.Instruction(ident, verb, host, dict(args), context=dict(trace.current())))
         self._outbox(wire.Outgoing("", wire.queue_name(host), body, correlation_id=ident))
         self._told.add(ident)
 

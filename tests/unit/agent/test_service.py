@@ -68,6 +68,13 @@ def test_the_same_id_gets_the_same_answer(client: Client, tmp_path: Path) -> Non
     assert listed is not None and len(listed["domains"]) == 1
 
 
+def test_the_trace_of_an_instruction_is_in_its_reply_and_what_it_sends(client: Client) -> None:
+    parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    assert client.wait(client.send("list", traceparent=parent), 20).traceparent == parent
+    with log_fields("i", traced={"traceparent": parent}):
+        assert client.call("list", timeout=20).traceparent == parent
+
+
 def test_a_step_s_progress_is_reported(
     service: Service, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

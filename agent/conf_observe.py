@@ -1,0 +1,39 @@
+"""The options of what can be seen of the agent from outside: the group ``[log]``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from oslo_config import cfg
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+LOGGING = (
+    cfg.StrOpt(
+        "level", default="info", choices=LOG_LEVELS, mutable=True, help="Least severe messages that are logged."
+    ),
+    cfg.StrOpt("file", help="Log file; standard error when not given. SIGHUP opens it again, after a rotation."),
+    cfg.StrOpt(
+        "format",
+        default="text",
+        choices=("text", "json"),
+        mutable=True,
+        help="text: lines for people; json: one JSON object a line, with instruction, domain, request and traceparent "
+        "as fields.",
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LogSettings:
+    """The group ``[log]``."""
+
+    level: str
+    file: str
+    format: str
+
+
+def log_settings(values: Mapping[str, Any]) -> LogSettings:
+    return LogSettings(values["level"], values["file"] or "", values["format"])
