@@ -37,6 +37,9 @@ CODES = (
     "ramdisk.invalid",
     "host.insufficient_memory", "host.insufficient_vcpus", "host.unavailable", "host.failure",
     "driver.unsupported",
+    "stream.invalid", "stream.unsupported", "cpu.incompatible",
+    "migration.not_found", "migration.refused", "migration.not_transparent", "migration.failed",
+    "migration.cancelled", "migration.unresolved",
     "protocol.invalid",
 )  # fmt: skip
 

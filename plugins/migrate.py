@@ -92,6 +92,7 @@ class PrepareStep(Step):
 
     def run(self, ctx: Context) -> JsonDict | None:
         modes = ("live", "image") if self.mode == "auto" else (self.mode,)
+        why: InstructionError | None = None
         for mode in modes:
             args = {
                 "ident": ctx.instruction,
@@ -104,8 +105,11 @@ class PrepareStep(Step):
             try:
                 return ask(ctx, self.target, "migrate_in", args, step=f"prepare-{mode}", timeout=seconds, expire=True)
             except InstructionError as exc:
+                if why is not None and exc.code == Unsupported.code:
+                    raise why from None  # it takes no images: why it cannot come live is what helps
                 if exc.code != MigrationNotTransparent.code or mode == modes[-1]:
                     raise
+                why = exc
         raise AssertionError("unreachable")
 
     def check(self, ctx: Context) -> Check:

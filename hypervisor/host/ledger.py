@@ -136,6 +136,10 @@ class Ledger:
     def _check_commitment(self, frames: int, committed: int) -> None:
         if not 0 < committed <= frames:
             raise HypervisorBug(f"claim of {committed} committed frames in an extent of {frames}")
+        self.check_free(committed)
+
+    def check_free(self, committed: int) -> None:
+        """:raises InsufficientMemory: the host cannot commit so many frames."""
         if committed > self.free:
             raise InsufficientMemory(
                 f"the domain needs {_mib_up(committed)} MiB with its overhead and the host has "

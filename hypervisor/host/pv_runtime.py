@@ -62,6 +62,7 @@ CAPABILITIES = (
     Capability.SYSRQ,
     Capability.DUMP_CORE,
     Capability.SAVE,
+    Capability.LIVE_MIGRATION,
 )
 DIRECT_CAPABILITIES = (Capability.PV32,)
 """What the engine's public path cannot do."""

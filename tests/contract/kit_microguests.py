@@ -7,14 +7,13 @@ from pathlib import Path
 
 import kit
 
-from hypervisor.host.settings import REAL_RUNTIME
 from hypervisor.toolstack.api import KernelBoot
 from hypervisor.toolstack.drivers import load
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "guests"))
 from build import available, build_guest
-from host_rig import HostRig
+from moving_pair import Pair
 
 
 def make_kit(folder: Path) -> kit.Kit:
@@ -31,13 +30,15 @@ def make_kit(folder: Path) -> kit.Kit:
         kit.CRASHES: guest("crashme"),
         kit.ECHOES: guest("hello"),
         kit.SUSPENDS: guest("suspend"),
+        kit.RESTLESS: guest("memtouch", "forever"),
     }
-    rig = HostRig(folder, runtime=REAL_RUNTIME, memory_mib=256, networks="default internal")
+    pair = Pair(folder, memory_mib=256, traps=False)
     try:
-        rig.start()
+        pair.start()
     except BaseException:
-        rig.stop()
+        pair.stop()
         raise
+    rig, other = pair.rigs
     return kit.Kit(
         name="embedded",
         connect=lambda: load("embedded", {"socket": str(rig.socket)}),
@@ -48,6 +49,7 @@ def make_kit(folder: Path) -> kit.Kit:
             kit.CRASHES: b"crashme: crashing",
             kit.POWEROFF: b"hello: domid",
             kit.SUSPENDS: b"suspend: ready",
+            kit.RESTLESS: b"memtouch:",
         },
         memory_mib=8,
         boot_timeout=20.0,
@@ -55,5 +57,7 @@ def make_kit(folder: Path) -> kit.Kit:
         image_folder=rig.state / "images",
         save_folder=folder / "saved",
         no_notes=KernelBoot(kernel=str(build_guest("hello", NO_XEN_NOTES=True))),
-        stop=rig.stop,
+        peer=lambda: load("embedded", {"socket": str(other.socket)}),
+        restart_peer=other.restart,
+        stop=pair.stop,
     )

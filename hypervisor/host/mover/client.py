@@ -107,6 +107,12 @@ class Mover:
             return CLOSED, b""
         return await asyncio.wait_for(self._blobs.get(), timeout)
 
+    @property
+    def free(self) -> bool:
+        """Whether a blob would go out at once: the other side is there, and no round of pages is under way."""
+        joined = self._connected.done() and not self._connected.cancelled() and self._connected.exception() is None
+        return joined and not self._over and self._link is not None
+
     async def close(self) -> None:
         """End the conversation and the process; harmless when repeated."""
         link, self._link = self._link, None
@@ -229,6 +235,11 @@ class Sender(Mover):
     def __init__(self) -> None:
         super().__init__()
         self.on_progress: Callable[[PagesSent], None] = lambda sent: None
+        self._in_round = False
+
+    @property
+    def free(self) -> bool:
+        return super().free and not self._in_round
 
     @classmethod
     async def start(
@@ -280,7 +291,11 @@ class Sender(Mover):
             that is sent next arrives after them).
         :raises MigrationFailed: the connection is over.
         """
-        return PagesSent.from_json(await self._ask("pages", {"last": last}, bitmap_fd, _NO_TIMEOUT))
+        # Stays set when the caller is cancelled: the process goes on with the round.
+        self._in_round = True
+        sent = PagesSent.from_json(await self._ask("pages", {"last": last}, bitmap_fd, _NO_TIMEOUT))
+        self._in_round = False
+        return sent
 
     def limit(self, bytes_per_second: int) -> None:
         """From now on send no faster than that; 0: as fast as it goes."""

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from pair_rig import IDENT, MIB, Pair, make_pair
 
-from hypervisor.errors import CpuIncompatible, HostUnavailable, InsufficientMemory
-from hypervisor.toolstack.api import MigrationMode, MigrationOptions, MigrationPhase
+from hypervisor.errors import CpuIncompatible, HostUnavailable, InsufficientMemory, Unsupported
+from hypervisor.toolstack.api import MigrationMode, MigrationOffer, MigrationOptions, MigrationPhase, MigrationTicket
 from hypervisor.toolstack.devices import DiskSpec
 
 Phase = MigrationPhase
@@ -69,6 +69,25 @@ def test_a_domid_in_use_there_makes_it_an_image(pair: Pair) -> None:
     assert reply.ok and reply.result is not None and reply.result["mode"] == "image", reply.error
     assert pair.info(pair.there).domid != domid
     pair.settled()
+
+
+def test_a_target_that_takes_no_images_says_why_it_cannot_come_live(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = pair.there.toolstack
+    prepare = host.migration_prepare
+
+    def no_images(offer: MigrationOffer, *, mode: MigrationMode = MigrationMode.LIVE, **given: Any) -> MigrationTicket:
+        if mode is MigrationMode.IMAGE:
+            raise Unsupported("this host takes no images over the network")
+        return prepare(offer, mode=mode, **given)
+
+    monkeypatch.setattr(host, "migration_prepare", no_images)
+    host.store._rows("UPDATE host SET value = ?", (pair.info(pair.here).domid,))
+    pair.there.create("other")
+    pair.here.refused("migration.not_transparent", "migrate", {"uuid": pair.uuid, "target": "node2"})
+    pair.here.refused("driver.unsupported", "migrate", {"uuid": pair.uuid, "target": "node2", "mode": "image"})
+    assert pair.where() == ("running", "")
 
 
 def test_options_and_mode_reach_the_driver(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
