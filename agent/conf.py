@@ -49,12 +49,14 @@ AGENT = (
         "drain-seconds",
         default=30,
         min=0,
+        mutable=True,
         help="After SIGTERM: seconds to wait for running instructions. The rest resumes at the next start.",
     ),
     cfg.IntOpt(
         "unknown-seconds",
         default=300,
         min=1,
+        mutable=True,
         help="How long the agent asks again when it cannot see whether an interrupted step has happened, before it "
         "reports instruction.outcome_unknown.",
     ),
@@ -90,7 +92,13 @@ BROKER = (
     cfg.FloatOpt(
         "poll-seconds", default=0.02, min=0.001, max=10, help="How often a folder broker is looked at, seconds."
     ),
-    cfg.IntOpt("reply-seconds", default=60, min=0, help="How long a reply is tried whose reply queue does not exist."),
+    cfg.IntOpt(
+        "reply-seconds",
+        default=60,
+        min=0,
+        mutable=True,
+        help="How long a reply is tried whose reply queue does not exist.",
+    ),
 )
 JOURNAL = (
     cfg.StrOpt(
@@ -102,12 +110,14 @@ JOURNAL = (
         "keep-seconds",
         default=7 * 86400,
         min=60,
+        mutable=True,
         help="How long finished instructions are kept: the same id gets the same answer and is not done again.",
     ),
     cfg.IntOpt(
         "keep-read-seconds",
         default=600,
         min=0,
+        mutable=True,
         help="The same for instructions that only read (list, show), which may be many and may be done again.",
     ),
 )
@@ -119,6 +129,7 @@ LIMITS = (
         "max-pending",
         default=1000,
         min=1,
+        mutable=True,
         help="Instructions accepted and not finished, at most; further messages wait at the broker.",
     ),
 )
@@ -156,11 +167,19 @@ IMAGES = (
     ),
 )
 RESOURCES = (
-    cfg.FloatOpt("vcpu-ratio", default=16.0, min=0.1, max=1000, help="vCPUs that may be given per host CPU."),
-    cfg.IntOpt("reserved-memory-mib", default=0, min=0, help="Host memory that no domain may have, MiB."),
+    cfg.FloatOpt(
+        "vcpu-ratio", default=16.0, min=0.1, max=1000, mutable=True, help="vCPUs that may be given per host CPU."
+    ),
+    cfg.IntOpt("reserved-memory-mib", default=0, min=0, mutable=True, help="Host memory that no domain may have, MiB."),
 )
 REPORTS = (
-    cfg.IntOpt("interval", default=60, min=1, help="Seconds between full capacity reports; changes are sent at once."),
+    cfg.IntOpt(
+        "interval",
+        default=60,
+        min=1,
+        mutable=True,
+        help="Seconds between full capacity reports; changes are sent at once.",
+    ),
 )
 GROUPS: Mapping[str, Sequence[cfg.Opt]] = {
     "agent": AGENT,
@@ -172,6 +191,7 @@ GROUPS: Mapping[str, Sequence[cfg.Opt]] = {
     "images": IMAGES,
     "resources": RESOURCES,
     "reports": REPORTS,
+    "http": conf_observe.HTTP,
     "log": conf_observe.LOGGING,
 }
 
@@ -208,6 +228,7 @@ class Settings:
     vcpu_ratio: float
     reserved_memory_mib: int
     report_interval: int
+    http: conf_observe.HttpSettings
     log: conf_observe.LogSettings
 
 
@@ -240,6 +261,8 @@ def load(
     epilog: str = "",
 ) -> Settings:
     """Read files, environment and command line (``--group-option``, ``--config-file``).
+
+    Options marked as mutable may be read again while the agent runs (`agent.reload`).
 
     :param files: configuration files instead of the usual ones.
     :raises ConfigError: what is wrong and where.
@@ -319,5 +342,6 @@ def _settings(values: Mapping[str, Mapping[str, Any]]) -> Settings:
         vcpu_ratio=values["resources"]["vcpu_ratio"],
         reserved_memory_mib=values["resources"]["reserved_memory_mib"],
         report_interval=values["reports"]["interval"],
+        http=conf_observe.HttpSettings(**values["http"]),
         log=conf_observe.log_settings(values["log"]),
     )

@@ -1,4 +1,4 @@
-"""The options of what can be seen of the agent from outside: the group ``[log]``."""
+"""The options of what can be seen of the agent from outside: the groups ``[log]`` and ``[http]``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,25 @@ LOGGING = (
         "as fields.",
     ),
 )
+HTTP = (
+    cfg.BoolOpt("enabled", default=True, help="Offer /metrics (Prometheus), /healthz and /readyz over HTTP."),
+    cfg.StrOpt(
+        "address",
+        default="127.0.0.1",
+        help="Address to listen on. There is neither TLS nor a password: whoever reaches it reads the names and "
+        "numbers of all domains.",
+    ),
+    cfg.PortOpt("port", default=9177, help="Port to listen on; 0: any free one, which is logged."),
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HttpSettings:
+    """The group ``[http]``."""
+
+    enabled: bool
+    address: str
+    port: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -41,6 +41,8 @@ class Dispatcher:
     :param on_fatal: called when the journal is damaged: the agent must end.
     :param oslo_service: what methods are there for senders of oslo.messaging's form.
     :param heartbeats: is told which callers want to hear from their calls.
+    :ivar interrupted: something that ran was stopped before its end.
+    :param count: is told what became of each message, and of a refused one the error's code.
     """
 
     def __init__(
@@ -58,13 +60,15 @@ class Dispatcher:
         on_fatal: Callable[[Exception], None] = lambda exc: None,
         oslo_service: oslo.Service = oslo.SERVICE,
         heartbeats: Heartbeats | None = None,
+        count: Callable[[str, str], None] = lambda outcome, code: None,
     ) -> None:
+        self._count = count
         self._host = host
         self._journal = journal
         self._verbs = verbs
         self._executor = executor
         self._stopping = stopping
-        self._max_pending = max_pending
+        self.max_pending = max_pending
         self._max_message_bytes = max_message_bytes
         self._on_change = on_change
         self._on_fatal = on_fatal
@@ -77,6 +81,7 @@ class Dispatcher:
         self._behind: dict[str, collections.deque[_Job]] = {}  # has a key while a job of it is ready or runs
         self._pending = 0
         self._draining = False
+        self.interrupted = False
         self._threads = [
             threading.Thread(target=self._work, args=(lane,), name=f"{lane}-{n}", daemon=True)
             for lane, count in counts.items()
@@ -112,7 +117,11 @@ class Dispatcher:
     def room(self) -> int:
         """How many messages more may be taken in."""
         with self._lock:
-            return max(0, self._max_pending - self._pending)
+            return max(0, self.max_pending - self._pending)
+
+    def alive(self) -> bool:
+        """Whether every worker runs."""
+        return all(thread.is_alive() for thread in self._threads)
 
     def has_room(self) -> bool:
         return self.room() > 0
@@ -148,7 +157,9 @@ class Dispatcher:
             outcome = None if item is None else next(outcomes)
             answered = answered or outcome is not Accepted.NEW
             if not isinstance(item, wire.Instruction):
+                self._count("refused" if isinstance(item, Refused) else "ping", _code(item))
                 continue
+            self._count((outcome or Accepted.NEW).value, "")
             if outcome is Accepted.REUSED:
                 reused.append(self._reused(raw, item))
                 continue
@@ -223,6 +234,7 @@ class Dispatcher:
             try:
                 deferred = self._run(job)
             except Interrupted:
+                self.interrupted = True
                 return
             if not deferred:
                 self._ended(job)
@@ -267,3 +279,7 @@ class Dispatcher:
         with self._lock:
             self._ready[job.lane].append(job)
             self._came[job.lane].notify()
+
+
+def _code(item: object) -> str:
+    return item.why.code if isinstance(item, Refused) else ""

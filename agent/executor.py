@@ -41,6 +41,7 @@ class Executor:
 
     :param unknown_seconds: how long a step whose outcome cannot be seen is asked again.
     :param progress: takes what a step tells of its progress, with the instruction's id and domain.
+    :param ended: is told of each outcome when it is durable.
     :param keep_seconds: how long an outcome is kept; `keep_read_seconds` that of a verb that only reads.
     """
 
@@ -56,15 +57,17 @@ class Executor:
         keep_read_seconds: float = 600.0,
         now: Callable[[], float] = time.time,
         progress: Callable[[dict[str, Any]], None] = lambda data: None,
+        ended: Callable[[Reply], None] = lambda reply: None,
     ) -> None:
+        self._ended = ended
         self._progress = progress
         self._journal = journal
         self._verbs = verbs
         self._host = host
         self._stopping = stopping
-        self._unknown_seconds = unknown_seconds
-        self._keep_seconds = keep_seconds
-        self._keep_read_seconds = keep_read_seconds
+        self.unknown_seconds = unknown_seconds
+        self.keep_seconds = keep_seconds
+        self.keep_read_seconds = keep_read_seconds
         self._now = now
         self._stored: dict[str, Callable[[Exception | None], None]] = {}
 
@@ -192,6 +195,8 @@ class Executor:
             committed = work.committed
             if committed:
                 work.ctx.deadline = None
+            if self._stopping.is_set():
+                raise Interrupted  # a boundary between steps is a good place to be stopped at
             try:
                 self._check_deadline(work, step)
                 self._mark(work, index, StepState.BEGUN)
@@ -278,7 +283,7 @@ class Executor:
 
     def _patiently(self, work: Work, call: Callable[[], Any]) -> Any:
         """`call`, again with growing pauses while it fails retryably or returns `Check.UNKNOWN` (None at the end)."""
-        end = time.monotonic() + self._unknown_seconds
+        end = time.monotonic() + self.unknown_seconds
         pause = FIRST_PAUSE
         while True:
             try:
@@ -368,10 +373,11 @@ class Executor:
         )
         verb = self._verbs.get(instruction.verb)
         reads = verb is not None and verb.plugin.read_only
-        keep = self._keep_read_seconds if reads else self._keep_seconds
+        keep = self.keep_read_seconds if reads else self.keep_seconds
 
         def told() -> None:
             boundary(mark)
+            self._ended(reply)
             LOG.info("%s %s", instruction.verb, "done" if error is None else f"failed ({error['code']})")
 
         stored = self._stored.pop(instruction.id, None)

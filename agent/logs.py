@@ -83,6 +83,8 @@ def reconfigure(level: str, form: str) -> None:
     root = logging.getLogger()
     root.setLevel(level.upper())
     for handler in root.handlers:
+        if not any(isinstance(item, ContextFilter) for item in handler.filters):
+            continue  # not one that `setup` made
         handler.setFormatter(_formatter(form))
         if isinstance(handler, logging.FileHandler):
             handler.close()  # opened again by the next line

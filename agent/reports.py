@@ -44,7 +44,7 @@ class Reporter:
         self._toolstack = toolstack
         self._claims = claims
         self._publish = publish
-        self._interval = interval
+        self.interval = interval
         self._extra = extra
         self._now = now
         self._seq = itertools.count(1)
@@ -66,6 +66,9 @@ class Reporter:
         if self._thread.is_alive():
             self._thread.join(5)
         self.send("agent", {"event": "stopping"})
+
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     def changed(self) -> None:
         """Something happened that may change the capacity."""
@@ -98,7 +101,7 @@ class Reporter:
         while not self._stop.is_set():
             if time.monotonic() >= due:
                 read = self.capacity(always=True)
-                due = time.monotonic() + (self._interval if read else min(self._interval, AGAIN_SECONDS))
+                due = time.monotonic() + (self.interval if read else min(self.interval, AGAIN_SECONDS))
             if self._changed.wait(max(0.0, due - time.monotonic())) and not self._stop.wait(SETTLE_SECONDS):
                 self._changed.clear()
                 self.capacity(always=False)

@@ -72,8 +72,8 @@ class ResourceClaims:
     ) -> None:
         self._toolstack = toolstack
         self._journal = journal
-        self._vcpu_ratio = vcpu_ratio
-        self._reserved_mib = reserved_mib
+        self.vcpu_ratio = vcpu_ratio
+        self.reserved_mib = reserved_mib
         self._lock = threading.Lock()
 
     def capacity(self, without: str = "") -> Capacity:
@@ -105,12 +105,12 @@ class ResourceClaims:
             counted[uuid] = counted.get(uuid, _Share()).most(_Share(memory_mib, vcpus))
         used = _sum(has)
         claimed = _Share(*(a - b for a, b in zip(_sum(counted), used, strict=True)))
-        by_table = host.memory_total_mib - self._reserved_mib - used.memory_mib
-        by_driver = host.memory_free_mib - self._reserved_mib
-        vcpus_total = int(host.cpus * self._vcpu_ratio)
+        by_table = host.memory_total_mib - self.reserved_mib - used.memory_mib
+        by_driver = host.memory_free_mib - self.reserved_mib
+        vcpus_total = int(host.cpus * self.vcpu_ratio)
         capacity = Capacity(
             memory_total_mib=host.memory_total_mib,
-            memory_reserved_mib=self._reserved_mib,
+            memory_reserved_mib=self.reserved_mib,
             memory_used_mib=used.memory_mib,
             memory_claimed_mib=claimed.memory_mib,
             memory_free_mib=max(0, min(by_table, by_driver) - claimed.memory_mib),
@@ -139,7 +139,7 @@ class ResourceClaims:
             if more_vcpus > 0 and more_vcpus > left.vcpus_free:
                 raise InsufficientVcpus(
                     f"the domain needs {more_vcpus} vCPUs{beyond}, the host has {left.vcpus_free} left of "
-                    f"{left.vcpus_total} ({left.cpus} CPUs, ratio {self._vcpu_ratio:g}): make it smaller or end other "
+                    f"{left.vcpus_total} ({left.cpus} CPUs, ratio {self.vcpu_ratio:g}): make it smaller or end other "
                     "domains"
                 )
             self._journal.take_claim(instruction, domain, memory_mib, vcpus)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.metadata
 import logging
 import os
 import signal
@@ -19,16 +20,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agent import conf, logs, oslo
+from agent import conf, logs, oslo, reload, sdnotify
 from agent.api import Host
 from agent.configdrive.drives import Drives, wanted_drives
 from agent.dispatcher import Dispatcher
 from agent.errors import AgentError, AlreadyRunning, ConfigError, JournalError
 from agent.executor import Executor
+from agent.health import Health, gauges
 from agent.heartbeats import Heartbeats
 from agent.journal import Journal
 from agent.loader import Verb, load_driver, load_verbs
 from agent.local_images import LocalImages
+from agent.metrics import Metrics
+from agent.monitor import Monitor
 from agent.reports import Reporter
 from agent.resources import ResourceClaims
 from agent.rpc import connection as broker
@@ -43,6 +47,9 @@ LOG = logging.getLogger(__name__)
 
 HOUSEKEEPING_SECONDS = 60.0
 FLUSH_SECONDS = 5.0
+GIVE_WAY_SECONDS = 5.0
+EXIT_UNFINISHED = 75
+"""EX_TEMPFAIL of sysexits.h: ended as asked, but the time to drain was too short for what ran."""
 DRIVER_PAUSE = 5.0
 SWITCH_SECONDS = 0.001
 
@@ -63,10 +70,14 @@ class Service:
     """One agent. `start`, then `run` until `stop` is called, then `close`.
 
     :param toolstack: a connected driver; by default the configured one.
+    :param argv: the command line that `reload` reads again, along with the files.
     """
 
-    def __init__(self, settings: conf.Settings, toolstack: Toolstack | None = None) -> None:
+    def __init__(self, settings: conf.Settings, toolstack: Toolstack | None = None, argv: Sequence[str] = ()) -> None:
         self.settings = settings
+        self.argv = tuple(argv)
+        self._wake = threading.Event()
+        self._reload = threading.Event()
         self.stopping = threading.Event()  # waiting steps give way
         self.ended = threading.Event()
         self.fatal: Exception | None = None
@@ -84,8 +95,7 @@ class Service:
     def _start(self) -> None:
         settings = self.settings
         broker.connect(settings.broker_url)  # a URL that is not usable is said now, not by a thread
-        lock = lock_folder(settings.state_dir / "agent")
-        self._closers.append(lock.close)
+        self._closers.append(lock_folder(settings.state_dir / "agent").close)
         self.journal = Journal(settings.journal_path)
         self._closers.append(self.journal.close)
         verbs, self.broken_plugins = load_verbs()
@@ -105,6 +115,9 @@ class Service:
         self.reporter.start()
         for consumer in self.consumers:
             consumer.start()
+        self.monitor.start()
+        self._closers.append(self.monitor.stop)
+        sdnotify.ready(f"host {settings.host}, driver {self.toolstack.name}")
         LOG.info(
             "agent for host %s: driver %s, broker %s, verbs %s",
             settings.host,
@@ -150,7 +163,10 @@ class Service:
         """Make the parts that have threads and join them; none is started."""
         settings = self.settings
         heartbeats = Heartbeats(wake=lambda: self.publisher.wake())
-        executor = Executor(
+        self.metrics = metrics = Metrics(
+            verbs, lambda: gauges(self), self.toolstack, importlib.metadata.version("reeve")
+        )
+        self.executor = executor = Executor(
             self.journal,
             verbs,
             host,
@@ -159,6 +175,7 @@ class Service:
             keep_seconds=float(settings.keep_seconds),
             keep_read_seconds=float(settings.keep_read_seconds),
             progress=lambda data: self.reporter.send("progress", data),
+            ended=metrics.ended,
         )
         self.dispatcher = Dispatcher(
             settings.host,
@@ -175,6 +192,7 @@ class Service:
                 namespaces=frozenset(settings.oslo.namespaces), call_deadlines=settings.oslo.call_deadlines
             ),
             heartbeats=heartbeats,
+            count=metrics.message,
         )
         self.publisher = Publisher(
             settings.broker_url,
@@ -195,6 +213,9 @@ class Service:
             interval=float(settings.report_interval),
             extra=lambda: {"verbs": sorted(verbs), "broken_plugins": self.broken_plugins, "owner": host.owner},
         )
+
+        health = Health(self)
+        self.monitor = Monitor(settings.http, metrics, health.live(), health.ready())
 
     def _consumer(self, queues: OsloQueues | None = None) -> Consumer:
         settings = self.settings
@@ -226,7 +247,19 @@ class Service:
 
     def run(self) -> None:
         """Keep house until `stop`. :raises Exception: what made going on impossible."""
-        while not self.ended.wait(HOUSEKEEPING_SECONDS):
+        due = time.monotonic() + HOUSEKEEPING_SECONDS
+        while True:
+            self._wake.wait(max(0.0, due - time.monotonic()))
+            self._wake.clear()
+            if self.ended.is_set():
+                break
+            if self._reload.is_set():
+                self._reload.clear()
+                reload.carry_out(self)
+            if time.monotonic() < due:
+                continue
+            due = time.monotonic() + HOUSEKEEPING_SECONDS
+            self.monitor.listen()
             try:
                 self.journal.forget()
             except JournalError as exc:
@@ -239,18 +272,34 @@ class Service:
             raise self.fatal
 
     def stop(self) -> None:
-        """End `run`; may be called from a signal handler."""
+        """End `run`; may be called from a signal handler. Once more: do not wait for what runs either."""
+        if self.ended.is_set():
+            self.stopping.set()
         self.ended.set()
+        self._wake.set()
 
-    def close(self) -> None:
-        """Drain and release everything; safe on a half-started service."""
-        if hasattr(self, "reporter"):
+    def reload(self) -> None:
+        """Have `run` read the configuration again; may be called from a signal handler."""
+        self._reload.set()
+        self._wake.set()
+
+    def close(self) -> bool:
+        """Drain and release everything; safe on a half-started service.
+
+        :returns: whether every instruction that was begun is finished. What is not resumes at the next start.
+        """
+        drained = True
+        if hasattr(self, "monitor"):
+            seconds = float(self.settings.drain_seconds)
+            sdnotify.stopping(seconds + GIVE_WAY_SECONDS + FLUSH_SECONDS + 10)
             for consumer in self.consumers:
                 consumer.stop()
-            if not self.dispatcher.drain(float(self.settings.drain_seconds)):
-                LOG.info("instructions still run: they resume at the next start")
+            drained = self.dispatcher.drain(seconds)
+            if not drained:
+                LOG.info("instructions still run: they stop at the next step and resume at the next start")
             self.stopping.set()
-            self.dispatcher.drain(5.0)
+            self.dispatcher.drain(GIVE_WAY_SECONDS)
+            drained = drained and not self.dispatcher.interrupted
             self.reporter.stop()
             if self.publisher.connected.is_set():
                 self.publisher.flush(FLUSH_SECONDS)
@@ -259,6 +308,7 @@ class Service:
         while self._closers:
             with contextlib.suppress(Exception):
                 self._closers.pop()()
+        return drained
 
     def _driver(self) -> Toolstack:
         """The configured driver; while its host does not answer it is tried again."""
@@ -279,6 +329,7 @@ class Service:
     def _fail(self, exc: Exception) -> None:
         self.fatal = exc
         self.ended.set()
+        self._wake.set()
 
 
 def lock_folder(folder: Path) -> Any:
@@ -311,14 +362,15 @@ def lock_folder(folder: Path) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``reeve-agent``: 0 ended as asked, 1 could not run, 2 wrong options."""
+    """Entry point of ``reeve-agent``: 0 ended, 75 ended with work left, 1 could not run, 2 wrong options."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        settings = conf.load(None, sys.argv[1:] if argv is None else argv, description=DESCRIPTION, epilog=EPILOG)
+        settings = conf.load(None, argv, description=DESCRIPTION, epilog=EPILOG)
         logs.setup(settings.log.level, settings.log.file, settings.log.format)
     except (ConfigError, OSError) as exc:
         sys.stderr.write(f"reeve-agent: {exc}\n")
         return 2
-    service = Service(settings)
+    service = Service(settings, argv=argv)
     started = time.monotonic()
     # Threads that only pass work on to each other: by default one may wait 5 ms for another that computes.
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -329,6 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGHUP, lambda number, frame: service.reload())
     try:
         service.start()
         service.run()
@@ -337,9 +390,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"reeve-agent: {exc.code}: {exc}\n")
         return 1
     finally:
-        service.close()
+        drained = service.close()
         LOG.info("ended after %.0f s", time.monotonic() - started)
-    return 0
+    return 0 if drained else EXIT_UNFINISHED
 
 
 if __name__ == "__main__":

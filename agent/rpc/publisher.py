@@ -53,7 +53,7 @@ class Publisher:
         self._url = url
         self._heartbeats = heartbeats or Heartbeats()
         self._journal = journal
-        self._reply_seconds = reply_seconds
+        self.reply_seconds = reply_seconds
         self._longest_pause = longest_pause
         self._reports: collections.deque[wire.Outgoing] = collections.deque(maxlen=MAX_REPORTS)
         self._gone: dict[str, float] = {}  # reply queues nobody has, until when
@@ -65,6 +65,9 @@ class Publisher:
 
     def start(self) -> None:
         self._thread.start()
+
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     def wake(self) -> None:
         """There may be something in the outbox."""
@@ -152,7 +155,7 @@ class Publisher:
 
     def _replies(self, sender: AmqpSender | FolderSender, rows: Sequence[OutboxRow]) -> None:
         now = time.time()
-        self._gone = {queue: until for queue, until in self._gone.items() if 0 < until - now <= self._reply_seconds}
+        self._gone = {queue: until for queue, until in self._gone.items() if 0 < until - now <= self.reply_seconds}
         known = [row for row in rows if row.routing_key not in self._gone]
         messages = [
             wire.Outgoing(row.exchange, row.routing_key, row.body, row.correlation_id, row.content_type)
@@ -163,18 +166,18 @@ class Publisher:
         boundary("publisher:published")
         settled, again = [row.seq for row in rows if row.routing_key in self._gone], []
         for row, ok in zip(known, taken, strict=True):
-            if ok or now - row.created > self._reply_seconds:
+            if ok or now - row.created > self.reply_seconds:
                 settled.append(row.seq)
             else:
                 again.append(row.seq)
-            if not ok and now - row.created > self._reply_seconds:
+            if not ok and now - row.created > self.reply_seconds:
                 LOG.warning(
                     "reply to %s given up: nobody has a queue %r any more; it stays in the journal",
                     row.correlation_id or "?",
                     row.routing_key,
                 )
                 if len(self._gone) < MAX_GONE:
-                    self._gone[row.routing_key] = now + self._reply_seconds
+                    self._gone[row.routing_key] = now + self.reply_seconds
         self._journal.published(*settled)
         self._journal.postpone(RETURNED_PAUSE, *again)
 

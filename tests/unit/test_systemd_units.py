@@ -12,6 +12,7 @@ import pytest
 from oslo_config import cfg
 
 from agent import conf as agent_conf
+from agent.service import EXIT_UNFINISHED
 from hypervisor.host import conf as host_conf
 
 UNITS = sorted((Path(__file__).resolve().parents[2] / "etc" / "systemd").glob("*.service"))
@@ -44,6 +45,8 @@ def test_the_agent_s_unit() -> None:
     settings = agent_conf.load([], words)
     assert settings.driver_settings["socket"] in unit("reeve-hypervisor")["ExecStart"]
     assert int(service["TimeoutStopSec"]) > settings.drain_seconds
+    assert service["Type"] == "notify" and service["NotifyAccess"] == "main" and int(service["WatchdogSec"]) > 0
+    assert int(service["SuccessExitStatus"]) == EXIT_UNFINISHED and "-HUP" in service["ExecReload"]
     assert service["User"] == unit("reeve-hypervisor")["User"], "the control socket takes its own user"
 
 

@@ -115,6 +115,23 @@ def test_steps_run_in_order_and_see_earlier_outputs(build: Rig) -> None:
     build.clean()
 
 
+def test_a_stop_takes_effect_between_two_steps(build: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    ident = build.accept("build", {})
+    monkeypatch.setattr(WORLD, "call", lambda what: (WORLD.calls.append(what), build.stopping.set()))
+    with pytest.raises(Interrupted):
+        build.executor.run(ident)
+    assert WORLD.calls == ["plan"], "the first step was not begun either"
+    WORLD.calls.clear()
+    build.stopping.clear()
+    with pytest.raises(Interrupted):
+        build.executor.run(ident)
+    assert WORLD.calls == ["run make"]
+    monkeypatch.undo()
+    build.stopping.clear()
+    build.executor.run(ident)
+    assert build.reply(ident).ok and WORLD.calls[1:] == ["run more", "result"]
+
+
 def test_a_reply_tells_the_steps(build: Rig) -> None:
     reply = build.run("build")
     assert [(step["name"], step["state"]) for step in reply.steps] == [("make", "done"), ("more", "done")]

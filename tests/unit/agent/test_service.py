@@ -75,6 +75,32 @@ def test_the_trace_of_an_instruction_is_in_its_reply_and_what_it_sends(client: C
         assert client.call("list", timeout=20).traceparent == parent
 
 
+def test_draining_ends_in_time_and_says_whether_something_is_left(tmp_path: Path) -> None:
+    service = Service(settings(tmp_path, "--agent-drain-seconds", "0"), toolstack := FakeToolstack(None))
+    service.start()
+    with Client(service.settings.broker_url, "node1") as client:
+        args = {"name": "deaf", "memory_mib": 64, "kernel": kernel(tmp_path), "cmdline": "fake.shutdown=ignore"}
+        made = client.call("create", args, timeout=20).result
+        assert made is not None
+        ident = client.send("shutdown", {"uuid": made["domain"]["uuid"], "wait_seconds": 600})
+        deadline = time.monotonic() + 20
+        while not ((entry := service.journal.entry(ident)) and entry.steps):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)  # a poll with a deadline
+        service.stop()
+        assert not service.stopping.is_set()
+        service.stop()
+        assert service.stopping.is_set(), "asked twice: it does not wait for what runs"
+        assert service.close() is False
+        assert [domain.name for domain in toolstack.list_domains()] == ["deaf"], "no domain is touched"
+        again = Service(settings(tmp_path), toolstack)
+        again.start()
+        assert again.journal.unfinished() == [ident], "it goes on at the next start"
+        toolstack.destroy(made["domain"]["uuid"])
+        client.wait(ident, 20)
+        assert again.close() is True
+
+
 def test_a_step_s_progress_is_reported(
     service: Service, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
