@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ BOOT_SECONDS = 90.0
 LOG_BYTES = 8 << 20
 
 START = """#!/bin/busybox sh
-/bin/busybox insmod /lib/block/xen-blkfront.ko
+for module in /lib/block/*.ko; do
+    /bin/busybox insmod "$module"
+done
 """
 
 
@@ -51,16 +53,17 @@ def compile_load(folder: Path) -> Path:
     return program
 
 
-def make_image(folder: Path) -> Image:
+def make_image(folder: Path, modules: Sequence[str] = MODULES, more: Sequence[tuple[Path, str]] = ()) -> Image:
+    """:param modules: loaded when it boots. :param more: files and where they go."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reeve" / "packages"
     start = folder / "start"
     start.write_text(START)
     start.chmod(0o755)
-    add = [(compile_load(folder), "bin/blockload"), (start, "etc/init.d/block")]
+    add = [(compile_load(folder), "bin/blockload"), (start, "etc/init.d/block"), *more]
     apt = Apt(cache)
     try:
         _, package = apt.fetch(KERNEL_META_PACKAGE)
-        for name, content in read_members(package, lambda path: path.endswith(MODULES), len(MODULES)):
+        for name, content in read_members(package, lambda path: path.endswith(tuple(modules)), len(modules)):
             module = folder / Path(name).name
             module.write_bytes(content)
             add.append((module, f"lib/block/{module.name}"))

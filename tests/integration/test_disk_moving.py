@@ -1,4 +1,7 @@
-"""Local disks move with a running Debian guest between two host processes, each with a folder of images of its own."""
+"""A Debian guest under load moves between two host processes, each with a folder of images of its own.
+
+By the verbs of the driver, with an eye on the disks; and by the agents' instructions, with a nic besides.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,19 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-from block_guest import Guest, daemons, guest, make_image, missing, new_disk
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "guests"))
+from block_guest import MODULES, Guest, daemons, guest, make_image, missing, new_disk
+from build import available, build_guest
 from host_rig import HostRig, until
+from moved_guest import NAMES, Load, Peer, Site, compile_movebench
 from mover_rig import Authority
+from moving_pair import moving_pair
 
 from agent.images import Image
 from hypervisor.devices.block.image import overlay
 from hypervisor.errors import MigrationRefused
 from hypervisor.host.settings import REAL_RUNTIME
-from hypervisor.toolstack.api import MigrationOptions, MigrationPhase, MigrationStatus
+from hypervisor.toolstack.api import DomainState, MigrationOptions, MigrationPhase, MigrationStatus
 from hypervisor.toolstack.devices import DiskFormat, DiskSpec
 
 MIB = 1 << 20
@@ -38,10 +45,13 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
         ("qemu-img", "qemu-utils"),
         ("qemu-storage-daemon", "qemu-system-common"),
         ("openssl", "openssl"),
+        ("slirp4netns", "slirp4netns"),
     ):
         if shutil.which(program) is None:
             missing(f"{program} is not installed: apt-get install {package}")
-    return make_image(tmp_path_factory.mktemp("image"))
+    folder = tmp_path_factory.mktemp("image")
+    modules = (*MODULES, "drivers/net/xen-netfront.ko")
+    return make_image(folder, modules, [(compile_movebench(folder), "bin/movebench")])
 
 
 @pytest.fixture
@@ -194,3 +204,61 @@ def test_what_cannot_be_taken_is_refused_and_leaves_nothing(hosts: tuple[HostRig
         assert "BLOCK OK" in debian.run("blockload verify /dev/xvdb 2 2", 60)
         assert "BLOCK OK" in debian.run("blockload verify /dev/xvdc 2 2", 60)
         assert dataclasses.asdict(debian.connected("xvdb"))["spec"]["path"] == str(here.state / "images" / "load.img")
+
+
+# -- by the agents
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    with moving_pair(tmp_path, networks="default user host_loopback=yes", memory_mib=512, log_level="info") as pair:
+        made = Site(tmp_path, pair)
+        try:
+            yield made
+        finally:
+            for rig in pair.rigs:
+                for info in pair.toolstack(rig).list_domains():
+                    pair.toolstack(rig).destroy(info.uuid)
+            made.close()
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    made = Peer()
+    yield made
+    made.close()
+
+
+def test_a_guest_under_load_goes_there_and_is_evacuated_back(site: Site, image: Image, peer: Peer) -> None:
+    if why := available():
+        missing(why)
+    disk = new_disk(site.pair.rigs[0], 16, "load.img")
+    domain, small = str(uuid.uuid4()), str(uuid.uuid4())
+    site.call(
+        0,
+        "create",
+        {
+            **{"uuid": domain, "name": "web", "memory_mib": 160, "kernel": image.kernel, "ramdisk": image.ramdisk},
+            **{"cmdline": image.cmdline, "disks": [{"id": "xvda", "path": str(disk)}], "nics": [{}]},
+        },
+    )
+    kernel = str(build_guest("hello"))
+    site.call(1, "create", {"uuid": small, "name": "small", "memory_mib": 16, "kernel": kernel})
+    load = Load(site, domain, peer)
+    moved = site.call(0, "migrate", {"uuid": domain, "target": NAMES[1]})
+    assert (moved["domain"]["uuid"], moved["target"], moved["mode"]) == (domain, NAMES[1], "live")
+    assert moved["downtime_ms"] > 0 and moved["bytes_sent"] > 0
+    assert site.pair.places(domain) == {1: DomainState.RUNNING}
+    load.at_work(1, peer)
+    site.settled()
+    disk.unlink()
+    drained = site.call(1, "evacuate", {"target": NAMES[0]})
+    assert (drained["moved"], drained["failed"], drained["skipped"]) == (2, 0, 0), drained
+    assert site.pair.places(domain) == site.pair.places(small) == {0: DomainState.RUNNING}
+    load.verified(0)
+    peer.more()
+    site.settled()
+    assert len(set(peer.numbers)) == len(peer.numbers), "no packet came twice"
+    until(lambda: site.pair.rigs[1].left_behind() == [], "nothing of them to be left")
+    for index in (domain, small):
+        site.call(0, "destroy", {"uuid": index})
