@@ -191,6 +191,7 @@ GROUPS: Mapping[str, Sequence[cfg.Opt]] = {
     "images": IMAGES,
     "resources": RESOURCES,
     "reports": REPORTS,
+    "notifications": conf_observe.NOTIFICATIONS,
     "http": conf_observe.HTTP,
     "log": conf_observe.LOGGING,
 }
@@ -228,6 +229,7 @@ class Settings:
     vcpu_ratio: float
     reserved_memory_mib: int
     report_interval: int
+    notifications: conf_observe.NotificationSettings
     http: conf_observe.HttpSettings
     log: conf_observe.LogSettings
 
@@ -342,6 +344,7 @@ def _settings(values: Mapping[str, Mapping[str, Any]]) -> Settings:
         vcpu_ratio=values["resources"]["vcpu_ratio"],
         reserved_memory_mib=values["resources"]["reserved_memory_mib"],
         report_interval=values["reports"]["interval"],
+        notifications=conf_observe.notification_settings(values["notifications"]),
         http=conf_observe.HttpSettings(**values["http"]),
         log=conf_observe.log_settings(values["log"]),
     )

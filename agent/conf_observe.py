@@ -1,4 +1,4 @@
-"""The options of what can be seen of the agent from outside: the groups ``[log]`` and ``[http]``."""
+"""The options of what can be seen of the agent from outside: the groups ``[log]``, ``[http]``, ``[notifications]``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from oslo_config import cfg
+
+from agent import wire
+from agent.errors import AgentError, ConfigError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -34,6 +37,44 @@ HTTP = (
     ),
     cfg.PortOpt("port", default=9177, help="Port to listen on; 0: any free one, which is logged."),
 )
+NOTIFICATIONS = (
+    cfg.BoolOpt(
+        "native",
+        default=True,
+        help="Tell what instructions begin and end (instruction.<host>) and what happens to domains (lifecycle.<host>) "
+        "on the exchange reeve.reports, each at least once.",
+    ),
+    cfg.BoolOpt(
+        "oslo",
+        default=False,
+        help="The same for notification listeners of oslo.messaging, on the exchange [oslo] exchange. Only with "
+        "RabbitMQ. The queues are made if there are none, and fill up if nobody listens.",
+    ),
+    cfg.ListOpt(
+        "topics",
+        default=["notifications"],
+        help="Topics for oslo.messaging's listeners; the queues are TOPIC.info and TOPIC.error.",
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NotificationSettings:
+    """The group ``[notifications]``."""
+
+    native: bool
+    oslo: bool
+    topics: tuple[str, ...]
+
+
+def notification_settings(values: Mapping[str, Any]) -> NotificationSettings:
+    """:raises ConfigError: a topic that cannot be one."""
+    for topic in values["topics"]:
+        try:
+            wire.check_host_name(topic)
+        except AgentError as exc:
+            raise ConfigError(f"[notifications] topics has {topic!r}: give letters, digits, '.', '_' or '-'") from exc
+    return NotificationSettings(values["native"], values["oslo"], tuple(values["topics"]))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

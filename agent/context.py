@@ -57,6 +57,11 @@ def log_fields(
             trace.leave(entered)
 
 
+def current_domain() -> str:
+    """Which domain `log_fields` says this is about; "" for none."""
+    return _domain.get().removeprefix("-")
+
+
 @dataclasses.dataclass(slots=True)
 class StepContext:
     """:ivar deadline: seconds since the epoch, or None.

@@ -17,11 +17,12 @@ from typing import Any
 
 from agent import trace
 from agent.api import Check, Host, Plan, Step, TooLate
-from agent.context import Interrupted, StepContext, log_fields
+from agent.context import Interrupted, StepContext, current_domain, log_fields
 from agent.errors import AgentError, InstructionError, JournalError
 from agent.faults import boundary
 from agent.journal import Entry, Journal, Phase, StepState
 from agent.loader import Verb
+from agent.notices import Notices
 from agent.plain import json_object, one_line
 from agent.wire import Reply
 from agent.work import Work, failure, remains, request_id
@@ -41,7 +42,7 @@ class Executor:
 
     :param unknown_seconds: how long a step whose outcome cannot be seen is asked again.
     :param progress: takes what a step tells of its progress, with the instruction's id and domain.
-    :param ended: is told of each outcome when it is durable.
+    :param ended: is told of each outcome when it is durable; `notices` tell of it by the outbox.
     :param keep_seconds: how long an outcome is kept; `keep_read_seconds` that of a verb that only reads.
     """
 
@@ -58,7 +59,9 @@ class Executor:
         now: Callable[[], float] = time.time,
         progress: Callable[[dict[str, Any]], None] = lambda data: None,
         ended: Callable[[Reply], None] = lambda reply: None,
+        notices: Notices | None = None,
     ) -> None:
+        self._notices = notices or Notices(host.name, now, native=False)
         self._ended = ended
         self._progress = progress
         self._journal = journal
@@ -137,7 +140,8 @@ class Executor:
             self._fail(entry, exc)
             return
         if plan.steps and not verb.plugin.read_only:  # without steps there is nothing to resume
-            self._journal.planned(instruction.id, data, plan.domain)
+            notices = self._notices.begins(instruction, plan.domain)
+            self._journal.planned(instruction.id, data, plan.domain, notices)
         boundary(f"{instruction.verb}:planned")
         with log_fields(instruction.id, plan.domain):
             self._forward(self._work(entry, verb, plan), 0)
@@ -374,6 +378,7 @@ class Executor:
         verb = self._verbs.get(instruction.verb)
         reads = verb is not None and verb.plugin.read_only
         keep = self.keep_read_seconds if reads else self.keep_seconds
+        notices = () if verb is None or reads else self._notices.ends(instruction, current_domain(), reply)
 
         def told() -> None:
             boundary(mark)
@@ -382,7 +387,7 @@ class Executor:
 
         stored = self._stored.pop(instruction.id, None)
         if stored is None:
-            self._journal.finish(reply, keep)
+            self._journal.finish(reply, keep, notices)
             told()
             return
         context = contextvars.copy_context()  # the fields of this instruction's log lines
@@ -392,4 +397,4 @@ class Executor:
                 context.run(told)
             stored(exc)
 
-        self._journal.finish_later(reply, keep, done)
+        self._journal.finish_later(reply, keep, done, notices)

@@ -133,6 +133,11 @@ def encode_heartbeat(reply_to: str, msg_id: str) -> wire.Outgoing:
     return _message(reply_to, msg_id, {"result": None, "failure": None, "ending": False}, uuid.uuid4().hex)
 
 
+def notification(exchange: str, routing_key: str, message: Mapping[str, Any]) -> wire.Outgoing:
+    """What oslo.messaging's notifier (driver ``messagingv2``) sends."""
+    return wire.Outgoing(exchange, routing_key, _enveloped(message), correlation_id=str(message["message_id"]))
+
+
 def class_name(code: str) -> str:
     """The class of an error code: ``domain.not_found`` is ``DomainNotFound``."""
     return "".join(word.capitalize() for word in re.split(r"[^a-zA-Z0-9]+", code) if word)
@@ -315,6 +320,9 @@ def _ending(
 
 
 def _message(reply_to: str, msg_id: str, data: dict[str, Any], unique: str, ident: str = "") -> wire.Outgoing:
-    inner = json.dumps(data | {"_msg_id": msg_id, "_unique_id": unique})
-    body = json.dumps({"oslo.version": ENVELOPE_VERSION, "oslo.message": inner}).encode()
+    body = _enveloped(data | {"_msg_id": msg_id, "_unique_id": unique})
     return wire.Outgoing("", reply_to, body, correlation_id=ident)
+
+
+def _enveloped(message: Mapping[str, Any]) -> bytes:
+    return json.dumps({"oslo.version": ENVELOPE_VERSION, "oslo.message": json.dumps(message)}).encode()

@@ -1,4 +1,4 @@
-"""What the agent tells without being asked: capacity (at start, at intervals, on change), lifecycle, its own life."""
+"""What the agent tells without being asked: capacity (at start, at intervals, on change), its own life."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from agent.errors import JournalError
@@ -27,6 +27,7 @@ class Reporter:
     """:param publish: takes a report; must not block.
 
     :param interval: seconds between full capacity reports.
+    :param lifecycle: takes the driver's events (`agent.lifecycle`).
     """
 
     def __init__(
@@ -39,7 +40,10 @@ class Reporter:
         interval: float = 60.0,
         extra: Callable[[], dict[str, Any]] = dict,
         now: Callable[[], float] = time.time,
+        seq: Iterator[int] | None = None,
+        lifecycle: Callable[[DomainEvent], None] | None = None,
     ) -> None:
+        self._lifecycle = lifecycle
         self._host = host
         self._toolstack = toolstack
         self._claims = claims
@@ -47,7 +51,7 @@ class Reporter:
         self.interval = interval
         self._extra = extra
         self._now = now
-        self._seq = itertools.count(1)
+        self._seq = seq or itertools.count(1)
         self._changed = threading.Event()
         self._stop = threading.Event()
         self._last: dict[str, Any] | None = None
@@ -93,7 +97,8 @@ class Reporter:
         return True
 
     def _on_event(self, event: DomainEvent) -> None:
-        self.send("lifecycle", {"event": event.kind, "uuid": event.uuid, "time": event.time, "detail": event.detail})
+        if self._lifecycle is not None:
+            self._lifecycle(event)
         self._changed.set()
 
     def _main(self) -> None:

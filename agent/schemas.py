@@ -109,7 +109,7 @@ def report() -> dict[str, Any]:
         "properties": {
             "reeve": {"const": _VERSION},
             "kind": {"const": "report"},
-            "type": {"enum": ["capacity", "lifecycle", "progress", "agent"]},
+            "type": {"enum": ["capacity", "lifecycle", "instruction", "progress", "agent"]},
             "host": _NAME,
             "time": _TIME,
             "seq": {"type": "integer", "minimum": 1, "description": "Counts since the agent's start."},

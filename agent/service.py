@@ -8,38 +8,40 @@ replies, close. Being killed instead is safe: the journal and the broker hold ev
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
+import itertools
 import logging
-import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from agent import conf, logs, oslo, reload, sdnotify
 from agent.api import Host
 from agent.configdrive.drives import Drives, wanted_drives
 from agent.dispatcher import Dispatcher
-from agent.errors import AgentError, AlreadyRunning, ConfigError, JournalError
+from agent.errors import AgentError, ConfigError, JournalError
 from agent.executor import Executor
+from agent.folder_lock import lock_folder
 from agent.health import Health, gauges
 from agent.heartbeats import Heartbeats
 from agent.journal import Journal
+from agent.lifecycle import Lifecycle
 from agent.loader import Verb, load_driver, load_verbs
 from agent.local_images import LocalImages
 from agent.metrics import Metrics
 from agent.monitor import Monitor
+from agent.notices import Notices, OsloTopics
+from agent.notices import queues as notice_queues
 from agent.reports import Reporter
 from agent.resources import ResourceClaims
 from agent.rpc import connection as broker
 from agent.rpc.consumer import Consumer
 from agent.rpc.peers import BrokerPeers
 from agent.rpc.publisher import Publisher
-from agent.rpc.queues import OsloQueues
+from agent.rpc.queues import OsloQueues, declare_notifications
 from hypervisor.errors import ToolstackError
 from hypervisor.toolstack.api import Toolstack
 
@@ -112,6 +114,7 @@ class Service:
             LOG.info("%d unfinished instructions resume", resumed)
         self.publisher.start()
         self.dispatcher.start()
+        self.lifecycle.start()
         self.reporter.start()
         for consumer in self.consumers:
             consumer.start()
@@ -166,6 +169,7 @@ class Service:
         self.metrics = metrics = Metrics(
             verbs, lambda: gauges(self), self.toolstack, importlib.metadata.version("reeve")
         )
+        notices, prepare, seq = self._notices()
         self.executor = executor = Executor(
             self.journal,
             verbs,
@@ -176,6 +180,7 @@ class Service:
             keep_read_seconds=float(settings.keep_read_seconds),
             progress=lambda data: self.reporter.send("progress", data),
             ended=metrics.ended,
+            notices=notices,
         )
         self.dispatcher = Dispatcher(
             settings.host,
@@ -199,7 +204,9 @@ class Service:
             self.journal,
             reply_seconds=float(settings.reply_seconds),
             heartbeats=heartbeats,
+            prepare=prepare,
         )
+        self.lifecycle = Lifecycle(self.toolstack, self.journal, notices, self.publisher.wake)
         self.consumer = self._consumer()
         self.consumers = [self.consumer]
         if settings.oslo.enabled and not broker.is_filesystem(settings.broker_url):
@@ -211,11 +218,24 @@ class Service:
             self.claims,
             self.publisher.report,
             interval=float(settings.report_interval),
+            seq=seq,
+            lifecycle=self.lifecycle.happened,
             extra=lambda: {"verbs": sorted(verbs), "broken_plugins": self.broken_plugins, "owner": host.owner},
         )
 
         health = Health(self)
         self.monitor = Monitor(settings.http, metrics, health.live(), health.ready())
+
+    def _notices(self) -> tuple[Notices, Callable[[Any], None], Iterator[int]]:
+        """What makes notifications, what makes their queues at the broker, and the numbers of all reports."""
+        given, seq = self.settings.notifications, itertools.count(1)
+        oslo_too = given.oslo and not broker.is_filesystem(self.settings.broker_url)
+        topics = OsloTopics(self.settings.oslo.exchange, given.topics) if oslo_too else None
+        notices = Notices(self.settings.host, time.time, native=given.native, topics=topics, seq=seq)
+        if topics is None:
+            return notices, lambda connection: None, seq
+        made, names = self._oslo_queues(), notice_queues(given.topics)
+        return notices, lambda connection: declare_notifications(connection, made, names), seq
 
     def _consumer(self, queues: OsloQueues | None = None) -> Consumer:
         settings = self.settings
@@ -301,6 +321,7 @@ class Service:
             self.dispatcher.drain(GIVE_WAY_SECONDS)
             drained = drained and not self.dispatcher.interrupted
             self.reporter.stop()
+            self.lifecycle.stop()
             if self.publisher.connected.is_set():
                 self.publisher.flush(FLUSH_SECONDS)
             self.publisher.stop()
@@ -330,35 +351,6 @@ class Service:
         self.fatal = exc
         self.ended.set()
         self._wake.set()
-
-
-def lock_folder(folder: Path) -> Any:
-    """Be the only agent of a state folder; the lock ends with the process or ``close()``.
-
-    :raises AlreadyRunning: another agent has it.
-    :raises ConfigError: the folder cannot be made.
-    """
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = open(folder / "agent.lock", "a+")  # noqa: SIM115 - held for the process's life
-    except OSError as exc:
-        raise ConfigError(
-            f"the state folder {folder} cannot be used ({exc.strerror}): give --agent-state-dir one that you own"
-        ) from exc
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as exc:
-        file.seek(0)
-        pid = file.read(20).strip()
-        file.close()
-        raise AlreadyRunning(
-            f"another reeve-agent (pid {pid or '?'}) uses the state folder {folder}: stop it, or give this one "
-            "another --agent-state-dir"
-        ) from exc
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -140,7 +140,7 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Report:
-    """What the agent tells on its own: ``kind`` is ``capacity``, ``lifecycle``, ``progress`` or ``agent``."""
+    """What the agent tells on its own; kinds: ``capacity``, ``lifecycle``, ``instruction``, ``progress``, ``agent``."""
 
     kind: str
     host: str

@@ -22,7 +22,8 @@ from agent.errors import AgentError
 from agent.journal import schema
 from agent.journal.failures import translated
 from agent.journal.group import GroupCommit
-from agent.journal.records import Accepted, Entry, OutboxRow, Phase, Refused, StepRecord, StepState, Waiter
+from agent.journal.records import Accepted, Entry, OutboxRow, Phase, Refused, StepState, Waiter
+from agent.journal.rows import put, read_entry
 
 LOG = logging.getLogger(__name__)
 
@@ -130,29 +131,7 @@ class Journal:
 
     def entry(self, ident: str) -> Entry | None:
         with self._read() as db:
-            row = db.execute(
-                "SELECT seq, id, verb, host, args, dialect, deadline, domain, phase, plan, error, received, context"
-                " FROM instructions WHERE id = ?",
-                (ident,),
-            ).fetchone()
-            if row is None:
-                return None
-            steps = db.execute(
-                "SELECT idx, name, state, output, seconds FROM steps WHERE id = ? ORDER BY idx", (ident,)
-            ).fetchall()
-        seq, ident, verb, host, args, dialect, deadline, domain, phase, plan, error, received, context = row
-        return Entry(
-            seq=seq,
-            instruction=wire.Instruction(
-                ident, verb, host, json.loads(args), "", deadline, dialect, context=_load(context) or {}
-            ),
-            domain=domain,
-            phase=Phase(phase),
-            plan=_load(plan),
-            steps=tuple(StepRecord(s[0], s[1], StepState(s[2]), _load(s[3]), s[4]) for s in steps),
-            error=_load(error),
-            received=received,
-        )
+            return read_entry(db, ident)
 
     def unfinished(self) -> list[str]:
         """Ids of the instructions not yet finished, in the order they came."""
@@ -168,11 +147,15 @@ class Journal:
             ).fetchall()
         return [Waiter(*row) for row in rows]
 
-    def planned(self, ident: str, plan: Mapping[str, Any], domain: str) -> None:
-        self._execute(
-            "UPDATE instructions SET plan = ?, domain = ?, phase = ? WHERE id = ?",
-            (json.dumps(plan), domain, Phase.RUNNING, ident),
-        )
+    def planned(self, ident: str, plan: Mapping[str, Any], domain: str, notices: Sequence[wire.Outgoing] = ()) -> None:
+        """:param notices: messages that tell of it, for the outbox."""
+        row = (json.dumps(plan), domain, Phase.RUNNING, ident)
+
+        def operation(db: sqlite3.Connection) -> None:
+            db.execute("UPDATE instructions SET plan = ?, domain = ?, phase = ? WHERE id = ?", row)
+            self._enqueue(db, *notices)
+
+        self._write(operation)
 
     def step(
         self,
@@ -207,24 +190,34 @@ class Journal:
         """The instruction cannot be taken back any more: it goes on."""
         self._execute("UPDATE instructions SET phase = ?, error = NULL WHERE id = ?", (Phase.RUNNING, ident))
 
-    def finish(self, reply: wire.Reply, keep_seconds: float) -> None:
+    def finish(self, reply: wire.Reply, keep_seconds: float, notices: Sequence[wire.Outgoing] = ()) -> None:
         """Store the outcome, give back its claim and queue the reply for everyone who asked: one transaction.
 
         :param keep_seconds: how long the same id gets this answer again.
+        :param notices: messages that tell of it, for the outbox.
         """
-        self._write(self._finish(reply, keep_seconds))
+        self._write(self._finish(reply, keep_seconds, notices))
 
-    def finish_later(self, reply: wire.Reply, keep_seconds: float, done: Callable[[Exception | None], None]) -> None:
+    def finish_later(
+        self,
+        reply: wire.Reply,
+        keep_seconds: float,
+        done: Callable[[Exception | None], None],
+        notices: Sequence[wire.Outgoing] = (),
+    ) -> None:
         """The same without waiting for the disk. :param done: called in some thread; None: it is durable now."""
         self._group.later(
-            self._finish(reply, keep_seconds), lambda exc: done(None if exc is None else translated(exc, self.path))
+            self._finish(reply, keep_seconds, notices),
+            lambda exc: done(None if exc is None else translated(exc, self.path)),
         )
 
     def settle(self) -> None:
         """Wait until everything begun before is durable."""
         self._write(lambda db: None)
 
-    def _finish(self, reply: wire.Reply, keep_seconds: float) -> Callable[[sqlite3.Connection], None]:
+    def _finish(
+        self, reply: wire.Reply, keep_seconds: float, notices: Sequence[wire.Outgoing]
+    ) -> Callable[[sqlite3.Connection], None]:
         row = (
             Phase.DONE if reply.ok else Phase.FAILED,
             None if reply.error is None else json.dumps(reply.error),
@@ -244,6 +237,7 @@ class Journal:
             ).fetchall()
             for reply_to, dialect, correlation in waiters:
                 self._enqueue(db, dialects.encode_reply(reply, reply_to, dialect, correlation))
+            self._enqueue(db, *notices)
 
         return operation
 
@@ -297,6 +291,21 @@ class Journal:
 
     def enqueue(self, message: wire.Outgoing) -> None:
         self.take_in([message])
+
+    def remember(self, key: str, value: str | None, messages: Sequence[wire.Outgoing] = ()) -> None:
+        """Keep a note of the agent's own (None: leave it as it is), and queue messages along with it."""
+
+        def operation(db: sqlite3.Connection) -> None:
+            if value is not None:
+                db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+            self._enqueue(db, *messages)
+
+        self._write(operation)
+
+    def recall(self, key: str) -> str | None:
+        with self._read() as db:
+            row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
 
     def outbox(self, limit: int = 100) -> list[OutboxRow]:
         """What is due to be published, oldest first."""
@@ -360,19 +369,8 @@ class Journal:
                 ),
             )
 
-    def _enqueue(self, db: sqlite3.Connection, message: wire.Outgoing) -> None:
-        db.execute(
-            "INSERT INTO outbox (exchange, routing_key, body, correlation_id, content_type, created)"
-            " VALUES (?, ?, ?, ?, ?, ?)",
-            (
-                message.exchange,
-                message.routing_key,
-                message.body,
-                message.correlation_id,
-                message.content_type,
-                self._now(),
-            ),
-        )
+    def _enqueue(self, db: sqlite3.Connection, *messages: wire.Outgoing) -> None:
+        put(db, messages, self._now())
 
     def _execute(self, statement: str, values: Sequence[Any]) -> int:
         """One statement as a transaction; how many rows it changed."""
@@ -393,7 +391,3 @@ class Journal:
             yield
         except sqlite3.Error as exc:
             raise translated(exc, self.path) from exc
-
-
-def _load(text: str | None) -> dict[str, Any] | None:
-    return None if text is None else dict(json.loads(text))

@@ -1,4 +1,4 @@
-"""Publishes replies from the journal's outbox and reports from memory.
+"""Publishes replies and notifications from the journal's outbox, and reports from memory.
 
 A reply leaves the outbox when the broker has confirmed it (RabbitMQ: publisher confirm; folder: fsync), so it
 is sent at least once. A reply that no queue takes is tried again until it is `reply_seconds` old; for as long again
@@ -13,7 +13,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import kombu
 
@@ -39,6 +39,7 @@ class Publisher:
 
     :param reply_seconds: how long an undeliverable reply is tried.
     :param heartbeats: signs of life to send; call `wake` when there is a new one.
+    :param prepare: makes what messages are sent to, on each new connection.
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class Publisher:
         reply_seconds: float = 60.0,
         longest_pause: float = 30.0,
         heartbeats: Heartbeats | None = None,
+        prepare: Callable[[kombu.Connection], None] = lambda connection: None,
     ) -> None:
+        self._prepare = prepare
         self._url = url
         self._heartbeats = heartbeats or Heartbeats()
         self._journal = journal
@@ -125,6 +128,7 @@ class Publisher:
 
     def _serve(self, connection: kombu.Connection) -> None:
         sender = FolderSender(connection) if broker.is_filesystem(self._url) else AmqpSender(connection)
+        self._prepare(connection)
         self.connected.set()
         while not self._stop.is_set():
             self._wake.clear()

@@ -64,9 +64,8 @@ class OsloQueues:
 
     def sources(self) -> list[Source]:
         """Any server of the topic, this server, and every server of the topic."""
-        durable = self.mode != OSLO_DEFAULTS
-        exchange = kombu.Exchange(self.exchange, type="topic", durable=durable, auto_delete=self.auto_delete)
-        arguments = self._arguments(self.mode == QUORUM)
+        exchange, arguments = self.notifications()
+        durable = exchange.durable
         shared, own = (
             kombu.Queue(
                 name,
@@ -83,6 +82,12 @@ class OsloQueues:
             Source(own, oslo.DIALECT, exclusive=True),
             Source(self._fanout(durable), oslo.DIALECT, exclusive=True),
         ]
+
+    def notifications(self) -> tuple[kombu.Exchange, dict[str, Any]]:
+        """The exchange of notifications, and the arguments of their queues."""
+        durable = self.mode != OSLO_DEFAULTS
+        exchange = kombu.Exchange(self.exchange, type="topic", durable=durable, auto_delete=self.auto_delete)
+        return exchange, self._arguments(self.mode == QUORUM)
 
     def _fanout(self, durable: bool) -> kombu.Queue:
         arguments = self._arguments(self.mode == QUORUM or self.transient_quorum)
@@ -121,6 +126,37 @@ def declare(connection: kombu.Connection, channel: Any, sources: Sequence[Source
         queue.queue_declare()
         if source.queue.exchange.name:
             queue.queue_bind()
+
+
+def declare_notifications(connection: kombu.Connection, oslo_queues: OsloQueues, names: Sequence[str]) -> None:
+    """What oslo.messaging's notifier would make before it sends: the exchange, and a queue where messages wait.
+
+    A queue that is there with other arguments is used as it is: the listener made it.
+    """
+    exchange, arguments = oslo_queues.notifications()
+    _declare_exchange(connection, exchange)
+    for name in names:
+        channel = connection.channel()  # of its own: a refusal closes it
+        try:
+            queue = kombu.Queue(
+                name,
+                exchange=exchange,
+                routing_key=name,
+                durable=exchange.durable,
+                auto_delete=exchange.auto_delete,
+                queue_arguments=arguments,
+            )(channel)
+            queue.queue_declare()
+            queue.queue_bind()
+        except amqp.exceptions.PreconditionFailed as exc:
+            LOG.warning(
+                "queue %s is used as it is (%s): set [oslo] queues to what its listener has",
+                name,
+                " ".join(str(exc).split())[:200],
+            )
+        finally:
+            with contextlib.suppress(*broker.broker_errors(connection)):
+                channel.close()
 
 
 def _declare_exchange(connection: kombu.Connection, exchange: kombu.Exchange) -> None:

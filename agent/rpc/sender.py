@@ -6,15 +6,17 @@ hundred replies a second. A folder has taken a message when `publish` returns.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import amqp
 import kombu
 from kombu.exceptions import OperationalError
 
 from agent.rpc import connection as broker
-from agent.wire import Outgoing
+from agent.wire import REPORT_EXCHANGE, Outgoing
 
 CONFIRM_SECONDS = 30.0
 
@@ -56,20 +58,26 @@ class AmqpSender:
         self._pending: set[int] = set()
         self._refused: set[int] = set()
         self._returned: set[str] = set()
+        self._exchanges = {"", REPORT_EXCHANGE}
 
     def send(self, messages: Sequence[Outgoing], *, mandatory: bool) -> list[bool]:
-        """Publish all and wait for the broker; for each, whether a queue took it.
+        """Publish all and wait for the broker; for each, whether a queue took it, or the exchange it names.
 
         :raises OperationalError: the broker refused one (it may have no memory left); any of them may have been sent.
         :raises TimeoutError: it did not answer within `CONFIRM_SECONDS`.
         """
         self._returned.clear()
         self._refused.clear()
-        first = self._tag + 1
+        tags = []
         for message in messages:
+            if not self._there(message.exchange):
+                tags.append(0)
+                continue
             self._tag += 1
+            tags.append(self._tag)
             self._pending.add(self._tag)
-            self._publish(message, self._tag, mandatory)
+            # An exchange may have no queue: who wants notifications binds one.
+            self._publish(message, self._tag, mandatory and not message.exchange)
         end = time.monotonic() + CONFIRM_SECONDS
         while self._pending:
             left = end - time.monotonic()
@@ -78,7 +86,21 @@ class AmqpSender:
             self._connection.drain_events(timeout=left)
         if self._refused:
             raise OperationalError(f"the broker refused {len(self._refused)} messages: see its log")
-        return [str(tag) not in self._returned for tag in range(first, self._tag + 1)]
+        return [tag > 0 and str(tag) not in self._returned for tag in tags]
+
+    def _there(self, exchange: str) -> bool:
+        """Whether it is: publishing to one that is not closes the channel, and nothing else would be sent."""
+        if exchange not in self._exchanges:
+            channel = self._connection.channel()
+            try:
+                kombu.Exchange(exchange, passive=True)(channel).declare()
+                self._exchanges.add(exchange)
+            except amqp.exceptions.NotFound:
+                return False
+            finally:
+                with contextlib.suppress(*broker.broker_errors(self._connection)):
+                    channel.close()
+        return True
 
     def _publish(self, message: Outgoing, tag: int, mandatory: bool) -> None:
         properties = {"delivery_mode": 2, "message_id": str(tag)}

@@ -1,5 +1,7 @@
 """A stock oslo.messaging RPC client as a process: one JSON request a line on standard input, one JSON answer a line.
 
+With a target ``{"listen": [topic, ...]}`` it is a notification listener instead.
+
 It is run by the Python of a virtual environment that has oslo.messaging and nothing of Reeve; the tests import nothing
 from here. The argument is its configuration file; the first line has the target and ``allowed_remote_exmods``.
 """
@@ -28,10 +30,37 @@ def described(exc: BaseException) -> dict:
     return {"kinds": kinds, "module": type(exc).__module__, "text": str(exc), **attributes}
 
 
+class Endpoint:
+    """Whatever a notification listener hears goes to standard output."""
+
+    def info(self, context: dict, publisher: str, event: str, payload: dict, metadata: dict) -> None:
+        heard = {"context": dict(context), "publisher": publisher, "event": event, "payload": payload}
+        answer(heard | {"metadata": metadata, "priority": "info"})
+
+    def error(self, context: dict, publisher: str, event: str, payload: dict, metadata: dict) -> None:
+        heard = {"context": dict(context), "publisher": publisher, "event": event, "payload": payload}
+        answer(heard | {"metadata": metadata, "priority": "error"})
+
+
+def listen(conf: cfg.ConfigOpts, topics: list) -> None:
+    """A notification listener until the end of standard input."""
+    transport = oslo_messaging.get_notification_transport(conf)
+    targets = [oslo_messaging.Target(topic=topic) for topic in topics]
+    listener = oslo_messaging.get_notification_listener(transport, targets, [Endpoint()], executor="threading")
+    listener.start()
+    answer({"ready": True})
+    sys.stdin.read()
+    listener.stop()
+    listener.wait()
+
+
 def main() -> None:
     setup = json.loads(sys.stdin.readline())
     conf = cfg.CONF
     conf(["--config-file", sys.argv[1]], project="client")
+    if "listen" in setup["target"]:
+        listen(conf, setup["target"]["listen"])
+        return
     transport = oslo_messaging.get_rpc_transport(conf, allowed_remote_exmods=setup.get("exmods", []))
     target = oslo_messaging.Target(**setup["target"])
     get_client = getattr(oslo_messaging, "get_rpc_client", oslo_messaging.RPCClient)

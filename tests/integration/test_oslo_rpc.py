@@ -292,6 +292,40 @@ def test_what_is_sent_to_all_while_an_agent_restarts_is_not_lost(durable: Stack)
     until(lambda: names(client) == {"web", "two"})
 
 
+def test_a_stock_listener_hears_of_everything_although_the_agent_is_killed(durable: Stack) -> None:
+    (client,) = durable.clients
+    topic, parent = f"notes-{durable.agent.folder.name}", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    options = ("--notifications-oslo", "--notifications-topics", topic)
+    assert durable.agent.stop() == 0
+    durable.start("create:finished", *options)
+    client.begin("create", durable.create(), timeout=60, context={"request_id": "req-7", "traceparent": parent})
+    durable.agent.wait_killed()
+    durable.start("", *options)
+    uuid_ = client.receive()["result"]["domain"]["uuid"]
+    assert client.raised("destroy", {"uuid": str(uuid.uuid4())})["code"] == "domain.not_found"
+    # The listener comes last: what was sent before waits for it.
+    listener = OsloClient.start(
+        durable.python, durable.agent.folder / "listener", durable.agent.url, {"listen": [topic]},
+        exchange=durable.exchange, rabbit=durable.rabbit_options,
+    )  # fmt: skip
+    heard: list[dict[str, Any]] = []
+    wanted = {"domain.create.start", "domain.create.end", "domain.unpaused", "domain.destroy.error"}
+    while not wanted <= {item["event"] for item in heard}:
+        heard.append(listener.receive(30))
+    listener.close()
+    assert durable.agent.stop() == 0
+    durable.start()
+    by_event = {item["event"]: item for item in heard}
+    end = by_event["domain.create.end"]
+    assert end["payload"]["uuid"] == end["payload"]["result"]["domain"]["uuid"] == uuid_
+    assert (end["context"]["request_id"], end["context"]["traceparent"]) == ("req-7", parent)
+    assert (end["publisher"], end["priority"]) == (f"reeve-agent.{HOST}", "info")
+    assert uuid.UUID(end["metadata"]["message_id"]) and end["metadata"]["timestamp"]
+    assert by_event["domain.destroy.error"]["priority"] == "error"
+    events = [item["event"] for item in heard]
+    assert events.index("domain.create.start") < events.index("domain.create.end")
+
+
 def test_clients_without_our_module_and_with_other_flags(
     tmp_path: Path, rabbit: Rabbit, pythons: dict[str, str]
 ) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from agent_rig import HOST, Rig
@@ -12,6 +13,7 @@ from agent.reports import Reporter
 from agent.resources import ResourceClaims
 from agent.wire import Report
 from hypervisor.errors import HostUnavailable
+from hypervisor.toolstack.api import DomainEvent
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +21,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reports, "SETTLE_SECONDS", 0.01)
 
 
-def make(rig: Rig, sent: list[Report], **options: float) -> Reporter:
+def make(rig: Rig, sent: list[Report], **options: Any) -> Reporter:
     claims = ResourceClaims(rig.toolstack, rig.journal)
     return Reporter(HOST, rig.toolstack, claims, sent.append, extra=lambda: {"verbs": ["list"]}, **options)
 
@@ -45,7 +47,6 @@ def test_capacity_at_start_on_change_and_no_more(rig: Rig) -> None:
     reporter.changed()
     rig.create()
     until(lambda: kinds(sent, "capacity")[-1].data["memory_free_mib"] == 16320)
-    until(lambda: kinds(sent, "lifecycle"))
     reporter.changed()
     reporter.stop()
     assert len(kinds(sent, "capacity")) <= 3
@@ -63,17 +64,17 @@ def test_capacity_at_intervals(rig: Rig) -> None:
 
 
 def test_lifecycle_events_are_passed_on(rig: Rig) -> None:
-    sent: list[Report] = []
-    reporter = make(rig, sent, interval=1000)
+    events: list[DomainEvent] = []
+    reporter = make(rig, [], interval=1000, lifecycle=events.append)
     reporter.start()
     uuid = rig.create()
     rig.toolstack.crash(uuid)
-    until(lambda: "crashed" in [report.data["event"] for report in kinds(sent, "lifecycle")])
-    assert all(report.data["uuid"] == uuid for report in kinds(sent, "lifecycle"))
+    until(lambda: "crashed" in [event.kind for event in events])
+    assert all(event.uuid == uuid for event in events)
     reporter.stop()
-    count = len(kinds(sent, "lifecycle"))
+    count = len(events)
     rig.ok("destroy", {"uuid": uuid})
-    assert len(kinds(sent, "lifecycle")) == count
+    assert len(events) == count
 
 
 def test_a_host_that_is_away_is_no_report_and_no_end(rig: Rig) -> None:

@@ -14,8 +14,9 @@ from agent import conf
 from agent.configdrive import Drives
 from agent.context import ContextFilter, log_fields
 from agent.errors import AlreadyRunning, ConfigError, JournalCorrupt
+from agent.folder_lock import lock_folder
 from agent.rpc.client import Client
-from agent.service import Service, lock_folder, main
+from agent.service import Service, main
 from agent.wire import Instruction, Report
 from hypervisor.errors import HostUnavailable
 from hypervisor.toolstack.api import DomainSpec, KernelBoot

@@ -6,6 +6,7 @@ import collections
 from collections.abc import Callable
 from typing import Any
 
+import amqp
 import pytest
 from kombu.exceptions import OperationalError
 
@@ -26,6 +27,8 @@ class Broker:
         self.events: dict[str, set[Callable[..., None]]] = collections.defaultdict(set)
         self.published: list[tuple[str, dict[str, Any]]] = []
         self.script: list[tuple[Any, ...]] = []
+
+    connection_errors = channel_errors = (OSError,)
 
     def channel(self) -> Broker:
         return self
@@ -84,6 +87,21 @@ def test_returned_messages_are_told_apart(broker: Broker) -> None:
     assert sender.send(messages(3), mandatory=True) == [True, False, True]
     broker.script = [("basic_ack", 4, False)]
     assert sender.send(messages(1), mandatory=True) == [True]
+
+
+def test_an_exchange_that_is_not_there_does_not_stop_the_rest(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def declare(exchange: str, **options: Any) -> None:
+        assert options["passive"]
+        if exchange == "gone":
+            raise amqp.exceptions.NotFound("no exchange")
+
+    monkeypatch.setattr(broker, "exchange_declare", declare)
+    monkeypatch.setattr(broker, "close", lambda: None, raising=False)
+    sender = AmqpSender(broker)  # type: ignore[arg-type]
+    sent = [Outgoing("gone", "a", b"x"), Outgoing("there", "b", b"x"), *messages(1)]
+    broker.script = [returned("2"), ("basic_ack", 2, True)]
+    assert sender.send(sent, mandatory=True) == [False, True, False]
+    assert [key for key, _ in broker.published] == ["b", "q0"]
 
 
 def test_a_refusal_of_the_broker_is_an_error(broker: Broker) -> None:

@@ -1,0 +1,54 @@
+"""Rows of the journal's tables as objects, and back."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Sequence
+from typing import Any
+
+from agent import wire
+from agent.journal.records import Entry, Phase, StepRecord, StepState
+
+
+def read_entry(db: sqlite3.Connection, ident: str) -> Entry | None:
+    """An instruction with its steps."""
+    row = db.execute(
+        "SELECT seq, id, verb, host, args, dialect, deadline, domain, phase, plan, error, received, context"
+        " FROM instructions WHERE id = ?",
+        (ident,),
+    ).fetchone()
+    if row is None:
+        return None
+    steps = db.execute(
+        "SELECT idx, name, state, output, seconds FROM steps WHERE id = ? ORDER BY idx", (ident,)
+    ).fetchall()
+    seq, ident, verb, host, args, dialect, deadline, domain, phase, plan, error, received, context = row
+    return Entry(
+        seq=seq,
+        instruction=wire.Instruction(
+            ident, verb, host, json.loads(args), "", deadline, dialect, context=_load(context) or {}
+        ),
+        domain=domain,
+        phase=Phase(phase),
+        plan=_load(plan),
+        steps=tuple(StepRecord(s[0], s[1], StepState(s[2]), _load(s[3]), s[4]) for s in steps),
+        error=_load(error),
+        received=received,
+    )
+
+
+def put(db: sqlite3.Connection, messages: Sequence[wire.Outgoing], now: float) -> None:
+    """Messages into the outbox."""
+    db.executemany(
+        "INSERT INTO outbox (exchange, routing_key, body, correlation_id, content_type, created)"
+        " VALUES (?, ?, ?, ?, ?, ?)",
+        [
+            (item.exchange, item.routing_key, item.body, item.correlation_id, item.content_type, now)
+            for item in messages
+        ],
+    )
+
+
+def _load(text: str | None) -> dict[str, Any] | None:
+    return None if text is None else dict(json.loads(text))
