@@ -16,8 +16,8 @@ have run wholly, partly or not at all, and perhaps twice.
 A step may be the *point of no return* (`Step.commits`): once it is done the plan only goes forward. Its undo raises
 `TooLate` when it finds that it has happened after all.
 
-Steps that several verbs take are in `agent.steps`, `agent.resizing`, `agent.migrating` and `agent.configdrive`; a
-plugin may import those, too.
+Steps that several verbs take are in `agent.steps`, `agent.resizing`, `agent.migrating`, `agent.configdrive` and
+`agent.images.remote.steps`; a plugin may import those, too.
 
 A new verb is one module with a `Plugin` subclass and one line in the
 entry-point group ``reeve.instructions``; ``docs/instructions.md`` describes
@@ -30,11 +30,12 @@ import abc
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Protocol, Self
 
 from agent.argument_schemas import (
     DEVICE_WAIT_SCHEMA,
     DISK_SCHEMA,
+    FILE_SCHEMA,
     MAX_MEMORY_MIB,
     METADATA_SCHEMA,
     NAME_SCHEMA,
@@ -48,10 +49,14 @@ from agent.errors import BrokerError, InstructionError, ReplyTimeout
 from hypervisor.errors import NotOurs
 from hypervisor.toolstack.api import DomainInfo, Toolstack
 
+if TYPE_CHECKING:
+    from agent.images.remote.fetcher import Fetcher
+
 __all__ = [
     "API_VERSION",
     "DEVICE_WAIT_SCHEMA",
     "DISK_SCHEMA",
+    "FILE_SCHEMA",
     "MAX_MEMORY_MIB",
     "METADATA_SCHEMA",
     "NAME_SCHEMA",
@@ -79,7 +84,7 @@ __all__ = [
     "own_domain",
 ]
 
-API_VERSION = (1, 2)
+API_VERSION = (1, 3)
 """Same major: compatible. A plugin built for another major is reported and skipped."""
 
 JsonDict = dict[str, Any]
@@ -201,7 +206,7 @@ class Host:
     :ivar owner: the marker that makes a domain ours (`DomainSpec.owner`); never changes for a node,
         not even when its hostname does.
     :ivar settings: strings from the configuration that plugins may read.
-    :ivar peers: the way to other hosts.
+    :ivar peers: the way to other hosts. :ivar sources: images that are fetched; None: none are.
     """
 
     name: str
@@ -211,6 +216,7 @@ class Host:
     images: Images
     settings: Mapping[str, str]
     peers: Peers = dataclasses.field(default_factory=NoPeers)
+    sources: Fetcher | None = None
 
 
 class Context(Protocol):

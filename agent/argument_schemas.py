@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from agent.images.remote.source import BOOT_SOURCE_SCHEMA, DISK_SOURCE_SCHEMA
 from hypervisor.toolstack.devices import MAX_NICS, DiskFormat
 
 UUID_SCHEMA: Mapping[str, Any] = {
@@ -28,6 +29,12 @@ PATH_SCHEMA: Mapping[str, Any] = {
     "type": "string",
     "pattern": "^/[^\\u0000-\\u001f]{0,4094}$",
     "description": "Full path of a file on the host.",
+}
+FILE_SCHEMA: Mapping[str, Any] = {
+    "if": {"type": "string"},
+    "then": PATH_SCHEMA,
+    "else": BOOT_SOURCE_SCHEMA,
+    "description": "Full path of a file on the host, or an object that says where it is fetched from.",
 }
 METADATA_SCHEMA: Mapping[str, Any] = {
     "type": "object",
@@ -62,10 +69,11 @@ _LIMITS_SCHEMA: Mapping[str, Any] = {
 DISK_SCHEMA: Mapping[str, Any] = {
     "type": "object",
     "additionalProperties": False,
-    "required": ["id", "path"],
+    "required": ["id"],
     "properties": {
         "id": {"type": "string", "pattern": "^xvd[a-p]$"},
         "path": PATH_SCHEMA,
+        "source": DISK_SOURCE_SCHEMA,
         "format": {"type": "string", "enum": [item.value for item in DiskFormat], "default": "raw"},
         "readonly": {"type": "boolean", "default": False},
         "direct": {"type": "boolean", "default": False},
@@ -73,9 +81,10 @@ DISK_SCHEMA: Mapping[str, Any] = {
         "shared": {"type": "boolean", "default": False},
         "limits": _LIMITS_SCHEMA,
     },
-    "description": "A disk: id, path, and perhaps format, readonly, direct, discard, shared, limits.",
+    "oneOf": [{"required": ["path"]}, {"required": ["source"], "not": {"required": ["format"]}}],
+    "description": "A disk: id, path or source, and perhaps format, readonly, direct, discard, shared, limits.",
 }
-"""JSON form of a `hypervisor.toolstack.devices.DiskSpec`."""
+"""JSON form of a `hypervisor.toolstack.devices.DiskSpec`, where `source` may stand for `path` and `format`."""
 NIC_SCHEMA: Mapping[str, Any] = {
     "type": "object",
     "additionalProperties": False,

@@ -19,7 +19,7 @@ from typing import Any
 
 from oslo_config import cfg
 
-from agent import conf_observe, conf_oslo, wire
+from agent import conf_images, conf_observe, conf_oslo, wire
 from agent.errors import AgentError, ConfigError
 
 SYSTEM_CONFIG = Path("/etc/reeve/agent.conf")
@@ -35,7 +35,8 @@ AGENT = (
         "state-dir",
         sample_default="/var/lib/reeve",
         help="Folder for what must survive a restart: agent/ (journal, lock), broker/ (the folder broker), images/, "
-        "config-drives/. For an ordinary user the default is $XDG_STATE_HOME/reeve. One agent per folder.",
+        "config-drives/, image-cache/, guest-disks/. For an ordinary user the default is "
+        "$XDG_STATE_HOME/reeve. One agent per folder.",
     ),
     cfg.IntOpt(
         "workers",
@@ -188,13 +189,18 @@ GROUPS: Mapping[str, Sequence[cfg.Opt]] = {
     "journal": JOURNAL,
     "limits": LIMITS,
     "driver": DRIVER,
-    "images": IMAGES,
+    "images": (*IMAGES, *conf_images.OPTIONS),
     "resources": RESOURCES,
     "reports": REPORTS,
     "notifications": conf_observe.NOTIFICATIONS,
     "http": conf_observe.HTTP,
     "log": conf_observe.LOGGING,
 }
+
+
+PLUGIN_SETTINGS = (
+    "image_dir", "config_drive_dir", "grub_x86_64", "grub_i386", "save_dir", "core_dir", "resize_confirm_seconds",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -223,6 +229,7 @@ class Settings:
     config_drive_dir: Path
     grub_x86_64: Path
     grub_i386: Path
+    images: conf_images.ImageSettings
     save_dir: Path
     core_dir: Path
     resize_confirm_seconds: int
@@ -232,6 +239,10 @@ class Settings:
     notifications: conf_observe.NotificationSettings
     http: conf_observe.HttpSettings
     log: conf_observe.LogSettings
+
+    def for_plugins(self) -> dict[str, str]:
+        """What plugins may read (`agent.api.Host.settings`)."""
+        return {name: str(getattr(self, name)) for name in PLUGIN_SETTINGS}
 
 
 def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
@@ -338,6 +349,7 @@ def _settings(values: Mapping[str, Mapping[str, Any]]) -> Settings:
         config_drive_dir=Path(values["images"]["config_drive_dir"] or state_dir / "config-drives"),
         grub_x86_64=Path(values["images"]["grub_x86_64"]),
         grub_i386=Path(values["images"]["grub_i386"]),
+        images=conf_images.settings(values["images"], state_dir),
         save_dir=Path(agent["save_dir"] or state_dir / "saved"),
         core_dir=Path(agent["core_dir"] or state_dir / "cores"),
         resize_confirm_seconds=agent["resize_confirm_seconds"],

@@ -27,6 +27,7 @@ from agent.executor import Executor
 from agent.folder_lock import lock_folder
 from agent.health import Health, gauges
 from agent.heartbeats import Heartbeats
+from agent.images.remote.fetcher import Fetcher
 from agent.journal import Journal
 from agent.lifecycle import Lifecycle
 from agent.loader import Verb, load_driver, load_verbs
@@ -109,6 +110,7 @@ class Service:
         host = self._host()
         self.drives = Drives(settings.config_drive_dir)
         self.drives.prepare()
+        self.sources.prepare()
         self._wire(verbs, host)
         if resumed := self.dispatcher.recover():
             LOG.info("%d unfinished instructions resume", resumed)
@@ -138,21 +140,14 @@ class Service:
             vcpu_ratio=settings.vcpu_ratio,
             reserved_mib=settings.reserved_memory_mib,
         )
+        self.sources = Fetcher(settings.images)
         return Host(
             name=settings.host,
             owner=f"reeve/{self.journal.node_id()}",
             toolstack=self.toolstack,
             claims=self.claims,
             images=LocalImages(settings.image_dir),
-            settings={
-                "image_dir": str(settings.image_dir),
-                "config_drive_dir": str(settings.config_drive_dir),
-                "grub_x86_64": str(settings.grub_x86_64),
-                "grub_i386": str(settings.grub_i386),
-                "save_dir": str(settings.save_dir),
-                "core_dir": str(settings.core_dir),
-                "resize_confirm_seconds": str(settings.resize_confirm_seconds),
-            },
+            settings=settings.for_plugins(),
             peers=BrokerPeers(
                 settings.broker_url,
                 self.stopping,
@@ -160,6 +155,7 @@ class Service:
                 poll_seconds=settings.poll_seconds,
                 max_message_bytes=settings.max_message_bytes,
             ),
+            sources=self.sources,
         )
 
     def _wire(self, verbs: dict[str, Verb], host: Host) -> None:

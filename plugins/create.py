@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 from agent.api import (
     DISK_SCHEMA,
+    FILE_SCHEMA,
     MAX_MEMORY_MIB,
     METADATA_SCHEMA,
     NAME_SCHEMA,
     NIC_SCHEMA,
-    PATH_SCHEMA,
     UUID_SCHEMA,
     Check,
     Context,
@@ -28,6 +28,7 @@ from agent.api import (
 )
 from agent.configdrive.request import CONFIG_DRIVE_SCHEMA, drive_disk, first_boot
 from agent.configdrive.steps import WriteDriveStep, drives_of
+from agent.images.remote.steps import FetchStep, PlaceStep, local_files
 from agent.steps import ClaimStep, nic_spec
 from hypervisor.errors import DomainExists, DomainNotFound, NameInUse
 from hypervisor.toolstack.api import MAX_VCPUS, DomainInfo, DomainSpec, DomainState, OnEvent
@@ -132,7 +133,7 @@ class StartStep(Step):
 class Create(Plugin):
     verb = "create"
     summary = "Build a domain and let it run."
-    step_kinds = (VerifyStep, ClaimStep, WriteDriveStep, BuildStep, StartStep)
+    step_kinds = (VerifyStep, ClaimStep, FetchStep, PlaceStep, WriteDriveStep, BuildStep, StartStep)
     args_schema: ClassVar[Mapping[str, Any]] = {
         "type": "object",
         "additionalProperties": False,
@@ -171,14 +172,17 @@ class Create(Plugin):
                 **NAME_SCHEMA,
                 "description": "An image of the host's image store; instead of kernel and ramdisk.",
             },
-            "kernel": {**PATH_SCHEMA, "description": "Full path of the kernel on the host."},
+            "kernel": {
+                **FILE_SCHEMA,
+                "description": "Full path of the kernel on the host, or where it is fetched from.",
+            },
             "loader": {
                 "type": "string",
                 "enum": list(LOADERS),
                 "description": "Boot from the first disk by GRUB, with the kernel of its own that is there; instead of "
                 "image and kernel. pv-grub-i386 for guests of 32 bits.",
             },
-            "ramdisk": {**PATH_SCHEMA, "description": "Full path of the initial ramdisk on the host."},
+            "ramdisk": {**FILE_SCHEMA, "description": "The same of the initial ramdisk."},
             "cmdline": {
                 "type": "string",
                 "maxLength": 1023,
@@ -224,6 +228,8 @@ class Create(Plugin):
             raise InstructionError("instruction.bad_args", "args: give exactly one of image, kernel and loader")
         if "ramdisk" in args and "kernel" not in args:
             raise InstructionError("instruction.bad_args", "args: a ramdisk goes with kernel only")
+        args = {"uuid": str(uuid.uuid4()), **args}
+        args, fetch = local_files(args, host, args["uuid"])
         steps: list[Step] = []
         boot = {"kernel": args.get("kernel"), "ramdisk": args.get("ramdisk"), "cmdline": args.get("cmdline", "")}
         if "image" in args:
@@ -237,7 +243,6 @@ class Create(Plugin):
         kept = ("on_poweroff", "on_reboot", "on_crash", "metadata")
         data = {key: args[key] for key in (*taken, *kept) if key in args} | {"boot": boot}
         data["nics"] = [nic_spec(nic, index).to_json() for index, nic in enumerate(args.get("nics", ()))]
-        data.setdefault("uuid", str(uuid.uuid4()))
         drive = args.get("config_drive")
         if drive is not None:
             disk = drive_disk(drive, drives_of(host), data["uuid"], args.get("disks", ()))
@@ -245,7 +250,7 @@ class Create(Plugin):
         spec = DomainSpec.from_json(data)
         spec.validate()
         _check_free(spec, host)
-        steps.append(ClaimStep(spec.uuid, spec.memory_mib, spec.vcpus))
+        steps += (ClaimStep(spec.uuid, spec.memory_mib, spec.vcpus), *fetch)
         if drive is not None:
             first = first_boot(drive, spec.uuid, spec.name, spec.nics)
             steps.append(WriteDriveStep(spec.uuid, drive.get("format", "nocloud"), first.to_json()))

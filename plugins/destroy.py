@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from agent.api import ONE_DOMAIN_SCHEMA, Check, Context, Host, JsonDict, Plan, Plugin, Step, own_domain
 from agent.configdrive.steps import RemoveDriveStep, remove_drive_steps
+from agent.images.remote.steps import RemoveFilesStep, remove_file_steps
 from hypervisor.errors import DomainNotFound
 
 
@@ -37,12 +38,13 @@ class DestroyStep(Step):
 class Destroy(Plugin):
     verb = "destroy"
     summary = "End a domain at once, without asking its guest, and free what it held."
-    step_kinds = (DestroyStep, RemoveDriveStep)
+    step_kinds = (DestroyStep, RemoveDriveStep, RemoveFilesStep)
     args_schema = ONE_DOMAIN_SCHEMA
 
     def plan(self, args: Mapping[str, Any], host: Host) -> Plan:
         info = own_domain(host, args["uuid"])
-        return Plan((DestroyStep(info.uuid, info.name), *remove_drive_steps(host, info.uuid)), info.uuid)
+        rest = (*remove_drive_steps(host, info.uuid), *remove_file_steps(host, info.uuid))
+        return Plan((DestroyStep(info.uuid, info.name), *rest), info.uuid)
 
     def result(self, args: Mapping[str, Any], plan: Plan, ctx: Context) -> JsonDict:
         step = plan.steps[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from agent import images
 from agent.cli.base import Common, List, Seconds, Show, Table
+from agent.cli.fetched import fetcher_of, find_fetched, json_argument, list_fetched, looks_fetched, show_fetched
 from agent.images.store import check_name
 
 LIST_COLUMNS = ("name", "size", "created", "packages", "cmdline")
@@ -21,6 +22,7 @@ class ImageCommand(Common):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--images-dir", metavar="DIR", help="the image store (default: the agent's)")
+        json_argument(parser)
 
     def store(self, parsed_args: argparse.Namespace) -> Path:
         return Path(parsed_args.images_dir or self.connection.image_dir)
@@ -84,14 +86,21 @@ class ImageBuild(ImageCommand, Show):
 
 
 class ImageList(ImageCommand, List):
-    """List the usable images."""
+    """List the usable images of the store, or those that were fetched."""
 
     examples = (
         ("reeve image list", "name, size in bytes, when and from what"),
         ("reeve image list -f value -c name", "names only"),
+        ("reeve image list --fetched --json", "the cache of fetched images: size, last use, and why one stays"),
     )
 
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        super().add_arguments(parser)
+        parser.add_argument("--fetched", action="store_true", help="the cache instead of the store")
+
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+        if parsed_args.fetched:
+            return list_fetched(fetcher_of(self))
         rows: list[tuple[object, ...]] = []
         for image in images.list_images(self.store(parsed_args)):
             packages = Table(dict(image.packages))
@@ -108,11 +117,18 @@ class OneImage(ImageCommand, Show):
 
 
 class ImageShow(OneImage):
-    """Show an image: files, sizes, checksums, what it was made from."""
+    """Show an image: files, sizes, checksums, what it was made from; or a fetched one, by its id."""
 
-    examples = (("reeve image show demo -f json", "paths and checksums for a program"),)
+    examples = (
+        ("reeve image show demo -f json", "paths and checksums for a program"),
+        ("reeve image show 26f2c1d0", "a fetched image, by the beginning of its id"),
+    )
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[object, ...]]:
+        name = parsed_args.image
+        if looks_fetched(name) and not (self.store(parsed_args) / name).exists():
+            fetcher = fetcher_of(self)
+            return show_fetched(fetcher, find_fetched(fetcher, name))
         return show_image(images.load_image(image_folder(parsed_args.image, self.store(parsed_args))))
 
 

@@ -22,6 +22,7 @@ from agent.cli import (
     doctor,
     domain,
     events,
+    fetched,
     image,
     inside,
     instruct,
@@ -77,6 +78,10 @@ COMMANDS: dict[str, Any] = {
     "image list": image.ImageList,
     "image show": image.ImageShow,
     "image verify": image.ImageVerify,
+    "image fetch": fetched.ImageFetch,
+    "image pin": fetched.ImagePin,
+    "image unpin": fetched.ImageUnpin,
+    "image evict": fetched.ImageEvict,
 }
 DESCRIPTION = """\
 Look after a Reeve node: its domains, its images and what it needs.
@@ -200,12 +205,12 @@ class ReeveApp(App):  # type: ignore[misc,unused-ignore]
 
 
 def _wants_json(argv: Sequence[str]) -> bool:
-    """Whether ``-f json`` is on the command line; asked before it is parsed, for errors in parsing it."""
+    """Whether ``-f json`` (for images ``--json``, too) is there; asked before parsing, for errors in parsing it."""
     for index, word in enumerate(argv):
         following = argv[index + 1] if index + 1 < len(argv) else ""
         if word in ("-fjson", "--format=json") or (word in ("-f", "--format") and following == "json"):
             return True
-    return False
+    return "--json" in argv and "image" in argv
 
 
 def main(argv: Sequence[str] | None = None) -> int:

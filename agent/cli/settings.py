@@ -93,6 +93,11 @@ class Connection:
         return str(self._conf.image_dir)
 
     @property
+    def images(self) -> Any:
+        """An `agent.conf_images.ImageSettings`."""
+        return self._conf.images
+
+    @property
     def config_drive_dir(self) -> str:
         return str(self._conf.config_drive_dir)
 

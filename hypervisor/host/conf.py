@@ -131,10 +131,10 @@ OPTIONS = [
     cfg.ListOpt(
         "image_folders",
         default=[],
-        sample_default=["/var/lib/reeve/images", "/var/lib/reeve/config-drives"],
+        sample_default=[f"/var/lib/reeve/{name}" for name in ("images", "config-drives", "image-cache", "guest-disks")],
         help="Folders below which images of disks and their backing files must lie; block devices, too (/dev/vg0). "
-        "Default: images in the state folder, and images and config-drives beside it if the state folder is called "
-        "hypervisor.",
+        "Default: images in the state folder, and images, config-drives, image-cache and guest-disks beside it if the "
+        "state folder is called hypervisor.",
     ),
     cfg.ListOpt(
         "shared_folders",

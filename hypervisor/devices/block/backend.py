@@ -41,13 +41,14 @@ class Settings(Protocol):
 def folders(settings: Settings) -> list[Path]:
     """Below which images and their backing files must lie.
 
-    By default ``images`` in the state folder, and beside it ``images`` and ``config-drives``, where the agent has them.
+    By default ``images`` in the state folder, and beside it the folders that the agent has there.
     """
     if settings.image_folders:
         return [Path(folder) for folder in settings.image_folders]
     found = [settings.state_dir / "images"]
     if settings.state_dir.name == "hypervisor":
-        found += [settings.state_dir.parent / name for name in ("images", "config-drives")]
+        names = ("images", "config-drives", "image-cache", "guest-disks")
+        found += [settings.state_dir.parent / name for name in names]
     return found
 
 

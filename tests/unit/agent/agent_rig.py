@@ -13,6 +13,7 @@ from typing import Any
 
 from agent.api import Host, NoPeers, Peers
 from agent.executor import Executor
+from agent.images.remote.fetcher import Fetcher
 from agent.journal import Accepted, Journal
 from agent.loader import Verb, load_verbs
 from agent.local_images import LocalImages
@@ -91,7 +92,12 @@ def _verbs() -> Mapping[str, Verb]:
 
 
 def make_rig(
-    folder: Path, toolstack: FakeToolstack | None = None, name: str = HOST, peers: Peers | None = None, **options: Any
+    folder: Path,
+    toolstack: FakeToolstack | None = None,
+    name: str = HOST,
+    peers: Peers | None = None,
+    sources: Fetcher | None = None,
+    **options: Any,
 ) -> Rig:
     toolstack = toolstack or FakeToolstack(None)
     journal = Journal(folder / "journal.sqlite")
@@ -108,7 +114,7 @@ def make_rig(
     for loader in ("grub_x86_64", "grub_i386"):
         settings[loader] = str(folder / loader)
     owner = f"reeve/{journal.node_id()}"
-    host = Host(name, owner, toolstack, claims, LocalImages(images), settings, peers or NoPeers())
+    host = Host(name, owner, toolstack, claims, LocalImages(images), settings, peers or NoPeers(), sources)
     stopping = threading.Event()
     options.setdefault("unknown_seconds", 0.3)
     executor = Executor(journal, verbs, host, stopping, **options)
