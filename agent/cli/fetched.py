@@ -44,8 +44,8 @@ class ImageFetch(FetchedCommand, Show):
     """Fetch an image into the cache, with a progress bar; at once when it is there."""
 
     examples = (
-        ("reeve image fetch https://images.example/debian.qcow2 --image-format qcow2 --hash sha256:26f2…", "from a server"),
-        ("reeve image fetch 7c1f0f52-… --image-format raw --pin", "an image of Glance, which stays until it is unpinned"),
+        ("reeve image fetch https://images.example/web --image-format qcow2 --hash sha256:26f2…", "from a server"),
+        ("reeve image fetch 7c1f0f52-… --image-format raw --pin", "an image of Glance; it stays until unpinned"),
     )
     notes = "The rules of the agent hold: [images] allowed_hosts, require_hash and the rest."
 
