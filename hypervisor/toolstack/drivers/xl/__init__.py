@@ -1,0 +1,1 @@
+"""The driver of a Xen host: the program ``xl`` and xenstore."""
