@@ -9,6 +9,7 @@ writes, permissions for itself and domain 0.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from hypervisor.xenstore import path as paths
@@ -21,55 +22,135 @@ from hypervisor.xenstore.store import Node
 from hypervisor.xenstore.wire import HEADER, PAYLOAD_MAX
 
 MAX_NODES = 20_000
+"""At once."""
 _BACKENDS = ("/local/domain/0/backend", "/local/domain/0/error/backend")
 
 
-def give(server: Server, domid: int, uuid: str) -> dict[str, Any]:
-    """JSON for `take`. Its ring must have been let go (`Server.detach`), so that nothing changes any more.
+Nodes = list[list[str]]
+"""Path, value and permissions of each, parents before children."""
 
-    :raises NotFound: it is not being served.
-    """
-    connection = {**server.save_domain(domid), "target": None}
-    nodes: list[list[str]] = []
+
+@dataclasses.dataclass(slots=True)
+class Given:
+    """What the other host was told of a domain's nodes. :ivar generation: of the store at that time."""
+
+    generation: int = -1
+    paths: set[str] = dataclasses.field(default_factory=set)
+
+
+def give_nodes(server: Server, domid: int, uuid: str, given: Given) -> Nodes:
+    """All nodes that have changed since `given`, which is brought up to date; at first, all there are."""
+    changed: Nodes = []
+    paths_now: set[str] = set()
     for root in _homes(server, domid, uuid):
         todo = [root]
         while todo:
             path = todo.pop()
             node = server.store.get(path)
-            if node is not None:
-                nodes.append([path, node.value.decode("latin-1"), str(_without_strangers(node.acl, domid))])
-                todo += [paths.child(path, name) for name in reversed(node.children)]
-    return {"nodes": nodes, "connection": connection}
+            if node is None:
+                continue
+            paths_now.add(path)
+            if node.generation > given.generation or path not in given.paths:
+                value, acl = node.value.decode("latin-1"), str(_without_strangers(node.acl, domid))
+                changed.append([path, value, acl])
+            todo += [paths.child(path, name) for name in reversed(node.children)]
+    given.generation, given.paths = server.store.generation, paths_now
+    return changed
+
+
+def give(server: Server, domid: int, uuid: str, given: Given | None = None) -> dict[str, Any]:
+    """JSON for `take`. Its ring must have been let go (`Server.detach`), so that nothing changes any more.
+
+    :param given: what `take_nodes` was told there. :raises NotFound: it is not being served.
+    """
+    connection = {**server.save_domain(domid), "target": None}
+    given = given or Given()
+    before = given.paths
+    nodes = give_nodes(server, domid, uuid, given)
+    return {"nodes": nodes, "gone": sorted(before - given.paths, reverse=True), "connection": connection}
+
+
+def take_nodes(server: Server, domid: int, uuid: str, nodes: object) -> None:
+    """The nodes alone, while the domain is still elsewhere. :raises Invalid: as `take`."""
+    if server.is_introduced(domid):
+        raise Invalid(f"domain {domid} is there already")
+    checked = _check_nodes(server, domid, uuid, nodes)
+    children = _children(domid, uuid, checked)
+    for home in _homes(server, domid, uuid):
+        tree.remove(server.store, DOM0, home)
+    changes = []
+    for path, node in checked:
+        if (above := paths.parent(path)) not in children:  # one of the homes
+            _attach(server, above, path)
+        server.store.put(path, Node(node.value, node.acl, tuple(children[path])))
+        changes.append(tree.Change(path, True, (node.acl,)))
+    # To those who watch here.
+    server.fire(changes, None)
+    server.settle()
 
 
 def take(server: Server, domid: int, uuid: str, data: dict[str, Any]) -> None:
     """Become the host of a domain; it waits for its `introduce`.
 
+    :param data: of `give`; with what `take_nodes` has taken before, if anything, all there is of it.
     :raises Invalid: `data` is not what `give` makes; nothing has changed.
     """
-    try:
-        nodes = [_node(server, domid, uuid, *item) for item in data["nodes"]]
-        connection = _connection(server, domid, data["connection"])
-    except (ValueError, KeyError, TypeError, AttributeError, XenstoreError) as exc:
-        raise Invalid(f"xenstore nodes of domain {domid} from elsewhere make no sense: {exc!r}") from exc
-    if len({path for path, _ in nodes}) != len(nodes) or len(nodes) > MAX_NODES:
-        raise Invalid(f"domain {domid} comes with {len(nodes)} nodes, or with one twice")
     if server.is_introduced(domid):
         raise Invalid(f"domain {domid} is there already")
-    children = _children(domid, uuid, nodes)
-    for home in _homes(server, domid, uuid):
-        tree.remove(server.store, DOM0, home)
-    changes = []
-    for path, node in nodes:
-        if (above := paths.parent(path)) not in children:  # one of the homes
-            _attach(server, above, path)
-        server.store.put(path, Node(node.value, node.acl, tuple(children[path])))
+    try:
+        connection = _connection(server, domid, data["connection"])
+        gone = [_own(domid, uuid, path) for path in data["gone"]]
+    except (ValueError, KeyError, TypeError, AttributeError, XenstoreError) as exc:
+        raise Invalid(f"xenstore nodes of domain {domid} from elsewhere make no sense: {exc!r}") from exc
+    checked = _check_nodes(server, domid, uuid, data["nodes"])
+    _check_parents(server, domid, uuid, checked, gone)
+    changes: list[tree.Change] = []
+    for path in gone:
+        if server.store.get(path) is not None:
+            changes += tree.remove(server.store, DOM0, path)
+    for path, node in checked:
+        before = server.store.get(path)
+        if before is None:
+            _attach(server, paths.parent(path), path)
+        server.store.put(path, Node(node.value, node.acl, before.children if before is not None else ()))
         changes.append(tree.Change(path, True, (node.acl,)))
     # To those who watch here. The domain itself is not to notice.
     server.fire(changes, None)
     server.load_domain(domid, connection)
     server.note(records.of_domain(domid, connection))
     server.fire_special(paths.INTRODUCE_DOMAIN, domid)
+
+
+def _check_nodes(server: Server, domid: int, uuid: str, nodes: object) -> list[tuple[str, Node]]:
+    """:raises Invalid: they make no sense."""
+    try:
+        if not isinstance(nodes, list):
+            raise ValueError("no list")
+        checked = [_node(server, domid, uuid, *item) for item in nodes[: MAX_NODES + 1]]
+    except (ValueError, TypeError, AttributeError, XenstoreError) as exc:
+        raise Invalid(f"xenstore nodes of domain {domid} from elsewhere make no sense: {exc!r}") from exc
+    if len({path for path, _ in checked}) != len(checked) or len(checked) > MAX_NODES:
+        raise Invalid(f"domain {domid} comes with {len(checked)} nodes, or with one twice")
+    return checked
+
+
+def _own(domid: int, uuid: str, path: str) -> str:
+    """:raises ValueError, XenstoreError: it is no path of the domain's."""
+    if paths.canonical(path.encode("latin-1"), "") != path:
+        raise ValueError(f"path {path[:100]!r}")
+    _home_of(domid, uuid, path)
+    return path
+
+
+def _check_parents(server: Server, domid: int, uuid: str, nodes: list[tuple[str, Node]], gone: list[str]) -> None:
+    """:raises Invalid: a node would have no parent. Parents come before their children."""
+    made: set[str] = set()
+    for path, _ in nodes:
+        above = paths.parent(path)
+        there = server.store.get(above) is not None and not any(paths.levels_below(above, way) >= 0 for way in gone)
+        if not (there or above in made or _home_of(domid, uuid, path) == path):
+            raise Invalid(f"node {path} comes without its parent")
+        made.add(path)
 
 
 def forget(server: Server, domid: int, uuid: str) -> None:
@@ -94,9 +175,7 @@ def _homes(server: Server, domid: int, uuid: str) -> list[str]:
 
 
 def _node(server: Server, domid: int, uuid: str, path: str, value: str, acl: str) -> tuple[str, Node]:
-    if paths.canonical(path.encode("latin-1"), "") != path:
-        raise ValueError(f"path {path[:100]!r}")
-    _home_of(domid, uuid, path)
+    _own(domid, uuid, path)
     content, permissions = value.encode("latin-1"), parse_text(acl)
     if len(content) > PAYLOAD_MAX or len(permissions.entries) > server.limits.permissions:
         raise ValueError(f"the node {path[:100]!r} is too large")

@@ -65,7 +65,7 @@ def pair(shared: Pair) -> Iterator[Pair]:
             toolstack.destroy(info.uuid)
         assert toolstack.host_info().memory_free_mib == toolstack.host_info().memory_total_mib
         assert rig.left_behind() == []
-        assert not processes(rig, "mover")
+        until(lambda r=rig: not processes(r, "mover"), "movers to end")
 
 
 def started(pair: Pair, spec: DomainSpec, line: bytes) -> str:

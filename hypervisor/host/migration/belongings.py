@@ -14,8 +14,8 @@ from typing import Any
 from hypervisor.errors import MigrationFailed, SpecInvalid
 from hypervisor.host.device_memory import DeviceMemory
 from hypervisor.host.device_specs import key_of, specs_of
-from hypervisor.host.records import DomainRecord, RunSizes
-from hypervisor.toolstack.api import DomainSpec
+from hypervisor.host.records import DomainRecord, Phase, RunSizes
+from hypervisor.toolstack.api import DomainSpec, DomainState
 
 VERSION = 1
 MAX_BYTES = 16 << 20
@@ -89,6 +89,16 @@ class Belongings:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SpecInvalid) as exc:
             raise MigrationFailed(f"what the source says of the domain makes no sense: {str(exc)[:200]}") from exc
         return made
+
+    def tell(self, record: DomainRecord, spec: DomainSpec, commands: str) -> DomainRecord:
+        """To the record of the half that is all here now. :param commands: that decide what becomes of it."""
+        record.spec = spec
+        record.run, record.restarts, record.cpu_time_ns = self.run, self.restarts, self.cpu_time_ns
+        record.created_at, record.started_at = self.created_at, self.started_at
+        record.console, record.devices = dict(self.console), dict(self.devices)
+        record.phase, record.state = Phase.MADE, DomainState.PAUSED
+        record.detail = f"whole and paused until it is known that it left its source: {commands}"
+        return record
 
     def _check_devices(self) -> None:
         known = {key_of(spec) for spec in specs_of(self.spec)}

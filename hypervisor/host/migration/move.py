@@ -28,6 +28,7 @@ _TOLD = {field.name for field in dataclasses.fields(MigrationStatus)}
 class Move:
     """What `MigrationStatus` has, and besides
 
+    :ivar domid: of the half here.
     :ivar secret: of the token, which itself is not kept; `ticket` what the target said of itself.
     :ivar running: whether the guest ran when it was offered, so that it shall run in the end.
     :ivar images: that were made here for its disks, and go when it does not come.
@@ -48,6 +49,7 @@ class Move:
     began: float = 0.0
     memory_mib: int = 0
     vcpus: int = 0
+    domid: int = 0
     rounds: int = 0
     pages_sent: int = 0
     bytes_sent: int = 0

@@ -19,7 +19,7 @@ from hypervisor.memory import layout
 from hypervisor.toolstack.api import DomainSpec, DomainState, MigrationOffer
 
 DRIVER = "embedded"
-STATE = 1
+STATE = 2
 """Form of all that goes over: raised when two releases could misunderstand each other."""
 
 

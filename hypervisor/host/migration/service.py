@@ -40,6 +40,7 @@ from hypervisor.toolstack.api import (
     MigrationTicket,
 )
 from hypervisor.toolstack.migration import check_ident
+from hypervisor.xenstore import moving
 from hypervisor.xenstore.path import domain_path
 
 LOG = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ class Migrations:
         if move.phase in (Phase.WAITING, Phase.RECEIVING):
             disks.remove(move.images)
             move.images = []
+            moving.forget(self._host.backends.server, move.domid, move.uuid)
             move.end(Phase.DROPPED, MigrationFailed("the target's host process ended before the domain was whole"))
             self._host.write(move, Phase.DROPPED)
         elif domain is not None:
@@ -180,6 +182,7 @@ class Migrations:
             began=time.time(),
             memory_mib=offer.memory_mib,
             vcpus=offer.vcpus,
+            domid=offer.domid,
             pages_total=detail.frames,
         )
         incoming = Incoming(self._host, move, domain)
@@ -243,6 +246,7 @@ class Migrations:
             began=time.time(),
             memory_mib=record.run.memory_mib,
             vcpus=record.run.vcpus,
+            domid=record.domid,
             pages_total=record.claim.frames,
         )
         self._host.write(move, Phase.STARTING)

@@ -24,7 +24,7 @@ from hypervisor.host.migration.clock import Steps
 from hypervisor.host.migration.disks import OutgoingDisks, Talk
 from hypervisor.host.migration.hosting import Hosting
 from hypervisor.host.migration.move import Move
-from hypervisor.host.migration.rest import Rest
+from hypervisor.host.migration.rest import Rest, send_ahead
 from hypervisor.host.migration.rounds import Rounds, Verdict
 from hypervisor.host.migration.sent import Sent
 from hypervisor.host.migration.words import (
@@ -33,8 +33,6 @@ from hypervisor.host.migration.words import (
     GO,
     KEPT,
     LAST_WORDS,
-    PRINTED,
-    PRINTED_BYTES,
     READY,
     RUNNING,
     Words,
@@ -84,6 +82,7 @@ class Outgoing:
         self._sent = Sent(host, move)
         self._why: ToolstackError | None = None
         self._giving_up = False
+        self._given = moving.Given()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -288,9 +287,7 @@ class Outgoing:
         state = os.memfd_create("reeve-early", os.MFD_CLOEXEC)
         try:
             await process.request("migration_export", STATE_TIMEOUT, {"early": True}, [state])
-            # What was printed so far goes over while the guest runs.
-            self._printed = self.domain.console.printed
-            await self._sender.blob(PRINTED, self.domain.console.tail(PRINTED_BYTES))
+            self._printed = await send_ahead(self._host.backends.server, self.domain, self._sender, self._given)
             await self._sender.blob(EARLY, state)
         finally:
             os.close(state)
@@ -320,7 +317,8 @@ class Outgoing:
         steps.done("rings")
         await domain.devices.quiesce()
         steps.done("drivers")
-        rest = Rest(self._host.backends.server, domain, process, sender, self._disks, self._bitmap, self._printed)
+        server = self._host.backends.server
+        rest = Rest(server, domain, process, sender, self._disks, self._bitmap, self._printed, self._given)
         self._sent.round(await rest.send(steps))
         said = await self._words().answer(COMPLETE, STATE_TIMEOUT)
         steps.done("target takes it")

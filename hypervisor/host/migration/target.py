@@ -33,6 +33,7 @@ from hypervisor.host.migration.words import (
     HOST,
     KEPT,
     LAST_WORDS,
+    NODES,
     PRINTED,
     PRINTED_BYTES,
     READY,
@@ -41,7 +42,7 @@ from hypervisor.host.migration.words import (
 )
 from hypervisor.host.mover import CLOSED, Receiver
 from hypervisor.host.process import ProcessHold, describe_exit
-from hypervisor.host.records import DomainRecord, Phase
+from hypervisor.host.records import DomainRecord
 from hypervisor.host.table import Domain
 from hypervisor.toolstack.api import DomainState, MigrationOffer, MigrationPhase, MigrationTicket
 from hypervisor.toolstack.migration import WAIT_SECONDS
@@ -301,6 +302,8 @@ class Incoming:
             self._belongings = Belongings.unpack(data)
         elif kind == PRINTED and receiving and len(data) <= PRINTED_BYTES:
             self.domain.console.add(data)
+        elif kind == NODES and receiving:
+            self._take_nodes(data)
         elif kind == EARLY and receiving:
             await self._make_ready(receiver, data)
         elif kind == STATE and receiving and self._belongings is not None:
@@ -342,27 +345,23 @@ class Incoming:
             self._take_store(said)
             steps.done("xenstore")
             here = await self._disks.take(record.spec) if self._disks is not None else record.spec
-            steps.done("disks")
+            # Written beside the domain process's work: it counts only once the move's own record says complete.
+            life.records.save(said.tell(dataclasses.replace(record), here, self.move.commands()))
+            steps.done("record")
         finally:
             await asyncio.gather(taken, return_exceptions=True)
             os.close(state)
         await taken
         steps.done("state")
         async with domain.lock:
-            record.spec = here
-            record.run, record.restarts, record.cpu_time_ns = said.run, said.restarts, said.cpu_time_ns
-            record.created_at, record.started_at = said.created_at, said.started_at
-            record.console, record.devices = dict(said.console), dict(said.devices)
             if said.printed:
                 domain.console.add(said.printed)
+            said.tell(record, here, self.move.commands())
+            domain.held = True
             domain.attachment = self._host.backends.attach(domain, domain.boot, adopted=True)
-            record.phase, record.state, domain.held = Phase.MADE, DomainState.PAUSED, True
-            detail = f"whole and paused until it is known that it left its source: {self.move.commands()}"
-            record.detail = detail
             steps.done("rings")
-            life.records.save(record)
-            self._host.write(self.move, MigrationPhase.COMPLETE, detail, tell=False)
-            steps.done("records")
+            self._host.write(self.move, MigrationPhase.COMPLETE, record.detail, tell=False)
+            steps.done("complete")
         asyncio.get_running_loop().call_soon(self._host.tell, self.move)
         return steps.times
 
@@ -370,6 +369,13 @@ class Incoming:
         there = dataclasses.replace(said.spec, owner=record.spec.owner)
         if there != record.spec or said.domid != record.domid:
             raise MigrationFailed(f"domain {self.move.uuid} was changed after it had been offered: begin anew")
+
+    def _take_nodes(self, data: bytes) -> None:
+        record = self.domain.record
+        try:
+            moving.take_nodes(self._host.backends.server, record.domid, record.spec.uuid, json.loads(data))
+        except (XenstoreError, ValueError, RecursionError) as exc:
+            raise MigrationFailed(str(exc)) from exc
 
     def _take_store(self, said: Belongings) -> None:
         record, backends = self.domain.record, self._host.backends

@@ -4,6 +4,7 @@
 source says    with
 =============  ===========================================================================================
 ``printed``    the end of the console's log, while the guest still runs
+``nodes``      what xenstore has of it (`hypervisor.xenstore.moving`), likewise
 ``early``      part of the machine's state, likewise
 ``host``       `hypervisor.host.migration.belongings`
 ``state``      the machine's state: now all is there
@@ -26,7 +27,7 @@ from hypervisor.errors import HostUnavailable, MigrationFailed, ToolstackError, 
 from hypervisor.host.migration.disks import Talk
 from hypervisor.host.mover import CLOSED
 
-PRINTED, EARLY, HOST, STATE, GO, KEPT = "printed", "early", "host", "state", "go", "kept"
+PRINTED, NODES, EARLY, HOST, STATE, GO, KEPT = "printed", "nodes", "early", "host", "state", "go", "kept"
 READY, COMPLETE, RUNNING, FAILED = "ready", "complete", "running", "failed"
 
 PRINTED_BYTES = 1 << 20

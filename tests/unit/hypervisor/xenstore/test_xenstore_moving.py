@@ -134,6 +134,63 @@ def test_nodes_watches_half_requests_and_unread_output_go_along(hosts: tuple[Hos
     assert there.handle.read("/local/domain/8/own") is None
 
 
+def test_what_changes_after_the_nodes_went_ahead_comes_with_the_rest(hosts: tuple[Host, Host, Guest]) -> None:
+    here, there, guest = hosts
+    known = moving.Given()
+
+    def ahead() -> moving.Nodes:
+        nodes: moving.Nodes = json.loads(json.dumps(moving.give_nodes(here.server, 7, UUID, known)))
+        return nodes
+
+    here.handle.write("/local/domain/7/data/old/leaf", "x")
+    here.handle.write("/local/domain/7/data/again/leaf", "x")
+    first = ahead()
+    moving.take_nodes(there.server, 7, UUID, first)
+    assert there.handle.read("/local/domain/7/data/old/leaf") == "x"
+    assert there.handle.read(f"{BACKEND}/state") == "4"
+    here.handle.remove("/local/domain/7/data/old")
+    here.handle.remove("/local/domain/7/data/again")
+    here.handle.write("/local/domain/7/data/again", "made anew")
+    here.handle.write("/local/domain/7/data/new/leaf", "y")
+    here.handle.write(f"{BACKEND}/state", "5")
+    here.handle.set_perms("/local/domain/7/shared", "n0,r7")
+    here.ring.close()
+    data: dict[str, Any] = json.loads(json.dumps(moving.give(here.server, 7, UUID, known)))
+    assert {path for path, *_ in data["nodes"]} < {path for path, *_ in first} | {
+        "/local/domain/7/data/new",
+        "/local/domain/7/data/new/leaf",
+    }
+    moving.take(there.server, 7, UUID, data)
+    there.serve(guest)
+    there.ring.close()
+    assert moving.give(there.server, 7, UUID) == moving.give(here.server, 7, UUID)
+    moving.forget(there.server, 7, UUID)
+    assert there.handle.read("/local/domain/7/data") is None
+
+
+@pytest.mark.parametrize("gone", [["/local/domain/8/own"], ["/local/domain/7//x"], ["/local"], [7], None])
+def test_only_what_is_its_own_can_be_said_to_be_gone(hosts: tuple[Host, Host, Guest], gone: Any) -> None:
+    here, there, _ = hosts
+    there.handle.write("/local/domain/8/own", "theirs")
+    data = {**given(here), "gone": gone}
+    before = there.server.save()
+    with pytest.raises(Invalid):
+        moving.take(there.server, 7, UUID, data)
+    assert there.server.save() == before
+
+
+def test_nodes_of_who_is_there_already_are_not_touched(hosts: tuple[Host, Host, Guest]) -> None:
+    here, _, _ = hosts
+    nodes = moving.give_nodes(here.server, 7, UUID, moving.Given())
+    before = here.server.save()
+    with pytest.raises(Invalid):
+        moving.take_nodes(here.server, 7, UUID, nodes)
+    for bad in (None, [["/local/domain/8", "", "n0"]], [*nodes, nodes[0]]):
+        with pytest.raises(Invalid):
+            moving.take_nodes(here.server, 7, UUID, bad)
+    assert here.server.save() == before
+
+
 def test_a_killed_target_knows_what_it_had_taken(hosts: tuple[Host, Host, Guest]) -> None:
     here, there, guest = hosts
     guest.send(Op.WATCH, b"data\0tok\0")
