@@ -15,12 +15,23 @@ from agent_process import AgentProcess
 from block_guest import LOG_BYTES
 from host_rig import until
 from moving_pair import Pair, processes
+from xs_client import XsClient
 
 SOURCE = Path(__file__).resolve().parents[2] / "bench" / "movebench.c"
 LOAD_SECONDS = 20
+WRONG = "CPU''-WRONG"  # so that the echo of what is typed does not count
 NAMES = ("node1", "node2")
 WAIT = 90.0
-TROUBLE = re.compile(rb"I/O error|blk_update_request|WARNING:|BUG:|Call Trace|MOVEBENCH-(WRONG|FAILED)|BLOCK FAIL")
+BACKENDS = "/local/domain/0/backend"
+TROUBLE = re.compile(
+    rb"I/O error|blk_update_request|WARNING:|BUG:|Call Trace|MOVEBENCH-(WRONG|FAILED)|BLOCK FAIL|CPU-WRONG"
+)
+
+
+def resident_kib(pid: int) -> int:
+    """Of its own; memory that it shares with others is theirs, too."""
+    said = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+)", said)[1])  # type: ignore[index]
 
 
 def compile_movebench(folder: Path) -> Path:
@@ -89,6 +100,18 @@ class Site:
             journal.close()
             assert (counts["unfinished"], counts["claims"]) == (0, 0), counts
 
+    def held(self, index: int) -> dict[str, int]:
+        """What a host holds, to be compared: processes, their memory, its nodes, its journal's rows."""
+        rig = self.pair.rigs[index]
+        store = XsClient(rig.state / "xenstored.sock")
+        nodes = sum(len(store.names(path)) for path in ("/local/domain", "/vm", "/libxl"))
+        nodes += sum(len(store.names(f"{BACKENDS}/{kind}")) for kind in store.names(BACKENDS))
+        store.close()
+        children = processes(rig, "")
+        kib = sum(resident_kib(pid) for pid in (rig.pid, *children))
+        files = len(list(Path(f"/proc/{rig.pid}/fd").iterdir()))
+        return {"nodes": nodes, "processes": len(children), "files": files, "kib": kib}
+
     def logs(self) -> str:
         return "\n".join(f"--- {agent.host}\n{agent.log[-4000:]}" for agent in self.agents)
 
@@ -99,16 +122,21 @@ class Site:
 
 
 class Load:
-    """What the guest does, by its console; it follows the guest."""
+    """What the guest does, by its console: a CPU, memory, a disk and a nic are at work, and what comes out is checked.
 
-    def __init__(self, site: Site, domain: str, peer: Peer) -> None:
-        self.site, self.domain = site, domain
+    :param seconds: of the disk's load.
+    """
+
+    def __init__(self, site: Site, domain: str, peer: Peer, seconds: int = LOAD_SECONDS) -> None:
+        self.site, self.domain, self.seconds = site, domain, seconds
         self._wait(0, rb"/ # ", 90)
         found = "[ -d /sys/class/net/eth0 -a -b /dev/xvda ]"
         self._type(
             f"n=0; until {found} || [ $n -gt 300 ]; do usleep 100000; n=$((n+1)); done; "
             "ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; "
-            f"movebench 10.0.2.2 {peer.port} 5000 8 16 & blockload verify /dev/xvda {LOAD_SECONDS} 2 &"
+            "a=$(sha256sum /bin/busybox); "
+            f'while [ "$(sha256sum /bin/busybox)" = "$a" ] || echo {WRONG}; do usleep 100000; done & '
+            f"movebench 10.0.2.2 {peer.port} 5000 8 16 & blockload verify /dev/xvda {seconds} 2 &"
         )
         self._wait(0, rb"MOVEBENCH-STARTED", 60)
         self._wait(0, rb"FLUSHED", 30)
@@ -134,5 +162,5 @@ class Load:
         assert not TROUBLE.search(said), said[-3000:]
 
     def verified(self, index: int) -> None:
-        self._wait(index, rb"BLOCK (OK|FAIL)", LOAD_SECONDS + 60)
+        self._wait(index, rb"BLOCK (OK|FAIL)", self.seconds + 60)
         self.well(index)

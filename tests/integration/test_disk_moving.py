@@ -6,6 +6,7 @@ By the verbs of the driver, with an eye on the disks; and by the agents' instruc
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +36,7 @@ from hypervisor.toolstack.devices import DiskFormat, DiskSpec
 
 MIB = 1 << 20
 LOAD_SECONDS = 40
+MIGRATIONS = int(os.environ.get("REEVE_MIGRATIONS", "0"))
 TROUBLE = re.compile(rb"I/O error|blk_update_request|WARNING:|BUG:|disabled for further use|Call Trace")
 
 pytestmark = pytest.mark.timeout(900)
@@ -229,19 +232,23 @@ def peer() -> Iterator[Peer]:
     made.close()
 
 
+def create(site: Site, image: Image) -> tuple[str, str]:
+    """A domain on the first host. :returns: its UUID, and its disk's name."""
+    disk = new_disk(site.pair.rigs[0], 16, "load.img")
+    args: dict[str, Any] = {
+        **{"uuid": str(uuid.uuid4()), "name": "web", "memory_mib": 160, "nics": [{}]},
+        **{"kernel": image.kernel, "ramdisk": image.ramdisk, "cmdline": image.cmdline},
+        **{"disks": [{"id": "xvda", "path": str(disk)}]},
+    }
+    site.call(0, "create", args)
+    return args["uuid"], disk.name
+
+
 def test_a_guest_under_load_goes_there_and_is_evacuated_back(site: Site, image: Image, peer: Peer) -> None:
     if why := available():
         missing(why)
-    disk = new_disk(site.pair.rigs[0], 16, "load.img")
-    domain, small = str(uuid.uuid4()), str(uuid.uuid4())
-    site.call(
-        0,
-        "create",
-        {
-            **{"uuid": domain, "name": "web", "memory_mib": 160, "kernel": image.kernel, "ramdisk": image.ramdisk},
-            **{"cmdline": image.cmdline, "disks": [{"id": "xvda", "path": str(disk)}], "nics": [{}]},
-        },
-    )
+    domain, disk = create(site, image)
+    small = str(uuid.uuid4())
     kernel = str(build_guest("hello"))
     site.call(1, "create", {"uuid": small, "name": "small", "memory_mib": 16, "kernel": kernel})
     load = Load(site, domain, peer)
@@ -251,7 +258,7 @@ def test_a_guest_under_load_goes_there_and_is_evacuated_back(site: Site, image: 
     assert site.pair.places(domain) == {1: DomainState.RUNNING}
     load.at_work(1, peer)
     site.settled()
-    disk.unlink()
+    (site.pair.rigs[0].state / "images" / disk).unlink()
     drained = site.call(1, "evacuate", {"target": NAMES[0]})
     assert (drained["moved"], drained["failed"], drained["skipped"]) == (2, 0, 0), drained
     assert site.pair.places(domain) == site.pair.places(small) == {0: DomainState.RUNNING}
@@ -262,3 +269,30 @@ def test_a_guest_under_load_goes_there_and_is_evacuated_back(site: Site, image: 
     until(lambda: site.pair.rigs[1].left_behind() == [], "nothing of them to be left")
     for index in (domain, small):
         site.call(0, "destroy", {"uuid": index})
+
+
+@pytest.mark.skipif(not MIGRATIONS, reason="REEVE_MIGRATIONS does not say how many")
+@pytest.mark.timeout(120 + MIGRATIONS * 30)
+def test_many_migrations_leave_nothing_behind(site: Site, image: Image, peer: Peer) -> None:
+    """Back and forth by instructions, under load all the time; a host that a guest has left is as it was."""
+    if why := available():
+        missing(why)
+    domain, disk = create(site, image)
+    load = Load(site, domain, peer, seconds=MIGRATIONS * 10)
+    held: dict[int, list[dict[str, int]]] = {0: [], 1: []}
+    for number in range(MIGRATIONS):
+        here = number % 2
+        site.call(here, "migrate", {"uuid": domain, "target": NAMES[1 - here]})
+        assert site.pair.places(domain) == {1 - here: DomainState.RUNNING}
+        peer.more()
+        load.well(1 - here)
+        site.settled()
+        (site.pair.rigs[here].state / "images" / disk).unlink()
+        held[here].append(site.held(here))
+    load.at_work(MIGRATIONS % 2, peer)
+    for found in held.values():
+        if len(found) > 2:
+            first, last = found[1], found[-1]
+            assert (last["nodes"], last["processes"]) == (first["nodes"], first["processes"])
+            assert last["files"] <= first["files"] + 2
+            assert last["kib"] <= first["kib"] + 8 * 1024 + 40 * len(found)
