@@ -5,7 +5,7 @@
     <cache_dir>/<sha256>.<format>         an image, read-only
     <cache_dir>/<sha256>.<format>.json    what is known of it
     <cache_dir>/partial/<identity>.part   a download; .json beside it: what is known of the server's file
-    <cache_dir>/lock, partial/lock-<xx>   locks of processes: the agent's and those of `reeve image`
+    <cache_dir>/lock, partial/lock-<xxx>  locks of processes: the agent's and those of `reeve image`
 
 An image is there if its first file is: that one comes by rename, last, and goes first, so that a crash at any moment
 leaves an image or none. Its second file may be alone; `Cache.prepare` removes it.
@@ -86,6 +86,7 @@ class Cache:
         self.partial = folder / "partial"
         self._limit = limit
         self._in_use = in_use
+        self._promised: dict[str, int] = {}  # of downloads of this process: what they will come to
 
     def prepare(self, keep_partial_seconds: float) -> None:
         """Make the folders; remove what a crash has left and what nobody has resumed for so long.
@@ -186,26 +187,36 @@ class Cache:
             return entry
 
     def room(self, more: int, beside: Path) -> None:
-        """Give images up until so many bytes more have room. :param beside: a download that is counted as it is.
+        """Give images up until so many bytes more have room, and keep it until `no_more`.
 
+        :param beside: the temporary file that will grow by so much.
         :raises InstructionError: ``image.no_room``: the rest is pinned or in use, or the disk is full.
         """
         with self.locked():
             entries, in_use = self.list(), self._in_use()
-            total = sum(entry.size for entry in entries) + sum(_size(path) for path in self.partial.glob("*.part"))
+            self._promised[beside.name] = _size(beside) + more
+            parts = {beside, *self.partial.glob("*.part")}
+            total = sum(entry.size for entry in entries) + sum(self._part(path) for path in parts)
             idle = sorted((item for item in entries if not self.held(item, in_use)), key=lambda item: item.used)
-            while total + more > self._limit or self._free() < more:
-                if not idle:
-                    raise InstructionError(
-                        "image.no_room",
-                        f"{self.folder} has no room for {(more >> 20) + 1} MiB more: what is there is in use or "
-                        "pinned: free disk space, see [images] cache_max_mib and `reeve image list --fetched`",
-                        retryable=True,
-                    )
+            spare = sum(entry.size for entry in idle)
+            if total - spare > self._limit or self._free() + spare < more:
+                total -= self._drop_partial()
+            if total - spare > self._limit or self._free() + spare < more:
+                raise InstructionError(
+                    "image.no_room",
+                    f"{self.folder} has no room for {(more >> 20) + 1} MiB more: what is there is in use or "
+                    "pinned: free disk space, see [images] cache_max_mib and `reeve image list --fetched`",
+                    retryable=True,
+                )
+            while idle and (total > self._limit or self._free() < more):
                 entry = idle.pop(0)
                 total -= entry.size
                 self._remove(entry)
                 LOG.info("image %s given up: the least recently used, and %s needs room", entry.key, beside.name)
+
+    def no_more(self, part: Path) -> None:
+        """A download is over: the room that was kept for the rest of it is free."""
+        self._promised.pop(part.name, None)
 
     def held(self, entry: Entry, in_use: Set[str]) -> str:
         """Why an image must stay, "" when it need not."""
@@ -227,6 +238,19 @@ class Cache:
         with open(self.folder / "lock", "a", opener=_private) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    def _part(self, path: Path) -> int:
+        return max(_size(path), self._promised.get(path.name, 0))
+
+    def _drop_partial(self) -> int:
+        """Remove downloads that nobody is at; how many bytes they had."""
+        dropped = 0
+        for path in self.partial.glob("*.part"):
+            if path.name not in self._promised and (lock := self.try_download(path.name)) is not None:
+                with lock:
+                    dropped += _size(path)
+                    discard(path)
+        return dropped
 
     def _free(self) -> int:
         status = os.statvfs(self.folder)
@@ -284,7 +308,7 @@ class Cache:
 
     def try_download(self, identity: str) -> Any:
         """The lock of a download, across processes; None while another has it. Closing it frees it."""
-        file = open(self.partial / f"lock-{identity[:2]}", "a", opener=_private)  # noqa: SIM115 - held by the caller
+        file = open(self.partial / f"lock-{identity[:3]}", "a", opener=_private)  # noqa: SIM115 - held by the caller
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -18,7 +18,7 @@ from agent.errors import AgentError, InstructionError
 from agent.images.remote.cache import Cache, Entry
 from agent.images.remote.content import inspect
 from agent.images.remote.disks import Disks
-from agent.images.remote.download import Cancelled, Download, Progress, Wanted
+from agent.images.remote.download import Cancelled, Download, Progress, Wanted, discard
 from agent.images.remote.glance import Glance
 from agent.images.remote.policy import Policy
 from agent.images.remote.source import Source
@@ -42,13 +42,11 @@ class Fetcher:
         self.settings = settings
         self.disks = Disks(settings.disk_dir)
         self.cache = Cache(settings.cache_dir, settings.cache_max_mib << 20, self.disks.bases)
-        self._policy = Policy(
-            settings.allowed_schemes,
-            settings.allowed_hosts,
-            settings.allowed_networks,
-            trusted=(settings.glance_url, settings.auth_url),
-        )
-        self._glance = Glance(settings, self._policy)
+        rules = settings.allowed_schemes, settings.allowed_hosts, settings.allowed_networks
+        self._policy = Policy(*rules)
+        # What the configuration names may be asked for images of Glance, not by an instruction's URL.
+        self._cloud_policy = Policy(*rules, trusted=(settings.glance_url, settings.auth_url))
+        self._glance = Glance(settings, self._cloud_policy)
         self._lock = threading.Lock()
         self._slots = threading.Semaphore(settings.downloads)
         self._jobs: dict[str, Job] = {}
@@ -119,7 +117,7 @@ class Fetcher:
                 _check_size(source, found)
                 return found
         with self._slot(job):
-            transport = job.transport = Transport(self.settings, self._policy)
+            transport = job.transport = Transport(self.settings, self._cloud_policy if source.glance else self._policy)
             try:
                 job.check()
                 wanted = self._wanted(source, transport)
@@ -169,7 +167,10 @@ class Fetcher:
             progress=job.progress,
         )
         job.download = download
-        hashes = download.run()
+        try:
+            hashes = download.run()
+        finally:
+            self.cache.no_more(part)
         try:
             disk = inspect(
                 part,
@@ -179,7 +180,7 @@ class Fetcher:
                 name=wanted.name,
             )
         except InstructionError:
-            part.unlink(missing_ok=True)
+            discard(part)
             raise
         job.check()
         now = time.time()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import ipaddress
+import re
+import socket
 from collections.abc import Sequence
 from urllib.parse import SplitResult, urlsplit
 
@@ -14,6 +16,7 @@ from agent.images.remote.source import public_url
 PORTS = {"http": 80, "https": 443}
 # Addresses within which an IPv4 address is reached; RFC 6052, RFC 3056.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_NUMERIC = re.compile(r"[0-9a-fx.]+")
 _THIS_NETWORK = ipaddress.IPv4Network("0.0.0.0/8")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -36,7 +39,7 @@ class Policy:
 
     def trust(self, url: str) -> None:
         """One more URL that is as good as the configuration's: Keystone's catalogue has it."""
-        self._trusted.add(origin(url))
+        self._trusted = self._trusted | {origin(url)}  # not changed in place: other threads look at it
 
     def trusts(self, host: str, port: int) -> bool:
         """Whether a connection there needs no look at its address."""
@@ -90,6 +93,11 @@ def _literal(host: str) -> Address | None:
     try:
         return ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
+        pass
+    try:
+        # Short, octal and hexadecimal forms, which a resolver takes as addresses, too: 127.1, 0x7f000001.
+        return ipaddress.IPv4Address(socket.inet_aton(host)) if _NUMERIC.fullmatch(host) else None
+    except OSError:
         return None
 
 

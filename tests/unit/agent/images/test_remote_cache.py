@@ -75,6 +75,30 @@ def test_pinned_leased_and_in_use_ones_stay(server: Server, made: Fetcher) -> No
     assert made.cache.evict(one.key).key == one.key and made.cache.evict(three.key)
 
 
+def test_downloads_under_way_keep_their_room(server: Server, made: Fetcher) -> None:
+    """Two that would fit one by one, and not together."""
+    one = put(server, made, 1)
+    first, second = made.cache.partial / "a.part", made.cache.partial / "b.part"
+    first.write_bytes(b"x")
+    made.cache.room(2 * MIB - 1, first)
+    assert keys(made) == {one.key}
+    made.cache.room(MIB // 2, second)
+    assert keys(made) == set(), "given up for the second"
+    with pytest.raises(InstructionError, match="no room"):
+        made.cache.room(MIB + 1, second)
+    assert first.exists()
+    made.cache.no_more(first)
+    made.cache.room(3 * MIB, second)
+    assert not first.exists(), "nobody is at it, and room is needed"
+
+
+def test_nothing_is_given_up_in_vain(server: Server, made: Fetcher) -> None:
+    one = put(server, made, 1)
+    with pytest.raises(InstructionError, match="no room"):
+        made.cache.room(4 * MIB, made.cache.partial / "a.part")
+    assert keys(made) == {one.key}
+
+
 def test_a_lease_that_nobody_released_ends(server: Server, made: Fetcher, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = put(server, made, 1, "lost")
     now = time.time()

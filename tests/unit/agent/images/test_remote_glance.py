@@ -98,6 +98,13 @@ def test_a_token_goes_nowhere_else(server: Server, cloud: Cloud, tmp_path: Path)
         assert "X-Auth-Token" not in other.requests[0][1]
 
 
+def test_an_instruction_s_url_is_not_trusted_for_it(server: Server, cloud: Cloud, tmp_path: Path) -> None:
+    made = node(tmp_path, cloud, glance_url=server.url("/image"), require_hash=False)
+    with pytest.raises(InstructionError, match="not allowed"):
+        fetch(made, Source("raw", url=server.url("/image/v2/images")))
+    assert server.requests == []
+
+
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "queued": ({"status": "queued"}, {}, "image.invalid", "not active"),
     "format": ({"disk_format": "qcow2"}, {}, "image.invalid", "not raw"),
