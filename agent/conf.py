@@ -300,6 +300,11 @@ def load(
     return _settings(_values((), usual, cli=False, **about))
 
 
+def values(files: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Group, option, value, as files and environment say. :raises ConfigError: what is wrong."""
+    return _values((), list(files), cli=False, prog="reeve")
+
+
 def _values(argv: Sequence[str], files: list[str], *, cli: bool, **about: Any) -> dict[str, dict[str, Any]]:
     conf = cfg.ConfigOpts()
     for group, options in GROUPS.items():

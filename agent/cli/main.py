@@ -17,6 +17,7 @@ from cliff.app import App
 from cliff.commandmanager import CommandManager
 
 from agent.cli import (
+    config,
     console,
     devices,
     doctor,
@@ -74,6 +75,8 @@ COMMANDS: dict[str, Any] = {
     "instruct": instruct.Instruct,
     "schema": schema.Schema,
     "doctor": doctor.Doctor,
+    "config check": config.ConfigCheck,
+    "config show": config.ConfigShow,
     "image build": image.ImageBuild,
     "image list": image.ImageList,
     "image show": image.ImageShow,
