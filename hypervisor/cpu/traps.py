@@ -82,7 +82,7 @@ class Traps:
         user_base = regs.gs_base
         regs.gs_base = state.gs_base_other
         state.gs_base_other = user_base
-        self.engine.load_cr3(state.kernel_cr3)
+        self.engine.switch_tables(state.kernel_cr3, True)
 
     def to_user(self) -> None:
         state, regs = self.state, self.regs
@@ -90,7 +90,7 @@ class Traps:
         kernel_base = regs.gs_base
         regs.gs_base = state.gs_base_other
         state.gs_base_other = kernel_base
-        self.engine.load_cr3(state.user_cr3)
+        self.engine.switch_tables(state.user_cr3, False)
 
     # -- into the guest kernel
 

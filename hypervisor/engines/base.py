@@ -49,6 +49,27 @@ class TrapHandler(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Translations:
+    """The engine's cached translations of addresses, one set of two. Addresses in this process, and C functions.
+
+    :ivar at, size: the set in use. :ivar cpu: what the functions take first.
+    :ivar init: ``void (*)(cpu)``: makes a fresh set there.
+    :ivar flush, flush_page: ``void (*)(cpu)``, ``void (*)(cpu, u64 va)``.
+    :ivar to_host: ``void *(*)(env, u64 va, int access, int index)``: where the memory is that is at an address.
+    :ivar mark: ``void (*)(cpu, u64 host, u64 length)``: have writes there looked at, for code that they may change.
+    """
+
+    at: int
+    size: int
+    cpu: int
+    init: int
+    flush: int
+    flush_page: int
+    to_host: int
+    mark: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class NativeView:
     """Where an engine's registers are, and what takes over from native hooks. Addresses in this process.
 
@@ -67,12 +88,16 @@ class NativeView:
     raise_exception: int
     syscall: int
     interrupt: int
+    translations: Translations
 
 
 class NativeHooks(Protocol):
     """C functions that are called instead of the handler, and call it for what they do not do themselves.
 
     :ivar syscall, interrupt: their addresses; `data` is passed to all.
+    :ivar translated: called with `tables_data` for each new block of code.
+    :ivar apart: translations of the kernel's and the program's tables are kept apart, by `switch`, `flush_page` (in
+        both) and `forget_other`.
     :ivar port_in, port_out: what `in` and `out` do: ``u32 (*)(engine, u32 port, int size, data)``,
         ``void (*)(engine, u32 port, int size, u32 value, data)``.
     """
@@ -82,8 +107,17 @@ class NativeHooks(Protocol):
     port_in: int
     port_out: int
     data: int
+    translated: int
+    tables_data: int
+    apart: bool
 
     def attach(self, view: NativeView) -> None: ...
+
+    def switch(self, cr3: int, kernel: bool) -> None: ...
+
+    def flush_page(self, va: int) -> None: ...
+
+    def forget_other(self) -> None: ...
 
 
 class Registers(Protocol):
@@ -184,6 +218,9 @@ class Engine(Protocol):
 
     def load_cr3(self, mpa: int) -> None:
         """Switch the page-table root and drop all cached translations of addresses."""
+
+    def switch_tables(self, mpa: int, kernel: bool) -> None:
+        """From the program's tables to the kernel's or back. What is cached of either may stay so."""
 
     def flush_all(self) -> None: ...
 

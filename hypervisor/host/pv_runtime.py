@@ -115,7 +115,7 @@ def _machine(
     try:
         return Machine(config, memory, notify_host=notify_host, engine=engine, fast_path=fast_path)
     except native.Unavailable as exc:
-        raise HostFailure(f"fast_path is on, and {exc}; or set it to auto") from exc
+        raise HostFailure(f"fast_path needs compiled code, and {exc}; or set it to auto") from exc
 
 
 def link_target(machine: Machine) -> LinkTarget:

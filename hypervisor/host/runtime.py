@@ -37,7 +37,7 @@ class BuildRequest:
     :ivar cache_dir: where unpacked kernels are kept, or "" for no cache.
     :ivar engine: name in the entry-point group ``reeve.engines``, or "" for the default.
     :ivar cpu_policy: what the guest may know of its processor (`hypervisor.cpu.policy`).
-    :ivar fast_path: ``auto``, ``on`` or ``off`` (`hypervisor.native`).
+    :ivar fast_path: of `hypervisor.native.MODES`.
     :ivar incoming: the guest comes from another host, which gave these facts (`Moving.facts`): no kernel is read, and
         the domain process waits for the guest's state.
     :ivar image: the guest is not built, but comes from a saved image, whose descriptor the process gets.

@@ -21,7 +21,7 @@ class HostSettings:
     :ivar console_log_kib: of console output kept for each domain, twice.
     :ivar restart_interval: seconds a domain must have run before it is restarted at once.
     :ivar cache_dir: unpacked kernels.
-    :ivar fast_path: ``auto``, ``on`` or ``off``: plain traps of guests by compiled code (`hypervisor.native`).
+    :ivar fast_path: of `hypervisor.native.MODES`: plain traps of guests by compiled code.
     :ivar cpu_policy: what new domains may know of their processors (`hypervisor.cpu.policy`).
     :ivar driver_log_kib: what a driver process may write into its log.
     :ivar image_folders: below which images of disks must lie; empty: the folders that the option's help names.

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from hypervisor.cpu.state import VcpuState
-from hypervisor.engines.base import NativeView
+from hypervisor.engines.base import NativeView, Translations
 from hypervisor.memory.physical import DomainMemory
 
 LOG = logging.getLogger(__name__)
 
-MODES = ("auto", "on", "off")
+MODES = ("auto", "on", "apart", "off")
 
 _U64, _U32, _PTR = ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p
 _OFFSETS = (
@@ -30,6 +30,29 @@ _OFFSETS = (
 
 class Unavailable(Exception):
     """There is no compiled code, or the engine cannot take it."""
+
+
+class Tables(ctypes.Structure):
+    """``struct tables`` of ``tables.h``."""
+
+    _fields_ = (
+        ("own", _PTR),
+        ("other", _PTR),
+        ("words", _U64),
+        ("env", _PTR),
+        ("cpu", _PTR),
+        ("hflags", _U32),
+        ("cr3", _U32),
+        ("other_cr3", _U64),
+        ("stale", _U32),
+        ("lost", _U32),
+        ("flush", _PTR),
+        ("flush_page", _PTR),
+        ("to_host", _PTR),
+        ("mark", _PTR),
+        ("switches", _U64),
+        ("blocks", _U64),
+    )
 
 
 class Context(ctypes.Structure):
@@ -48,6 +71,7 @@ class Context(ctypes.Structure):
         ("raise_exception", _PTR),
         ("python_syscall", _PTR),
         ("python_interrupt", _PTR),
+        ("tables", _PTR),
         ("state", _PTR),
         ("windows", _U64),
         ("leaving", _U32),
@@ -64,6 +88,7 @@ def _layout() -> tuple[int, ...]:
     """As ``reeve_layout`` of ``fastpath.c``."""
     state: Any = VcpuState
     context: Any = Context
+    tables: Any = Tables
     return (
         ctypes.sizeof(Context),
         context.state.offset,
@@ -74,6 +99,8 @@ def _layout() -> tuple[int, ...]:
         state.syscall_masks.offset,
         state.trap_address.offset,
         state.trap_flags.offset,
+        ctypes.sizeof(Tables),
+        tables.blocks.offset,
     )
 
 
@@ -101,10 +128,11 @@ class FastPath:
     """The C code in the service of one 64-bit domain; a `hypervisor.engines.base.NativeHooks`.
 
     :param windows: word offset in the memory of the L1 entries of vCPU 0's descriptor windows; `pages` of them each.
+    :param apart: keep cached translations of the kernel's and the program's tables apart (`switch`).
     :raises Unavailable: see `library`.
     """
 
-    def __init__(self, memory: DomainMemory, windows: int, pages: int) -> None:
+    def __init__(self, memory: DomainMemory, windows: int, pages: int, *, apart: bool = False) -> None:
         code, why = library()
         if code is None:
             raise Unavailable(why)
@@ -118,6 +146,11 @@ class FastPath:
         self.port_in = ctypes.cast(code.reeve_port_in, _PTR).value or 0
         self.port_out = ctypes.cast(code.reeve_port_out, _PTR).value or 0
         self.data = ctypes.addressof(self.context)
+        self.translated = ctypes.cast(code.reeve_translated, _PTR).value or 0
+        self._code = ctypes.PyDLL(code._name)  # keeps the interpreter lock: for leaf calls
+        self.tables = Tables()
+        self.tables_data = ctypes.addressof(self.tables)
+        self.apart = apart
 
     def attach(self, view: NativeView) -> None:
         context = self.context
@@ -126,6 +159,41 @@ class FastPath:
         context.raise_exception = view.raise_exception
         for name in _OFFSETS:
             setattr(context, name, view.offsets[name])
+        if self.apart:
+            self._keep_apart(view, view.translations)
+
+    def _keep_apart(self, view: NativeView, translations: Translations) -> None:
+        tables, size = self.tables, translations.size
+        tables.own, tables.words = translations.at, size // 8
+        tables.env, tables.cpu = view.env, translations.cpu
+        tables.hflags, tables.cr3 = view.offsets["hflags"], view.offsets["cr"] + 24
+        tables.flush, tables.flush_page = translations.flush, translations.flush_page
+        tables.to_host, tables.mark = translations.to_host, translations.mark
+        # The engine allocates what a set refers to: its first set goes aside, and it makes another.
+        self._other = ctypes.create_string_buffer(size)
+        tables.other = ctypes.addressof(self._other)
+        leaf = ctypes.PYFUNCTYPE(None, _PTR)
+        leaf(translations.flush)(translations.cpu)
+        ctypes.memmove(self._other, translations.at, size)
+        leaf(translations.init)(translations.cpu)
+        self._switch = self._code.reeve_switch
+        self._switch.argtypes = [_PTR, _U64, ctypes.c_int]
+        self._tag = self._code.reeve_tag
+        self._tag.argtypes = [_PTR, ctypes.c_int]
+        self._flush_page = self._code.reeve_flush_page
+        self._flush_page.argtypes = [_PTR, _U64]
+        self.context.tables = self.tables_data
+
+    def switch(self, cr3: int, kernel: bool) -> None:
+        """Go to the kernel's tables, or to the program's. The mode of translation goes along."""
+        self._switch(self.tables_data, cr3, kernel)
+
+    def flush_page(self, va: int) -> None:
+        self._flush_page(self.tables_data, va)
+
+    def forget_other(self) -> None:
+        """The set that is not in use is stale; the caller sees to the other one."""
+        self.tables.stale = 1
 
     def use(self, number: int, state: VcpuState, *, plain: bool) -> None:
         """That vCPU runs now. :param plain: nothing is on that only Python knows of."""
@@ -134,6 +202,8 @@ class FastPath:
         context.state = ctypes.addressof(state)
         context.windows = self._windows + number * self._pages
         context.on = plain
+        if self.apart:
+            self._tag(self.tables_data, state.kernel_mode)
 
     def leaving(self, on: bool) -> None:
         """The run is being left: from now on no event is delivered."""

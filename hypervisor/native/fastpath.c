@@ -10,6 +10,8 @@
 #include <stddef.h>
 #include <string.h>
 
+#include "tables.h"
+
 typedef uint64_t u64;
 typedef int64_t i64;
 typedef uint32_t u32;
@@ -41,6 +43,7 @@ struct context {
     void (*raise)(void *env, int vector, int error); /* does not return */
     void (*python_syscall)(void *engine, void *data);
     void (*python_interrupt)(void *engine, u32 number, void *data);
+    struct tables *tables;    /* 0: the engine has one set of translations */
     struct vcpu_state *state; /* of the vCPU that runs */
     u64 windows;              /* its descriptor windows: word offset of their L1 entries in the memory */
     u32 leaving;              /* the run is being left: no event is delivered any more */
@@ -126,7 +129,10 @@ static void switch_mode(struct context *c, u64 kernel)
     s->kernel_mode = kernel;
     BASE(c, GS) = s->gs_base_other;
     s->gs_base_other = base;
-    c->load_cr3(c->env, kernel ? s->kernel_cr3 : s->user_cr3);
+    if (c->tables)
+        tables_switch(c->tables, kernel ? s->kernel_cr3 : s->user_cr3, (int)kernel);
+    else
+        c->load_cr3(c->env, kernel ? s->kernel_cr3 : s->user_cr3);
 }
 
 struct frame {
@@ -360,5 +366,5 @@ __attribute__((visibility("default"))) const u32 reeve_layout[] = {
     sizeof(struct context), offsetof(struct context, state), offsetof(struct context, old_exception),
     offsetof(struct context, ports), sizeof(struct vcpu_state), offsetof(struct vcpu_state, iopl),
     offsetof(struct vcpu_state, syscall_masks), offsetof(struct vcpu_state, trap_address),
-    offsetof(struct vcpu_state, trap_flags),
+    offsetof(struct vcpu_state, trap_flags), sizeof(struct tables), offsetof(struct tables, blocks),
 };

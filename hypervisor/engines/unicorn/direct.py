@@ -11,9 +11,11 @@ from hypervisor.engines.unicorn.private import HF_GUEST, INTERCEPT_CPUID, INTERC
 HF_CPL = 3
 HF_CS32, HF_SS32, HF_ADDSEG, HF_PE, HF_TS = 1 << 4, 1 << 5, 1 << 6, 1 << 7, 1 << 11
 HF_LMA, HF_CS64, HF_OSFXSR = 1 << 14, 1 << 15, 1 << 22
+HF_KERNEL = 1 << 26
+"""HF_MPX_IU, which means nothing without MPX_EN: the guest's kernel runs (`hypervisor/native/tables.h`)."""
 
 _HF_INHIBIT_IRQ = 1 << 3
-_HF_GUESTS = HF_CPL | _HF_INHIBIT_IRQ | HF_CS32 | HF_SS32 | HF_ADDSEG | HF_TS | HF_CS64 | HF_GUEST
+_HF_GUESTS = HF_CPL | _HF_INHIBIT_IRQ | HF_CS32 | HF_SS32 | HF_ADDSEG | HF_TS | HF_CS64 | HF_GUEST | HF_KERNEL
 """What of it a guest can change."""
 
 # Arithmetic flags that live in cc_src while cc_op says so.

@@ -64,6 +64,7 @@ class UnicornEngine(Segments, Intercepts):
         self._code_buffer = CodeBuffer(areas)
         self._handle = handle_of(self._uc)
         self._handler: TrapHandler | None = None
+        self._apart: NativeHooks | None = None
         self._error: BaseException | None = None
         self._stopping = False
         self._epoch = 0
@@ -128,9 +129,15 @@ class UnicornEngine(Segments, Intercepts):
             interrupt, syscall = _INTR_CB(self._direct_intr), _INSN_CB(self._direct_syscall)
             data = None
             if native is not None:
-                native.attach(native_view(self._leaf, self._env.value or 0, self.layout, syscall, interrupt))
+                view = native_view(
+                    self._leaf, self._cpu.value or 0, self._env.value or 0, self.layout, syscall, interrupt
+                )
+                native.attach(view)
                 self._hooks.append((interrupt, syscall, native))
                 interrupt, syscall, data = _INTR_CB(native.interrupt), _INSN_CB(native.syscall), native.data
+            if native is not None and native.apart:
+                self._apart = native
+                self._add_hook(uc_const.UC_HOOK_EDGE_GENERATED, _PTR(native.translated), data=native.tables_data)
             self._add_hook(unicorn.UC_HOOK_INTR, interrupt, data=data)
             self._add_hook(unicorn.UC_HOOK_INSN_INVALID, _INVALID_CB(self._direct_invalid))
             self._add_hook(unicorn.UC_HOOK_INSN, syscall, uc_x86.UC_X86_INS_SYSCALL, data=data)
@@ -332,8 +339,16 @@ class UnicornEngine(Segments, Intercepts):
     def flush_epoch(self) -> int:
         return self._epoch
 
+    def switch_tables(self, mpa: int, kernel: bool) -> None:
+        if self._apart is not None:
+            self._apart.switch(mpa, kernel)
+        else:
+            self.load_cr3(mpa)
+
     def load_cr3(self, mpa: int) -> None:
         self._epoch += 1
+        if self._apart is not None:
+            self._apart.forget_other()
         if self._direct:
             self._f_cr3(self._env, mpa)
         else:
@@ -341,13 +356,17 @@ class UnicornEngine(Segments, Intercepts):
 
     def flush_all(self) -> None:
         self._epoch += 1
+        if self._apart is not None:
+            self._apart.forget_other()
         if self._direct:
             self._f_flush(self._cpu)
         else:
             self._leaf.uc_ctl(_PTR(self._handle), ctypes.c_int(_CTL_TLB_FLUSH))
 
     def flush_page(self, va: int) -> None:
-        if self._direct:
+        if self._apart is not None:
+            self._apart.flush_page(va)
+        elif self._direct:
             self._f_flush_page(self._cpu, va)
         else:
             self.flush_all()
@@ -389,4 +408,6 @@ class UnicornEngine(Segments, Intercepts):
         if self._direct:
             assert self.layout is not None
             self._f_cr3(self._env, self._direct.cr3)
+        if self._apart is not None:
+            self._apart.forget_other()
         self._epoch += 1

@@ -18,6 +18,7 @@ from typing import Any
 
 from hypervisor.engines.unicorn.library import GPR_NAMES, uc_x86, unicorn
 from hypervisor.engines.unicorn.ports import HOOKS, PortFaults
+from hypervisor.engines.unicorn.tlbcheck import why_not
 
 LIBRARY_PATH = os.path.join(os.path.dirname(unicorn.__file__), "lib", "libunicorn.so.2")
 
@@ -37,6 +38,9 @@ REQUIRED_SYMBOLS = (
     "tb_invalidate_phys_range_x86_64",
     "cpu_x86_cpuid_x86_64",
     "raise_exception_err_x86_64",
+    "tlb_init_x86_64",
+    "tlb_vaddr_to_host_x86_64",
+    "tlb_reset_dirty_x86_64",
 )
 
 
@@ -63,6 +67,8 @@ class Layout:
     env_old_exception: int = 5496
     env_intercept: int = 5520
     env_size: int = 5568  # what a context switch must copy
+    tlb_before_env: int = 2192  # cached translations lie before the registers
+    tlb_size: int = 2176
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -337,6 +343,16 @@ def _check_invalidate(lib: Any) -> None:
         scratch.close()
 
 
+def _check_translations(scratch: _Scratch, layout: Layout, env: int) -> None:
+    """mov [0x3000], rax"""
+    start = scratch.code(b"\x48\x89\x04\x25\x00\x30\x00\x00\x90")
+    scratch.uc.emu_start(start, start + 8)
+    host = ctypes.addressof(scratch.anchor) + _DATA
+    why = why_not(safe_read, env - layout.tlb_before_env, layout.tlb_size, scratch.base + _DATA, host)
+    if why:
+        raise _Mismatch(why)
+
+
 def verify(layout: Layout | None = None) -> SelfCheck:
     """Check `layout` (default: the known build's) against the loaded library; never raises."""
     layout = layout or Layout()
@@ -354,6 +370,7 @@ def verify(layout: Layout | None = None) -> SelfCheck:
             _check_ports(scratch, layout, env, lib)
             _check_intercepts(scratch, layout, env)
             _check_fpu(scratch, layout, env)
+            _check_translations(scratch, layout, env)
         finally:
             scratch.close()
         _check_stop(layout)
