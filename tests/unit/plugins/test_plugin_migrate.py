@@ -135,7 +135,7 @@ def test_the_target_has_no_room(pair: Pair) -> None:
 
 
 def test_the_target_has_no_vcpus_left(pair: Pair) -> None:
-    pair.there.host.claims._vcpu_ratio = 0.2  # type: ignore[attr-defined]
+    pair.there.host.claims.vcpu_ratio = 0.2
     pair.here.refused("host.insufficient_vcpus", "migrate", {"uuid": pair.uuid, "target": "node2"})
     pair.settled()
 
