@@ -17,6 +17,7 @@ from cliff.app import App
 from cliff.commandmanager import CommandManager
 
 from agent.cli import (
+    completion,
     config,
     console,
     devices,
@@ -75,6 +76,7 @@ COMMANDS: dict[str, Any] = {
     "instruct": instruct.Instruct,
     "schema": schema.Schema,
     "doctor": doctor.Doctor,
+    "completion": completion.Completion,
     "config check": config.ConfigCheck,
     "config show": config.ConfigShow,
     "image build": image.ImageBuild,
