@@ -218,7 +218,8 @@ class HostFailure(ToolstackError):
 def _tree(cls: type[ToolstackError]) -> dict[str, type[ToolstackError]]:
     found = {cls.code: cls} if cls is not ToolstackError else {}
     for sub in cls.__subclasses__():
-        found.update(_tree(sub))
+        # A subclass without a code of its own is its parent to whom it is told.
+        found = _tree(sub) | found
     return found
 
 

@@ -84,6 +84,9 @@ class FakeEngine:
         self.regs.cr3 = mpa
         self.flush_epoch += 1
 
+    def switch_tables(self, mpa: int, kernel: bool) -> None:
+        self.load_cr3(mpa)
+
     def flush_all(self) -> None:
         self.flush_epoch += 1
         self.flushes += 1

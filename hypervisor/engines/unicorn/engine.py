@@ -19,6 +19,7 @@ from hypervisor.engines.tsc import read_tsc
 from hypervisor.engines.unicorn.codebuffer import CodeBuffer, executable_areas
 from hypervisor.engines.unicorn.direct import DirectRegisters
 from hypervisor.engines.unicorn.features import find, hide
+from hypervisor.engines.unicorn.flushing import Flushing
 from hypervisor.engines.unicorn.intercepts import Intercepts
 from hypervisor.engines.unicorn.library import uc_const, uc_x86, unicorn
 from hypervisor.engines.unicorn.nativeview import native_view
@@ -39,13 +40,12 @@ _CPUID_CB = ctypes.CFUNCTYPE(ctypes.c_int, _PTR, _PTR)
 _KICK_CB = ctypes.CFUNCTYPE(None, _PTR)
 
 _ICEBP = 0xF1
-_CTL_TLB_FLUSH = 1 << 30 | uc_const.UC_CTL_TLB_FLUSH  # public unicorn.h: UC_CTL_WRITE(type, number of arguments)
 
 # Westmere: no XSAVE, AVX or FSGSBASE, which the engine cannot do, and a baseline that real hosts can offer too.
 CPU_MODEL = uc_x86.UC_CPU_X86_WESTMERE
 
 
-class UnicornEngine(Segments, Intercepts):
+class UnicornEngine(Segments, Intercepts, Flushing):
     """See `hypervisor.engines.base.Engine`.
 
     :param layout: verified private layout, or None for the public path.
@@ -334,42 +334,6 @@ class UnicornEngine(Segments, Intercepts):
             self._direct.intercept_pause(on)
 
     # -- address translation and code
-
-    @property
-    def flush_epoch(self) -> int:
-        return self._epoch
-
-    def switch_tables(self, mpa: int, kernel: bool) -> None:
-        if self._apart is not None:
-            self._apart.switch(mpa, kernel)
-        else:
-            self.load_cr3(mpa)
-
-    def load_cr3(self, mpa: int) -> None:
-        self._epoch += 1
-        if self._apart is not None:
-            self._apart.forget_other()
-        if self._direct:
-            self._f_cr3(self._env, mpa)
-        else:
-            self._uc.reg_write(uc_x86.UC_X86_REG_CR3, mpa)
-
-    def flush_all(self) -> None:
-        self._epoch += 1
-        if self._apart is not None:
-            self._apart.forget_other()
-        if self._direct:
-            self._f_flush(self._cpu)
-        else:
-            self._leaf.uc_ctl(_PTR(self._handle), ctypes.c_int(_CTL_TLB_FLUSH))
-
-    def flush_page(self, va: int) -> None:
-        if self._apart is not None:
-            self._apart.flush_page(va)
-        elif self._direct:
-            self._f_flush_page(self._cpu, va)
-        else:
-            self.flush_all()
 
     def memory_written(self, mpa: int, size: int) -> None:
         if self._direct:

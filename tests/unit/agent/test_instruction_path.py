@@ -71,7 +71,9 @@ def test_the_hops_of_one_create(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(owner, attribute, wrapped)
     kernel = tmp_path / "vmlinuz"
     kernel.write_bytes(b"\x7fELF" + bytes(1000))
-    settings = conf.load([], ["--agent-state-dir", str(tmp_path / "state"), "--agent-host", "node1"])
+    # Notifications go their own way, meanwhile.
+    given = ["--agent-state-dir", str(tmp_path / "state"), "--agent-host", "node1", "--notifications-nonative"]
+    settings = conf.load([], given)
     service = Service(settings, FakeToolstack(None))
     service.start()
     try:

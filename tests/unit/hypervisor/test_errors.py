@@ -13,7 +13,8 @@ def subclasses(cls: type) -> set[type]:
     return {sub for direct in cls.__subclasses__() for sub in {direct} | subclasses(direct)}
 
 
-TOOLSTACK = sorted(subclasses(errors.ToolstackError), key=lambda cls: cls.__name__)
+EVERYONE_S = {cls for cls in subclasses(errors.ToolstackError) if cls.__module__ == errors.__name__}
+TOOLSTACK = sorted(EVERYONE_S, key=lambda cls: cls.__name__)
 
 
 def test_codes_are_unique_and_well_formed() -> None:
@@ -39,6 +40,16 @@ def test_an_error_survives_its_json_form(cls: type[errors.ToolstackError]) -> No
     assert type(back) is cls
     assert (back.message, back.code, back.retryable) == (error.message, cls.code, cls.retryable)
     assert str(back) == "what went wrong: what to do"
+
+
+def test_what_has_no_code_of_its_own_arrives_as_its_parent() -> None:
+    class Detailed(errors.HostFailure):
+        def __init__(self, why: str, what: str) -> None:
+            super().__init__(f"{what}: {why}")
+
+    back = errors.from_json(Detailed("no room", "disk").to_json())
+    assert type(back) is errors.HostFailure
+    assert back.message == "disk: no room"
 
 
 @pytest.mark.parametrize(
