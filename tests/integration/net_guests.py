@@ -92,9 +92,14 @@ def build_net_image(
 
 def driver_pid(folder: Path, domain: str) -> int:
     """The process that serves the nics of a domain: it listens at a socket in the domain's folder."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.connect(str(folder / "domains" / domain / "driver-nic.sock"))
-        return int(struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+    directory = os.open(folder / "domains" / domain, os.O_PATH)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            # A path of any length, which the folders of tests may have.
+            sock.connect(f"/proc/self/fd/{directory}/driver-nic.sock")
+            return int(struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+    finally:
+        os.close(directory)
 
 
 def switch_pid(folder: Path) -> int | None:
