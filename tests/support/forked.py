@@ -75,9 +75,17 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-@functools.cache
 def _server() -> Path:
-    """The socket of this process's server, which is started now if need be."""
+    """The socket of this process's server, which is started now if there is none (any more)."""
+    path, server = _started()
+    if server.poll() is not None:
+        _started.cache_clear()
+        path, _ = _started()
+    return path
+
+
+@functools.cache
+def _started() -> tuple[Path, subprocess.Popen[bytes]]:
     folder = tempfile.TemporaryDirectory(prefix="reeve-fork-")
     path = Path(folder.name) / "socket"
     command = [sys.executable, __file__, str(path)]
@@ -86,13 +94,16 @@ def _server() -> Path:
     assert server.stdout.readline() == b"ready\n"
 
     def end() -> None:
-        assert server.stdin is not None
-        server.stdin.close()
+        # A test of descriptors may have closed this one, too.
+        with contextlib.suppress(OSError):
+            server.stdin.close()  # type: ignore[union-attr]
+        if server.poll() is None:
+            server.kill()
         server.wait(10)
         folder.cleanup()
 
     atexit.register(end)
-    return path
+    return path, server
 
 
 def _run(request: dict[str, Any]) -> int:
@@ -145,12 +156,13 @@ def serve(path: str) -> None:
     os.write(1, b"ready\n")
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
-    watcher = os.fork()
-    if watcher == 0:  # ends with the tests, however they end, and takes the server along
+    server = os.getpid()
+    if os.fork() == 0:  # ends with the tests, however they end, and takes the server along
         with contextlib.suppress(OSError):
             while os.read(0, 1):
                 pass
-            os.kill(os.getppid(), signal.SIGKILL)
+            if os.getppid() == server:
+                os.kill(server, signal.SIGKILL)
         os._exit(0)
     os.dup2(null, 0)
     os.close(null)
