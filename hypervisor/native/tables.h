@@ -5,8 +5,8 @@
  * forgets it with each change of tables; so the set that is not in use lies here, and they change places. As on real
  * hardware a guest must ask for what it changed to be forgotten, and then both sets forget it.
  *
- * Blocks of code are told apart by a bit of the translation mode that means nothing without MPX (its "in use"): the same address
- * may be other code in the other tables, and the engine's table of recent jumps knows addresses and modes alone.
+ * Blocks of code are told apart by a bit of the translation mode that means nothing without MPX (its "in use"): the same
+ * address may be other code in the other tables, and the engine's table of recent jumps knows addresses and modes alone.
  *
  * The engine finds writes to code by entries that are marked when a write there must be looked at. It marks the entries
  * of the code's own address only; `reeve_translated` marks all that lead to its frame, in both sets.
