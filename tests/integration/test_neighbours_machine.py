@@ -17,7 +17,7 @@ import build as guests
 from host_rig import HostRig, kill_process, until
 
 from hypervisor.host.settings import REAL_RUNTIME
-from hypervisor.toolstack.api import DomainSpec, DomainState, KernelBoot
+from hypervisor.toolstack.api import DomainSpec, DomainState, KernelBoot, OnEvent
 from hypervisor.toolstack.drivers.embedded import EmbeddedToolstack
 
 pytestmark = pytest.mark.skipif(guests.available() is not None, reason=str(guests.available()))
@@ -35,7 +35,9 @@ class Pair:
         self.number += 1
         ident = str(uuid.uuid4())
         boot = KernelBoot(kernel=str(guests.build_guest("pair")), cmdline=cmdline)
-        self.toolstack.create(DomainSpec(uuid=ident, name=f"d{self.number}", memory_mib=8, owner="tests", boot=boot))
+        kept = {"on_poweroff": OnEvent.PRESERVE, "on_crash": OnEvent.PRESERVE}  # what it said last is still there
+        spec = DomainSpec(uuid=ident, name=f"d{self.number}", memory_mib=8, owner="tests", boot=boot, **kept)
+        self.toolstack.create(spec)
         assert self.toolstack.get_domain(ident).domid == self.number
         self.toolstack.unpause(ident)
         return ident
