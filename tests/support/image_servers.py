@@ -190,6 +190,7 @@ class Cloud:
         self.images: dict[str, dict[str, Any]] = {}
         self.tokens: list[str] = []
         self.password = "s3cret"
+        self.services = {"image": server.url("/image")}
         server.routes["/identity/v3/auth/tokens"] = self._token
 
     @property
@@ -229,11 +230,14 @@ class Cloud:
             handler.reply(401, b"{}")
             return
         self.tokens.append(f"token-{len(self.tokens)}")
-        endpoint = {"interface": "internal", "region_id": "one", "url": self.server.url("/image")}
+        services = [
+            {"type": kind, "endpoints": [{"interface": "internal", "region_id": "one", "url": url}]}
+            for kind, url in self.services.items()
+        ]
         body = {
             "token": {
                 "expires_at": "2099-01-01T00:00:00.000000Z",
-                "catalog": [{"type": "compute", "endpoints": []}, {"type": "image", "endpoints": [endpoint]}],
+                "catalog": [{"type": "compute", "endpoints": []}, *services],
             }
         }
         handler.reply(201, json.dumps(body).encode(), {"X-Subject-Token": self.tokens[-1]})

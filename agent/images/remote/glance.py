@@ -12,10 +12,10 @@ from typing import Any
 from agent.conf_images import ImageSettings
 from agent.errors import InstructionError
 from agent.images.remote.download import Wanted
-from agent.images.remote.keystone import Keystone, Token
 from agent.images.remote.policy import Policy
 from agent.images.remote.source import HASHES, Source
 from agent.images.remote.transport import Transport
+from agent.keystone import Keystone, Token
 
 # What Glance may call an image that is asked for as one of ours. It does not know ramdisks and kernels well.
 _NAMES = {

@@ -9,23 +9,56 @@ import calendar
 import dataclasses
 import threading
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
-from agent.conf_images import ImageSettings
 from agent.errors import InstructionError
 from agent.images.remote.source import public_url
-from agent.images.remote.transport import Transport
 
 EARLY_SECONDS = 60.0
 """A token that ends so soon is not used any more."""
 _MAX_TOKEN = 16384
 
 
+class Credentials(Protocol):
+    """Who we are, and which endpoint of the catalogue is wanted: options of several groups have these names."""
+
+    @property
+    def auth_url(self) -> str: ...
+    @property
+    def username(self) -> str: ...
+    @property
+    def password(self) -> str: ...
+    @property
+    def user_domain_name(self) -> str: ...
+    @property
+    def project_name(self) -> str: ...
+    @property
+    def project_domain_name(self) -> str: ...
+    @property
+    def application_credential_id(self) -> str: ...
+    @property
+    def application_credential_secret(self) -> str: ...
+    @property
+    def region(self) -> str: ...
+    @property
+    def interface(self) -> str: ...
+
+
+class Asks(Protocol):
+    """What speaks HTTP."""
+
+    def ask(
+        self, method: str, url: str, headers: Mapping[str, str] | None = None, body: object = None
+    ) -> tuple[int, Mapping[str, str], Any]:
+        """Status, headers and the JSON of an answer; None if it is none."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Token:
     """:ivar text: of the header X-Auth-Token. :ivar expires: seconds since the epoch.
 
-    :ivar endpoint: Glance's URL by the catalogue, "" when it has none.
+    :ivar endpoint: the service's URL by the catalogue, "" when it has none.
     """
 
     text: str = dataclasses.field(repr=False)
@@ -34,15 +67,24 @@ class Token:
 
 
 class Keystone:
-    """Gets a token when one is needed and keeps it until it ends; for any thread."""
+    """Gets a token when one is needed and keeps it until it ends; for any thread.
 
-    def __init__(self, settings: ImageSettings) -> None:
+    :param service: its type in the catalogue. :param area: of the codes of errors.
+    :param group: of the configuration, for messages.
+    """
+
+    def __init__(
+        self, settings: Credentials, *, service: str = "image", area: str = "image", group: str = "images"
+    ) -> None:
         self._settings = settings
+        self._service = service
+        self._area = area
+        self._group = group
         self._lock = threading.Lock()
         self._token: Token | None = None
 
-    def token(self, transport: Transport) -> Token:
-        """:raises InstructionError: ``image.auth_failed``, or ``image.fetch_failed`` when Keystone does not answer."""
+    def token(self, transport: Asks) -> Token:
+        """:raises InstructionError: ``<area>.auth_failed``; ``<area>.fetch_failed`` when Keystone does not answer."""
         with self._lock:
             if self._token is None or self._token.expires - EARLY_SECONDS < time.time():
                 self._token = self._ask(transport)
@@ -54,19 +96,20 @@ class Keystone:
             if self._token is token:
                 self._token = None
 
-    def _ask(self, transport: Transport) -> Token:
+    def _ask(self, transport: Asks) -> Token:
         base = self._settings.auth_url.rstrip("/").removesuffix("/v3")
         status, headers, found = transport.ask("POST", f"{base}/v3/auth/tokens", body={"auth": self._auth()})
         if status in (401, 403, 404):
             raise InstructionError(
-                "image.auth_failed",
-                f"Keystone at {public_url(base)} gives no token (status {status}): see [images] username and the rest",
+                f"{self._area}.auth_failed",
+                f"Keystone at {public_url(base)} gives no token (status {status}): see [{self._group}] username and "
+                "the rest",
             )
         text = headers.get("X-Subject-Token", "")
         body = found.get("token") if isinstance(found, dict) else None
         if status not in (200, 201) or not 0 < len(text) <= _MAX_TOKEN or not isinstance(body, dict):
             raise InstructionError(
-                "image.fetch_failed",
+                f"{self._area}.fetch_failed",
                 f"Keystone at {public_url(base)} gives no token (status {status}): see its log",
                 retryable=True,
             )
@@ -88,9 +131,9 @@ class Keystone:
         return auth
 
     def _endpoint(self, catalog: object) -> str:
-        """Glance's URL: the first of the wanted interface and region."""
+        """The service's URL: the first of the wanted interface and region."""
         for service in catalog if isinstance(catalog, list) else ():
-            if not isinstance(service, dict) or service.get("type") != "image":
+            if not isinstance(service, dict) or service.get("type") != self._service:
                 continue
             endpoints = service.get("endpoints")
             for endpoint in endpoints if isinstance(endpoints, list) else ():
