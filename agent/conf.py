@@ -19,8 +19,9 @@ from typing import Any
 
 from oslo_config import cfg
 
-from agent import conf_images, conf_observe, conf_oslo, wire
+from agent import conf_broker, conf_images, conf_observe, conf_oslo, wire
 from agent.errors import AgentError, ConfigError
+from agent.rpc.tls import BrokerTls
 
 SYSTEM_CONFIG = Path("/etc/reeve/agent.conf")
 
@@ -80,26 +81,6 @@ AGENT = (
         "its instruction says otherwise; 0: never by itself.",
     ),
     cfg.ListOpt("allowed-verbs", default=[], help="The only verbs this agent carries out; empty for all installed."),
-)
-BROKER = (
-    cfg.StrOpt(
-        "url",
-        sample_default="filesystem:///var/lib/reeve/broker",
-        secret=True,
-        help="Where instructions come from: amqp://user:password@host:5672/vhost (RabbitMQ) or filesystem:///folder "
-        "(no broker: a folder that sender and agent share). Default: the folder broker/ in state_dir.",
-    ),
-    cfg.IntOpt("prefetch", default=32, min=1, max=10000, help="Messages held without acknowledgement, at most."),
-    cfg.FloatOpt(
-        "poll-seconds", default=0.02, min=0.001, max=10, help="How often a folder broker is looked at, seconds."
-    ),
-    cfg.IntOpt(
-        "reply-seconds",
-        default=60,
-        min=0,
-        mutable=True,
-        help="How long a reply is tried whose reply queue does not exist.",
-    ),
 )
 JOURNAL = (
     cfg.StrOpt(
@@ -184,7 +165,7 @@ REPORTS = (
 )
 GROUPS: Mapping[str, Sequence[cfg.Opt]] = {
     "agent": AGENT,
-    "broker": BROKER,
+    "broker": conf_broker.OPTIONS,
     "oslo": conf_oslo.OPTIONS,
     "journal": JOURNAL,
     "limits": LIMITS,
@@ -214,6 +195,7 @@ class Settings:
     unknown_seconds: int
     allowed_verbs: tuple[str, ...]
     broker_url: str
+    broker_tls: BrokerTls
     prefetch: int
     poll_seconds: float
     reply_seconds: int
@@ -339,6 +321,7 @@ def _settings(values: Mapping[str, Mapping[str, Any]]) -> Settings:
         unknown_seconds=agent["unknown_seconds"],
         allowed_verbs=tuple(agent["allowed_verbs"]),
         broker_url=broker["url"] or f"filesystem://{state_dir / 'broker'}",
+        broker_tls=conf_broker.tls(broker),
         prefetch=broker["prefetch"],
         poll_seconds=broker["poll_seconds"],
         reply_seconds=broker["reply_seconds"],

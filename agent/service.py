@@ -97,7 +97,9 @@ class Service:
 
     def _start(self) -> None:
         settings = self.settings
-        broker.connect(settings.broker_url)  # a URL that is not usable is said now, not by a thread
+        broker.connect(settings.broker_url, tls=settings.broker_tls)  # what is not usable is said now, not by a thread
+        if settings.broker_tls.insecure:
+            LOG.warning("%s", settings.broker_tls.warning)
         self._closers.append(lock_folder(settings.state_dir / "agent").close)
         self.journal = Journal(settings.journal_path)
         self._closers.append(self.journal.close)
@@ -154,6 +156,7 @@ class Service:
                 self.journal.enqueue,
                 poll_seconds=settings.poll_seconds,
                 max_message_bytes=settings.max_message_bytes,
+                tls=settings.broker_tls,
             ),
             sources=self.sources,
         )
@@ -201,6 +204,7 @@ class Service:
             reply_seconds=float(settings.reply_seconds),
             heartbeats=heartbeats,
             prepare=prepare,
+            tls=settings.broker_tls,
         )
         self.lifecycle = Lifecycle(self.toolstack, self.journal, notices, self.publisher.wake)
         self.consumer = self._consumer()
@@ -245,6 +249,7 @@ class Service:
             poll_seconds=settings.poll_seconds,
             max_message_bytes=settings.max_message_bytes,
             sources=queues.sources() if queues else (),
+            tls=settings.broker_tls,
         )
 
     def _oslo_queues(self) -> OsloQueues:

@@ -235,6 +235,7 @@ def migration(connection: Connection) -> Finding:
 def broker(connection: Connection) -> Finding:
     """The broker takes a connection."""
     from agent.rpc import connection as rpc
+    from agent.rpc.tls import explain
 
     url = connection.broker_url
     if not url:
@@ -243,12 +244,12 @@ def broker(connection: Connection) -> Finding:
     try:
         if rpc.is_filesystem(url):
             return _folder_broker(url, shown)
-        with rpc.connect(url) as opened:
+        with rpc.connect(url, tls=connection.broker_tls) as opened:
             opened.ensure_connection(max_retries=1, timeout=BROKER_SECONDS)
-    except (AgentError, OSError) as exc:
-        return Finding("broker", Status.WARN, f"{shown}: {_line(exc)}", "start the broker, or correct its URL")
     except Exception as exc:  # kombu's errors differ by transport
-        return Finding("broker", Status.WARN, f"{shown}: {_line(exc)}", "start the broker, or correct its URL")
+        return Finding("broker", Status.WARN, f"{shown}: {explain(exc)}", "start the broker, or correct its URL")
+    if connection.broker_tls.insecure:
+        return Finding("broker", Status.WARN, f"{shown} answers, who it is is not checked", "take out tls_insecure")
     return Finding("broker", Status.OK, f"{shown} takes connections")
 
 
@@ -271,7 +272,7 @@ def agent(connection: Connection, broker_finding: Finding) -> Finding:
 
     began = time.monotonic()
     try:
-        with Client(connection.broker_url, connection.host) as client:
+        with Client(connection.broker_url, connection.host, tls=connection.broker_tls) as client:
             reply = client.call("list", {}, timeout=AGENT_SECONDS)
     except (AgentError, OSError) as exc:
         return Finding("agent", Status.WARN, _line(exc), "start reeve-agent")

@@ -124,9 +124,11 @@ def _check_folders(settings: conf.Settings) -> Iterator[Problem]:
         folders["[broker] url"] = Path(urlsplit(settings.broker_url).path or "/")
     else:
         try:
-            broker.connect(settings.broker_url)  # which opens nothing
+            broker.connect(settings.broker_url, tls=settings.broker_tls)  # which opens nothing
         except AgentError as exc:
             yield error("[broker] url", *_split(exc.message))
+        if settings.broker_tls.insecure:
+            yield warning("[broker] tls_insecure", "whoever answers is taken for the broker", "take it out")
     folders |= {
         "[agent] state_dir": settings.state_dir,
         "[journal] path": settings.journal_path.parent,

@@ -99,7 +99,10 @@ class Instruct(Show):
         if not broker:
             raise UsageError("no broker known: give --broker URL, or --config-file with the agent's configuration")
         timeout = parsed_args.timeout
-        with Client(broker, host) as client, progress(f"{host} carries out {parsed_args.verb}"):
+        with (
+            Client(broker, host, tls=self.connection.broker_tls) as client,
+            progress(f"{host} carries out {parsed_args.verb}"),
+        ):
             deadline = None if parsed_args.no_deadline else time.time() + timeout
             ident = client.send(parsed_args.verb, args, instruction_id=parsed_args.id, deadline=deadline)
             return client.wait(ident, timeout).to_json()

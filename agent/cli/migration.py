@@ -258,7 +258,7 @@ def _ask(
 
     if not connection.broker_url:
         raise UsageError("no broker known: give --config-file with the agent's configuration")
-    with Client(connection.broker_url, connection.host) as client:
+    with Client(connection.broker_url, connection.host, tls=connection.broker_tls) as client:
         client.listen(
             lambda report: tell(report.data) if report.data.get("instruction") == ident else None,
             f"progress.{connection.host}",

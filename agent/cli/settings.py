@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 from typing import Any
 
 from agent.errors import ConfigError
 from hypervisor.toolstack import drivers
 from hypervisor.toolstack.api import Toolstack
+
+LOG = logging.getLogger(__name__)
 
 
 class Connection:
@@ -79,6 +82,14 @@ class Connection:
     @property
     def broker_url(self) -> str:
         return str(self._conf.broker_url)
+
+    @functools.cached_property
+    def broker_tls(self) -> Any:
+        """An `agent.rpc.tls.BrokerTls`."""
+        tls = self._conf.broker_tls
+        if tls.insecure:
+            LOG.warning("%s", tls.warning)
+        return tls
 
     @property
     def host(self) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ssl
 from typing import Any
 
 import amqp
+from kombu.exceptions import KombuError
 from kombu.transport import base, pyamqp
+
+from agent.rpc.tls import explain
 
 
 class Message(pyamqp.Message):  # type: ignore[misc]
@@ -41,5 +45,23 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]
     Connection = Connection
 
 
+class HandshakeFailed(KombuError):  # type: ignore[misc]
+    """One of the two does not trust the other. Not tried again at once, as a lost connection is."""
+
+
 class SSLTransport(pyamqp.SSLTransport):  # type: ignore[misc]
     Connection = Connection
+
+    def establish_connection(self) -> Any:
+        """The name to find in the certificate is that of the URL in use, before kombu makes an address of it."""
+        given = self.client.ssl
+        if isinstance(given, dict) and given.get("server_hostname", "") is None:
+            self.client.ssl = given | {"server_hostname": self.client.hostname}
+        try:
+            return super().establish_connection()
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            raise  # it went away
+        except ssl.SSLError as exc:
+            raise HandshakeFailed(explain(exc)) from exc
+        finally:
+            self.client.ssl = given

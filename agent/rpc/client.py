@@ -22,6 +22,7 @@ import kombu
 from agent import trace, wire
 from agent.errors import BrokerError, MessageError, ReplyTimeout
 from agent.rpc import connection as broker
+from agent.rpc.tls import VERIFIED, BrokerTls, explain
 
 LOG = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class Client:
     """One sender with a reply queue of its own. Not for several threads at once.
 
     :param broker_url: ``amqp://…`` or ``filesystem:///folder``.
-    :param host: the host whose agent is addressed.
+    :param host: the host whose agent is addressed. :param tls: for ``amqps`` URLs.
     :raises ConfigError: the URL is not usable.
     :raises BrokerError: the broker cannot be reached.
     """
@@ -45,6 +46,7 @@ class Client:
         *,
         poll_seconds: float = broker.POLL_SECONDS,
         max_message_bytes: int = wire.MAX_BYTES,
+        tls: BrokerTls = VERIFIED,
     ) -> None:
         self.host = wire.check_host_name(host)
         self.reply_to = f"{broker.REPLY_PREFIX}{uuid.uuid4().hex}"
@@ -52,7 +54,7 @@ class Client:
         self._replies: dict[str, wire.Reply] = {}
         self._listeners: list[Any] = []
         # No heartbeat: the caller may be busy with something else for minutes between two calls.
-        self._connection = broker.connect(broker_url, poll_seconds=poll_seconds, heartbeat=0)
+        self._connection = broker.connect(broker_url, poll_seconds=poll_seconds, heartbeat=0, tls=tls)
         self._errors = broker.broker_errors(self._connection)
         self._url = broker_url
         try:
@@ -205,8 +207,7 @@ class Client:
         self._replies[reply.id or str(message.properties.get("correlation_id") or "")] = reply
 
     def _unreachable(self, exc: BaseException) -> BrokerError:
-        reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
-        return BrokerError(f"the broker {broker.redact(self._url)} cannot be used ({reason}): is it running?")
+        return BrokerError(f"the broker {broker.redact(self._url)} cannot be used ({explain(exc)}): is it running?")
 
 
 def _body(message: Any) -> bytes:

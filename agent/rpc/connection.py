@@ -1,7 +1,8 @@
 """A broker's URL as a kombu connection, the queues on it, and the errors it may raise.
 
-``amqp://user:password@host:port/vhost`` (RabbitMQ) or ``filesystem:///folder`` (no broker: one folder that
-sender and agent share). Queue and exchange arguments live here only: sender and agent must agree on them.
+``amqp://user:password@host:port/vhost`` (RabbitMQ; ``amqps://`` with TLS) or ``filesystem:///folder``
+(no broker: one folder that sender and agent share). Queue and exchange arguments live here only:
+sender and agent must agree on them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import kombu
 from kombu.exceptions import KombuError
 
 from agent.errors import ConfigError
+from agent.rpc.tls import VERIFIED, BrokerTls
 from agent.wire import MAX_BYTES, REPORT_EXCHANGE, queue_name
 
 POLL_SECONDS = 0.02
@@ -41,18 +43,21 @@ def connect(
     max_message_bytes: int = MAX_BYTES,
     heartbeat: float = HEARTBEAT_SECONDS,
     confirm: bool = True,
+    tls: BrokerTls = VERIFIED,
 ) -> kombu.Connection:
     """A connection, not yet opened.
 
     :param confirm: every ``publish`` waits for the broker's confirmation.
     :param heartbeat: seconds; whoever asks for it must call ``heartbeat_check`` about once a second. 0 for none.
-    :raises ConfigError: the URL is not usable.
+    :param tls: for ``amqps`` URLs.
+    :raises ConfigError: the URL is not usable, or a file of `tls` is not.
     """
     scheme = urlsplit(url).scheme
     transport = _TRANSPORTS.get(scheme)
     if transport is None:
         raise ConfigError(
-            f"broker URL {redact(url)!r} has scheme {scheme!r}: give amqp://user:password@host/vhost or filesystem:///folder"
+            f"broker URL {redact(url)!r} has scheme {scheme!r}: give amqp://user:password@host/vhost, "
+            "amqps://… or filesystem:///folder"
         )
     if scheme == "filesystem":
         root = folder(url)
@@ -68,10 +73,25 @@ def connect(
     return kombu.Connection(
         url,
         transport=transport,
+        ssl=_tls_options(url, scheme, tls),
         connect_timeout=CONNECT_SECONDS,
         heartbeat=heartbeat,
         transport_options={"confirm_publish": confirm, "write_timeout": 30},
     )
+
+
+def _tls_options(url: str, scheme: str, tls: BrokerTls) -> dict[str, Any] | bool:
+    if "ssl" in urlsplit(url).query:
+        raise ConfigError(
+            f"broker URL {redact(url)!r} has TLS options in it: they belong into the options tls_… of [broker]"
+        )
+    if scheme == "amqps":
+        return tls.options()
+    if tls.given():
+        raise ConfigError(
+            f"broker URL {redact(url)!r} speaks no TLS and [broker] has options tls_…: give amqps://… or take them out"
+        )
+    return False
 
 
 def folder(url: str) -> Path:

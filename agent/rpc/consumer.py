@@ -25,6 +25,7 @@ from agent.errors import AlreadyRunning, ConfigError, JournalCorrupt, JournalErr
 from agent.faults import boundary
 from agent.rpc import connection as broker
 from agent.rpc import filesystem, queues
+from agent.rpc.tls import VERIFIED, BrokerTls, explain
 
 LOG = logging.getLogger(__name__)
 
@@ -57,7 +58,9 @@ class Consumer:
         max_message_bytes: int = wire.MAX_BYTES,
         longest_pause: float = 30.0,
         sources: Sequence[queues.Source] = (),
+        tls: BrokerTls = VERIFIED,
     ) -> None:
+        self._tls = tls
         self._url = url
         self._host = host
         self._receive = receive
@@ -113,9 +116,12 @@ class Consumer:
         while not self._stop.is_set():
             try:
                 connection = broker.connect(
-                    self._url, poll_seconds=self._poll_seconds, max_message_bytes=self._max_message_bytes
+                    self._url,
+                    poll_seconds=self._poll_seconds,
+                    max_message_bytes=self._max_message_bytes,
+                    tls=self._tls,
                 )
-            except ConfigError as exc:  # a folder that was there at the start
+            except ConfigError as exc:  # a folder or file that was there at the start
                 LOG.warning("%s; trying again in %.1f s", exc, pause)
                 self._stop.wait(pause)
                 continue
@@ -128,7 +134,7 @@ class Consumer:
             except broker.broker_errors(connection) as exc:
                 if self.connected.is_set():
                     pause = 0.2
-                LOG.warning("broker %s: %s; trying again in %.1f s", broker.redact(self._url), _line(exc), pause)
+                LOG.warning("broker %s: %s; trying again in %.1f s", broker.redact(self._url), explain(exc), pause)
             except Exception as exc:
                 LOG.exception("a mistake in the consumer")
                 self._on_fatal(exc)
@@ -226,9 +232,4 @@ def _release(connection: kombu.Connection) -> None:
     try:
         connection.release()
     except broker.broker_errors(connection) as exc:
-        LOG.debug("while closing: %s", _line(exc))
-
-
-def _line(exc: BaseException) -> str:
-    text = str(exc) or type(exc).__name__
-    return " ".join(text.split())[:200]
+        LOG.debug("while closing: %s", explain(exc))

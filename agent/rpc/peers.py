@@ -19,6 +19,7 @@ from agent.context import Interrupted
 from agent.errors import AgentError, BrokerError, InstructionError, ReplyTimeout
 from agent.rpc import connection as broker
 from agent.rpc.client import Client
+from agent.rpc.tls import VERIFIED, BrokerTls
 
 LOG = logging.getLogger(__name__)
 
@@ -46,7 +47,9 @@ class BrokerPeers:
         poll_seconds: float = broker.POLL_SECONDS,
         max_message_bytes: int = wire.MAX_BYTES,
         ask_again_seconds: float = ASK_AGAIN_SECONDS,
+        tls: BrokerTls = VERIFIED,
     ) -> None:
+        self._tls = tls
         self._url = url
         self._stopping = stopping
         self._outbox = outbox
@@ -147,7 +150,13 @@ class BrokerPeers:
     def _client(self, host: str) -> Iterator[Client]:
         """:raises BrokerError: the broker cannot be reached, also where it is a folder that is gone."""
         try:
-            client = Client(self._url, host, poll_seconds=self._poll_seconds, max_message_bytes=self._max_message_bytes)
+            client = Client(
+                self._url,
+                host,
+                poll_seconds=self._poll_seconds,
+                max_message_bytes=self._max_message_bytes,
+                tls=self._tls,
+            )
         except BrokerError:
             raise
         except AgentError as exc:

@@ -24,6 +24,7 @@ from agent.heartbeats import Heartbeats
 from agent.journal import Journal, OutboxRow
 from agent.rpc import connection as broker
 from agent.rpc.sender import AmqpSender, FolderSender
+from agent.rpc.tls import VERIFIED, BrokerTls, explain
 
 LOG = logging.getLogger(__name__)
 
@@ -51,7 +52,9 @@ class Publisher:
         longest_pause: float = 30.0,
         heartbeats: Heartbeats | None = None,
         prepare: Callable[[kombu.Connection], None] = lambda connection: None,
+        tls: BrokerTls = VERIFIED,
     ) -> None:
+        self._tls = tls
         self._prepare = prepare
         self._url = url
         self._heartbeats = heartbeats or Heartbeats()
@@ -99,8 +102,8 @@ class Publisher:
         pause = 0.2
         while not self._stop.is_set():
             try:
-                connection = broker.connect(self._url, confirm=False)
-            except ConfigError as exc:  # a folder that was there at the start
+                connection = broker.connect(self._url, confirm=False, tls=self._tls)
+            except ConfigError as exc:  # a folder or file that was there at the start
                 LOG.warning("%s; trying again in %.1f s", exc, pause)
                 self._stop.wait(pause)
                 continue
@@ -114,7 +117,7 @@ class Publisher:
             except broker.broker_errors(connection) as exc:
                 if self.connected.is_set():
                     pause = 0.2
-                LOG.warning("broker %s: %s; trying again in %.1f s", broker.redact(self._url), exc, pause)
+                LOG.warning("broker %s: %s; trying again in %.1f s", broker.redact(self._url), explain(exc), pause)
             except Exception:
                 LOG.exception("a mistake in the publisher; trying again in %.1f s", pause)
             finally:

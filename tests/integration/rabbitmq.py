@@ -12,10 +12,15 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+from authority import Authority
 
 START_SECONDS = 90
 SCRIPTS = Path("/usr/lib/rabbitmq/bin")
@@ -34,7 +39,14 @@ class Rabbit:
     dist_port: int
     epmd_port: int
     node: str
+    tls_port: int
+    authority: Authority
     process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def tls_url(self) -> str:
+        """Asks for a client certificate of `authority`, which has signed its own."""
+        return f"amqps://guest:guest@127.0.0.1:{self.tls_port}/"
 
     @property
     def url(self) -> str:
@@ -142,12 +154,24 @@ def private_broker(folder: Path) -> Iterator[Rabbit]:
     """A running broker with its data in `folder`. :raises RabbitMissing: not installed or not startable."""
     if _script("rabbitmq-server") is None:
         raise RabbitMissing("rabbitmq-server is not installed: apt-get install rabbitmq-server")
+    if shutil.which("openssl") is None:
+        raise RabbitMissing("openssl is not installed: it makes the broker's certificate")
     for name in ("mnesia", "log", "generated"):
         (folder / name).mkdir()
     (folder / "enabled_plugins").write_text("[].\n")
-    (folder / "rabbitmq.conf").write_text("vm_memory_high_watermark.relative = 0.9\ndisk_free_limit.absolute = 1MB\n")
-    ports = _free_ports(3)
-    rabbit = Rabbit(folder, *ports, node=f"reeve-{uuid.uuid4().hex[:8]}@localhost")
+    *ports, tls_port = _free_ports(4)
+    authority = Authority(folder)
+    files = authority.host("broker")
+    (folder / "rabbitmq.conf").write_text(
+        "vm_memory_high_watermark.relative = 0.9\ndisk_free_limit.absolute = 1MB\n"
+        f"listeners.ssl.1 = 127.0.0.1:{tls_port}\n"
+        f"ssl_options.cacertfile = {files.ca}\n"
+        f"ssl_options.certfile = {files.certificate}\n"
+        f"ssl_options.keyfile = {files.key}\n"
+        "ssl_options.verify = verify_peer\nssl_options.fail_if_no_peer_cert = true\n"
+    )
+    node = f"reeve-{uuid.uuid4().hex[:8]}@localhost"
+    rabbit = Rabbit(folder, *ports, node=node, tls_port=tls_port, authority=authority)
     try:
         rabbit.start()
         yield rabbit

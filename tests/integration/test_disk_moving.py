@@ -20,11 +20,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "guests"))
+from authority import Authority
 from block_guest import MODULES, Guest, daemons, guest, make_image, missing, new_disk
 from build import available, build_guest
 from host_rig import HostRig, until
 from moved_guest import NAMES, Load, Peer, Site, compile_movebench
-from mover_rig import Authority
 from moving_pair import moving_pair
 
 from agent.images import Image

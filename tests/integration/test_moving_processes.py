@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import build
 import move_rig
+from authority import Authority
 from move_rig import Place, Said, move, request_for, store_for
-from mover_rig import Authority
 
 from hypervisor.host.zygote_client import ZygoteClient
 

@@ -15,9 +15,11 @@ from typing import Any
 import kombu
 import pytest
 from agent_process import HOST, AgentProcess
+from authority import Authority
 from rabbitmq import Rabbit
 
 from agent import conf, wire
+from agent.cli.main import main
 from agent.errors import BrokerError
 from agent.journal import Journal
 from agent.rpc import connection as broker
@@ -257,6 +259,32 @@ def test_a_second_agent_of_one_name_takes_nothing(service: Service, client: Clie
     service.close()
     until(second.consumer.connected.is_set)
     second.close()
+
+
+def test_agent_and_command_over_tls(
+    agent: AgentProcess, rabbit: Rabbit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each shows a certificate of its own and has the broker's checked; the wrong ones are told why."""
+    ours, other = rabbit.authority.host("node1"), Authority(tmp_path, "other")
+    config = tmp_path / "agent.conf"
+    written = (
+        f"[agent]\nhost = {HOST}\n[broker]\nurl = {rabbit.tls_url}\ntls_ca_file = {ours.ca}\n"
+        f"tls_certificate_file = {ours.certificate}\ntls_key_file = {ours.key}\n"
+    )
+    config.write_text(written)
+    agent.broker_url = rabbit.tls_url
+    agent.start("", "--config-file", str(config))
+    command = ["instruct", "list", "--config-file", str(config), "-f", "json", "--timeout", "20"]
+    assert main(command) == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+
+    config.write_text(written.replace(ours.ca, str(other.ca)))
+    assert main(command) == 1
+    assert "the broker's certificate is refused" in json.loads(capsys.readouterr().err)["error"]["message"]
+    config.write_text(written.partition("tls_certificate_file")[0])
+    assert main(command) == 1
+    assert "it may want a client certificate" in json.loads(capsys.readouterr().err)["error"]["message"]
+    assert agent.stop() == 0
 
 
 def _cpu_seconds(pid: int) -> float:

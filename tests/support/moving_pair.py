@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from authority import Authority
 from host_rig import HostRig, alive, until
-from mover_rig import Authority
 
 from hypervisor.errors import MigrationNotFound, ToolstackError
 from hypervisor.host.settings import REAL_RUNTIME

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mover_rig import Authority
+from authority import Authority
 
 from agent import conf
 from agent.cli import checks

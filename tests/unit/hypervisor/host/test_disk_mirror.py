@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "support"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "devices" / "block"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "devices" / "block" / "mirror"))
 
+from authority import Authority
 from mirror_rig import FORMATS, Guest, Rig, content
-from mover_rig import Authority, Memory, pair, zygote
+from mover_rig import Memory, pair, zygote
 
 from hypervisor.devices.block.mirror.source import WINDOW
 from hypervisor.errors import MigrationFailed

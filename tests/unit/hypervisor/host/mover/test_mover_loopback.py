@@ -16,7 +16,8 @@ from typing import Any
 
 import mover_rig
 import pytest
-from mover_rig import IDENT, TOKEN, Authority, Memory, bitmap, pair
+from authority import Authority
+from mover_rig import IDENT, TOKEN, Memory, bitmap, pair
 
 from hypervisor.errors import HostFailure, HostUnavailable, MigrationFailed, MigrationRefused, ToolstackError
 from hypervisor.host.mover import CLOSED, PagesSent, Receiver, Sender, TlsFiles, wire
