@@ -19,7 +19,7 @@ from typing import Any
 
 from oslo_config import cfg
 
-from agent import conf_broker, conf_images, conf_observe, conf_oslo, wire
+from agent import conf_broker, conf_images, conf_observe, conf_oslo, conf_placement, wire
 from agent.errors import AgentError, ConfigError
 from agent.rpc.tls import BrokerTls
 
@@ -173,6 +173,7 @@ GROUPS: Mapping[str, Sequence[cfg.Opt]] = {
     "images": (*IMAGES, *conf_images.OPTIONS),
     "resources": RESOURCES,
     "reports": REPORTS,
+    "placement": conf_placement.OPTIONS,
     "notifications": conf_observe.NOTIFICATIONS,
     "http": conf_observe.HTTP,
     "log": conf_observe.LOGGING,
@@ -218,6 +219,7 @@ class Settings:
     vcpu_ratio: float
     reserved_memory_mib: int
     report_interval: int
+    placement: conf_placement.PlacementSettings
     notifications: conf_observe.NotificationSettings
     http: conf_observe.HttpSettings
     log: conf_observe.LogSettings
@@ -344,6 +346,7 @@ def _settings(values: Mapping[str, Mapping[str, Any]]) -> Settings:
         vcpu_ratio=values["resources"]["vcpu_ratio"],
         reserved_memory_mib=values["resources"]["reserved_memory_mib"],
         report_interval=values["reports"]["interval"],
+        placement=conf_placement.settings(values["placement"], host),
         notifications=conf_observe.notification_settings(values["notifications"]),
         http=conf_observe.HttpSettings(**values["http"]),
         log=conf_observe.log_settings(values["log"]),

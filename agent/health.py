@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from agent.errors import JournalError
 from agent.monitor import Check
+from agent.placement.reconciler import gauges as placement_gauges
 from hypervisor.errors import ToolstackError
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class Health:
             "publisher": service.publisher.alive(),
             "reporter": service.reporter.alive(),
         }
+        if service.placement is not None:
+            alive["placement"] = service.placement.alive()
         alive |= {f"consumer {number}": consumer.alive() for number, consumer in enumerate(service.consumers, 1)}
         gone = [name for name, runs in alive.items() if not runs]
         return f"ended: {', '.join(gone)}" if gone and not service.ended.is_set() else ""
@@ -68,6 +71,8 @@ def gauges(service: Service) -> dict[str, float]:
         "broker_connected": 0.0 if Health(service).broker() else 1.0,
         "pending": float(service.dispatcher.pending),
     }
+    if service.placement is not None:
+        found |= placement_gauges(service.placement)
     with contextlib.suppress(JournalError):
         found |= {f"journal_{name}": float(count) for name, count in service.journal.counts().items()}
     with contextlib.suppress(JournalError, ToolstackError):

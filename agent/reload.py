@@ -28,6 +28,8 @@ MUTABLE = frozenset(
         "report_interval",
         "vcpu_ratio",
         "reserved_memory_mib",
+        "placement.allocations",
+        "placement.interval",
         "log.level",
         "log.format",
     }
@@ -58,8 +60,10 @@ def merge(old: conf.Settings, new: conf.Settings) -> tuple[conf.Settings, list[s
     differs = sorted(name for name in after if before[name] != after[name])
     changed = [name for name in differs if name in MUTABLE]
     fields: dict[str, Any] = {name: after[name] for name in changed if "." not in name}
-    log: dict[str, Any] = {name.removeprefix("log."): after[name] for name in changed if name.startswith("log.")}
-    settings = dataclasses.replace(old, **fields, log=dataclasses.replace(old.log, **log))
+    for group in ("log", "placement"):
+        inner = {name.removeprefix(f"{group}."): after[name] for name in changed if name.startswith(f"{group}.")}
+        fields[group] = dataclasses.replace(getattr(old, group), **inner)
+    settings = dataclasses.replace(old, **fields)
     return settings, changed, [name for name in differs if name not in MUTABLE]
 
 
@@ -75,6 +79,10 @@ def apply(service: Service, settings: conf.Settings) -> None:
     service.claims.vcpu_ratio = settings.vcpu_ratio
     service.claims.reserved_mib = settings.reserved_memory_mib
     service.reporter.changed()
+    if service.placement is not None:
+        service.placement.interval = float(settings.placement.interval)
+        service.placement.write = settings.placement.allocations == "write"
+        service.placement.changed()
 
 
 def _flat(settings: conf.Settings) -> dict[str, object]:

@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from agent.journal import Journal
@@ -48,16 +48,18 @@ class Capacity:
         return dataclasses.asdict(self)
 
 
-class _Share(NamedTuple):
+class Share(NamedTuple):
+    """A domain's part of the host."""
+
     memory_mib: int = 0
     vcpus: int = 0
 
-    def most(self, other: _Share) -> _Share:
-        return _Share(max(self.memory_mib, other.memory_mib), max(self.vcpus, other.vcpus))
+    def most(self, other: Share) -> Share:
+        return Share(max(self.memory_mib, other.memory_mib), max(self.vcpus, other.vcpus))
 
 
-def _sum(shares: dict[str, _Share]) -> _Share:
-    return _Share(sum(share.memory_mib for share in shares.values()), sum(share.vcpus for share in shares.values()))
+def _sum(shares: dict[str, Share]) -> Share:
+    return Share(sum(share.memory_mib for share in shares.values()), sum(share.vcpus for share in shares.values()))
 
 
 class ResourceClaims:
@@ -74,6 +76,7 @@ class ResourceClaims:
         self._journal = journal
         self.vcpu_ratio = vcpu_ratio
         self.reserved_mib = reserved_mib
+        self.on_change: Callable[[], None] = lambda: None  # must not block
         self._lock = threading.Lock()
 
     def capacity(self, without: str = "") -> Capacity:
@@ -84,27 +87,34 @@ class ResourceClaims:
         """
         return self._look(without)[0]
 
-    def _look(self, without: str) -> tuple[Capacity, dict[str, _Share]]:
+    def shares(self) -> tuple[Capacity, dict[str, Share]]:
+        """The capacity, and what is counted of it for each domain that is there, on its way here or claimed.
+
+        :raises ToolstackError: the host does not answer.
+        """
+        return self._look("")
+
+    def _look(self, without: str) -> tuple[Capacity, dict[str, Share]]:
         """The capacity, and what is counted of it for each domain."""
         # The claims first: one that ends in between has its domain in the table read after it.
         claims = [row for row in self._journal.claims() if row[0] != without]
         host = self._toolstack.host_info()
         domains = self._toolstack.list_domains()
-        has = {domain.uuid: _Share(held_mib(domain), domain.vcpus) for domain in domains}
+        has = {domain.uuid: Share(held_mib(domain), domain.vcpus) for domain in domains}
         for half in self._toolstack.migration_list() if Capability.LIVE_MIGRATION in host.capabilities else ():
             if half.role is MigrationRole.TARGET and not half.phase.ended:
                 # On its way here: the driver has set its memory aside before it lists the domain.
-                has[half.uuid] = has.get(half.uuid, _Share()).most(_Share(half.memory_mib, half.vcpus))
+                has[half.uuid] = has.get(half.uuid, Share()).most(Share(half.memory_mib, half.vcpus))
         counted = dict(has)
         for domain in domains:
             pending = Pending.of(domain.metadata)
             if pending is not None and pending.open():
-                old = _Share(pending.old["memory_mib"], pending.old["vcpus"])
+                old = Share(pending.old["memory_mib"], pending.old["vcpus"])
                 counted[domain.uuid] = counted[domain.uuid].most(old)
         for _instruction, uuid, memory_mib, vcpus in claims:
-            counted[uuid] = counted.get(uuid, _Share()).most(_Share(memory_mib, vcpus))
+            counted[uuid] = counted.get(uuid, Share()).most(Share(memory_mib, vcpus))
         used = _sum(has)
-        claimed = _Share(*(a - b for a, b in zip(_sum(counted), used, strict=True)))
+        claimed = Share(*(a - b for a, b in zip(_sum(counted), used, strict=True)))
         by_table = host.memory_total_mib - self.reserved_mib - used.memory_mib
         by_driver = host.memory_free_mib - self.reserved_mib
         vcpus_total = int(host.cpus * self.vcpu_ratio)
@@ -127,7 +137,7 @@ class ResourceClaims:
         """See `agent.api.Claims.take`."""
         with self._lock:
             left, counted = self._look(instruction)
-            has = counted.get(domain, _Share())
+            has = counted.get(domain, Share())
             more_mib, more_vcpus = memory_mib - has.memory_mib, vcpus - has.vcpus
             beyond = " more" if domain in counted else ""
             # A domain that asks for no more than it has is never refused, even where the host is overcommitted.
@@ -144,6 +154,7 @@ class ResourceClaims:
                 )
             self._journal.take_claim(instruction, domain, memory_mib, vcpus)
             LOG.debug("claimed %d MiB and %d vCPUs", memory_mib, vcpus)
+        self.on_change()
 
     def domains(self) -> set[str]:
         """UUIDs of all domains that are there, are on their way here or have a claim.
@@ -160,6 +171,7 @@ class ResourceClaims:
 
     def release(self, instruction: str) -> None:
         self._journal.release_claim(instruction)
+        self.on_change()
 
     @contextlib.contextmanager
     def held(self, instruction: str, domain: str, memory_mib: int, vcpus: int) -> Iterator[None]:

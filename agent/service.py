@@ -36,6 +36,8 @@ from agent.metrics import Metrics
 from agent.monitor import Monitor
 from agent.notices import Notices, OsloTopics
 from agent.notices import queues as notice_queues
+from agent.placement.build import make_reconciler
+from agent.placement.reconciler import Reconciler
 from agent.reports import Reporter
 from agent.resources import ResourceClaims
 from agent.rpc import connection as broker
@@ -86,6 +88,7 @@ class Service:
         self.fatal: Exception | None = None
         self._toolstack = toolstack
         self._closers: list[Any] = []
+        self.placement: Reconciler | None = None
 
     def start(self) -> None:
         """:raises AgentError, ToolstackError: why it cannot run; everything opened so far is closed."""
@@ -122,6 +125,9 @@ class Service:
         self.reporter.start()
         for consumer in self.consumers:
             consumer.start()
+        if self.placement is not None:
+            self.placement.start()
+            self._closers.append(self.placement.stop)
         self.monitor.start()
         self._closers.append(self.monitor.stop)
         sdnotify.ready(f"host {settings.host}, driver {self.toolstack.name}")
@@ -142,6 +148,7 @@ class Service:
             vcpu_ratio=settings.vcpu_ratio,
             reserved_mib=settings.reserved_memory_mib,
         )
+        self.placement = make_reconciler(settings.placement, self.journal.node_id(), self.claims, self.toolstack)
         self.sources = Fetcher(settings.images)
         return Host(
             name=settings.host,
@@ -347,6 +354,7 @@ class Service:
     def _changed(self) -> None:
         self.publisher.wake()
         self.reporter.changed()
+        self.claims.on_change()
 
     def _fail(self, exc: Exception) -> None:
         self.fatal = exc

@@ -106,6 +106,11 @@ class Choice:
         """What a guest with this choice counts on."""
         return (LEVELS.get(self.level, frozenset()) | self.on) - self.off
 
+    @property
+    def certain(self) -> list[str]:
+        """What every 64-bit guest has, whatever the engine: what is promised, and the least that x86-64 has."""
+        return sorted(self.promised | LEVELS["x86-64"])
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CpuPolicy:

@@ -11,6 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from hypervisor.cpu import policy
 from hypervisor.errors import DomainNotFound, HostFailure, ProtocolError
 from hypervisor.host import inside, protocol
 from hypervisor.host.control import ConsolePort
@@ -118,6 +119,7 @@ class Verbs:
             "zygote_pid": str(self._life.zygote.pid),
             "state_dir": str(self._life.settings.state_dir),
             "xenstored_socket": str(self._life.settings.xenstored_socket),
+            "cpu_features": " ".join(policy.Choice.parse(self._life.settings.cpu_policy).certain),
             "migration": "\n".join(self._life.settings.migration_files),
         }
         capabilities = set(facts.capabilities)

@@ -47,6 +47,7 @@ class FakeConsumer:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: FakePlacement
 
     def log_message(self, *args: Any) -> None: ...

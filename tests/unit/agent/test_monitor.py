@@ -248,10 +248,11 @@ def test_a_bad_configuration_changes_nothing(running: Service, config: Path, cap
 
 
 def test_the_options_marked_as_mutable_are_those_that_reload_knows(service: Service) -> None:
-    names = {"interval": "report_interval", "level": "log.level", "format": "log.format"}
+    names = {"interval": "report_interval"}
+    prefixes = {"log": "log.", "placement": "placement."}
     marked = {
-        names.get(option.dest, option.dest)
-        for _group, options in conf.list_opts()
+        prefixes[group] + option.dest if group in prefixes else names.get(option.dest, option.dest)
+        for group, options in conf.list_opts()
         for option in options
         if option.mutable
     }
