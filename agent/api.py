@@ -50,6 +50,8 @@ from hypervisor.errors import NotOurs
 from hypervisor.toolstack.api import DomainInfo, Toolstack
 
 if TYPE_CHECKING:
+    from oslo_config import cfg
+
     from agent.images.remote.fetcher import Fetcher
 
 __all__ = [
@@ -84,8 +86,8 @@ __all__ = [
     "own_domain",
 ]
 
-API_VERSION = (1, 3)
-"""Same major: compatible. A plugin built for another major is reported and skipped."""
+API_VERSION = (1, 4)
+"""A plugin runs on the major it was written for, from its minor on; another one is reported and left out."""
 
 JsonDict = dict[str, Any]
 
@@ -207,6 +209,7 @@ class Host:
         not even when its hostname does.
     :ivar settings: strings from the configuration that plugins may read.
     :ivar peers: the way to other hosts. :ivar sources: images that are fetched; None: none are.
+    :ivar options: by verb the values of `Plugin.options`, by their names with ``_``.
     """
 
     name: str
@@ -217,6 +220,7 @@ class Host:
     settings: Mapping[str, str]
     peers: Peers = dataclasses.field(default_factory=NoPeers)
     sources: Fetcher | None = None
+    options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 class Context(Protocol):
@@ -332,7 +336,8 @@ class Plugin(abc.ABC):
     """One verb.
 
     :cvar verb: the name in messages, ``[a-z][a-z0-9_]*``.
-    :cvar api_version: the `API_VERSION` it was written for.
+    :cvar api_version: the `API_VERSION` it was written for; a distribution of its own has to say it.
+    :cvar options: oslo.config options of its own, in the group ``[plugin_<verb>]``; see `Host.options`.
     :cvar summary: one line for humans.
     :cvar args_schema: JSON Schema (2020-12) of ``args``; give ``additionalProperties: false``.
     :cvar step_kinds: every Step class a plan of this plugin may hold; plans are rebuilt from it.
@@ -347,6 +352,7 @@ class Plugin(abc.ABC):
     summary: ClassVar[str] = ""
     args_schema: ClassVar[Mapping[str, Any]]
     step_kinds: ClassVar[tuple[type[Step], ...]] = ()
+    options: ClassVar[Sequence[cfg.Opt]] = ()
     read_only: ClassVar[bool] = False
     lane: ClassVar[Literal["work", "quick", "drain"]] = "work"
 

@@ -187,7 +187,10 @@ PLUGIN_SETTINGS = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    """The options with every default filled in. Times in seconds."""
+    """The options with every default filled in. Times in seconds.
+
+    :ivar files: the configuration files that were read.
+    """
 
     host: str
     state_dir: Path
@@ -223,6 +226,7 @@ class Settings:
     notifications: conf_observe.NotificationSettings
     http: conf_observe.HttpSettings
     log: conf_observe.LogSettings
+    files: tuple[str, ...]
 
     def for_plugins(self) -> dict[str, str]:
         """What plugins may read (`agent.api.Host.settings`)."""
@@ -299,7 +303,8 @@ def _values(argv: Sequence[str], files: list[str], *, cli: bool, **about: Any) -
     try:
         conf(list(argv), project="reeve", default_config_files=files, default_config_dirs=[], **about)
         # A value is only converted when it is read.
-        return {group: {option.dest: conf[group][option.dest] for option in opts} for group, opts in GROUPS.items()}
+        found = {group: {option.dest: conf[group][option.dest] for option in opts} for group, opts in GROUPS.items()}
+        return {**found, "": {"files": conf.config_file or ()}}
     except (cfg.Error, ValueError) as exc:
         raise ConfigError(f"the configuration cannot be used: {' '.join(str(exc).split())}") from exc
 
@@ -350,4 +355,5 @@ def _settings(values: Mapping[str, Mapping[str, Any]]) -> Settings:
         notifications=conf_observe.notification_settings(values["notifications"]),
         http=conf_observe.HttpSettings(**values["http"]),
         log=conf_observe.log_settings(values["log"]),
+        files=tuple(values[""]["files"]),
     )

@@ -195,7 +195,7 @@ class Dispatcher:
             return _Job(instruction.id, "", "work")
         try:
             key = verb.plugin.domain_of(instruction.args)
-        except Exception:
+        except (Exception, SystemExit):
             LOG.debug("%s gives no domain for its arguments", instruction.verb, exc_info=True)
             key = ""
         return _Job(instruction.id, key, verb.plugin.lane)

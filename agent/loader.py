@@ -6,14 +6,15 @@ import dataclasses
 import importlib.metadata
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jsonschema
 import stevedore
 from jsonschema.validators import extend
 
-from agent.api import API_VERSION, InstructionError, Plugin
+from agent import conf_plugins
+from agent.api import API_VERSION, InstructionError, Plugin, Step
 from agent.errors import ConfigError
 from hypervisor.toolstack import drivers
 from hypervisor.toolstack.api import Toolstack
@@ -21,6 +22,8 @@ from hypervisor.toolstack.api import Toolstack
 LOG = logging.getLogger(__name__)
 
 INSTRUCTIONS = "reeve.instructions"
+OURS = "plugins."
+LANES = ("work", "quick", "drain")
 
 
 def _is_integer(_checker: Any, value: Any) -> bool:
@@ -41,20 +44,36 @@ _Strict = extend(
 )
 
 
+def check_version(version: object) -> None:
+    """Whether what was written for this version of `agent.api` runs here. :raises ValueError: it does not."""
+    if not (isinstance(version, tuple) and len(version) == 2 and all(type(number) is int for number in version)):
+        raise ValueError(f"api_version {version!r} is no (major, minor)")
+    major, minor = version
+    if major == API_VERSION[0] and minor <= API_VERSION[1]:
+        return
+    has = ".".join(map(str, API_VERSION))
+    cure = "upgrade the agent" if version > API_VERSION else "upgrade the plugin"
+    raise ValueError(f"it is written for plugin API {major}.{minor}, this agent has {has}: {cure}")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verb:
-    """A plugin that may be called, with its compiled schema."""
+    """A plugin that may be called, with its compiled schema and the values of its options."""
 
     plugin: Plugin
     validator: Any
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, plugin: Plugin) -> Verb:
-        """:raises ValueError: what is wrong with the plugin."""
+    def of(cls, plugin: Plugin, files: Sequence[str] = ()) -> Verb:
+        """:raises ValueError: what is wrong with the plugin. :raises ConfigError: with the values of its options."""
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", plugin.verb):
             raise ValueError(f"verb {plugin.verb!r} is not lower-case letters, digits, '_' or '-'")
-        if plugin.api_version[0] != API_VERSION[0]:
-            raise ValueError(f"it is written for plugin API {plugin.api_version}, this agent has {API_VERSION}")
+        check_version(plugin.api_version)
+        if plugin.lane not in LANES:
+            raise ValueError(f"lane {plugin.lane!r} is none of {', '.join(LANES)}")
+        if not all(isinstance(kind, type) and issubclass(kind, Step) for kind in plugin.step_kinds):
+            raise ValueError("its step_kinds are not all classes of agent.api.Step")
         names = [kind.name for kind in plugin.step_kinds]
         if len(set(names)) != len(names):
             raise ValueError("two of its steps have one name")
@@ -62,7 +81,7 @@ class Verb:
             _Strict.check_schema(dict(plugin.args_schema))
         except jsonschema.SchemaError as exc:
             raise ValueError(f"args_schema is no JSON Schema: {exc.message}") from exc
-        return cls(plugin, _Strict(dict(plugin.args_schema)))
+        return cls(plugin, _Strict(dict(plugin.args_schema)), conf_plugins.read(plugin.verb, plugin.options, files))
 
     def check(self, args: Mapping[str, Any]) -> None:
         """:raises InstructionError: ``instruction.bad_args``, naming the field."""
@@ -79,16 +98,41 @@ class Verb:
         )
 
 
-def load_verbs(namespace: str = INSTRUCTIONS) -> tuple[dict[str, Verb], dict[str, str]]:
-    """(verbs by name, why each broken plugin was left out by entry-point name)."""
+class _Unloadable(Exception):
+    """What stevedore does not catch: an import may end in anything, ``sys.exit()`` included."""
+
+
+class _Plugins(stevedore.ExtensionManager):  # type: ignore[misc,unused-ignore]
+    def list_entry_points(self) -> Any:
+        """What is installed now: stevedore keeps its list in a cache for the length of the process, and in files."""
+        return list(importlib.metadata.entry_points(group=self.namespace))
+
+    def _load_one_plugin(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._load_one_plugin(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exc:
+            raise _Unloadable(_line(exc)) from exc
+
+
+def load_verbs(namespace: str = INSTRUCTIONS, files: Sequence[str] = ()) -> tuple[dict[str, Verb], dict[str, str]]:
+    """(verbs by name, why each broken plugin was left out by entry-point name).
+
+    :param files: the configuration files that have the plugins' own options.
+    """
     broken: dict[str, str] = {}
 
     def failed(_manager: object, entry_point: importlib.metadata.EntryPoint, exc: BaseException) -> None:
-        broken[entry_point.name] = f"cannot be imported: {exc!r}"
+        LOG.debug("plugin %s", entry_point.name, exc_info=exc)
+        broken[_free(entry_point, broken)] = f"cannot be loaded: {exc}"
 
-    manager = stevedore.ExtensionManager(namespace, invoke_on_load=True, on_load_failure_callback=failed)
+    manager = _Plugins(namespace, invoke_on_load=True, on_load_failure_callback=failed)
     verbs: dict[str, Verb] = {}
-    for extension in sorted(manager, key=lambda ext: ext.entry_point_target):
+    # Ours first: nobody takes a verb away by giving it again.
+    for extension in sorted(
+        manager, key=lambda ext: (not ext.entry_point_target.startswith(OURS), str(ext.entry_point))
+    ):
         name = extension.name
         try:
             if not isinstance(extension.obj, Plugin):
@@ -96,13 +140,26 @@ def load_verbs(namespace: str = INSTRUCTIONS) -> tuple[dict[str, Verb], dict[str
             if extension.obj.verb != name:
                 raise ValueError(f"the entry point {name!r} leads to the verb {extension.obj.verb!r}")
             if name in verbs:
-                raise ValueError(f"the verb {name!r} is given twice")
-            verbs[name] = Verb.of(extension.obj)
-        except (TypeError, ValueError, AttributeError) as exc:
-            broken[name] = str(exc)
+                raise ValueError(f"there is a verb {name!r} already, of {type(verbs[name].plugin).__module__}")
+            verbs[name] = Verb.of(extension.obj, files)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exc:  # a property of it may raise anything, too
+            broken[_free(extension.entry_point, broken)] = (
+                str(exc) if isinstance(exc, TypeError | ValueError | ConfigError) else _line(exc)
+            )
     for name, why in sorted(broken.items()):
         LOG.error("plugin %s left out: %s", name, why)
     return verbs, broken
+
+
+def _free(point: importlib.metadata.EntryPoint, taken: Mapping[str, str]) -> str:
+    """Its name; where that is taken, its target with it."""
+    return point.name if point.name not in taken else f"{point.name} ({point.value})"
+
+
+def _line(exc: BaseException) -> str:
+    return " ".join(f"{type(exc).__name__}: {exc}".split())[:300]
 
 
 def load_driver(name: str, settings: Mapping[str, str]) -> Toolstack:

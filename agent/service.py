@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from agent import conf, logs, oslo, reload, sdnotify
@@ -106,13 +106,13 @@ class Service:
         self._closers.append(lock_folder(settings.state_dir / "agent").close)
         self.journal = Journal(settings.journal_path)
         self._closers.append(self.journal.close)
-        verbs, self.broken_plugins = load_verbs()
+        verbs, self.broken_plugins = load_verbs(files=settings.files)
         if settings.allowed_verbs:
             verbs = {name: verb for name, verb in verbs.items() if name in settings.allowed_verbs}
         self.toolstack = self._toolstack or self._driver()
         if self._toolstack is None:
             self._closers.append(self.toolstack.close)
-        host = self._host()
+        host = self._host(verbs)
         self.drives = Drives(settings.config_drive_dir)
         self.drives.prepare()
         self.sources.prepare()
@@ -139,7 +139,7 @@ class Service:
             ", ".join(sorted(verbs)) or "none",
         )
 
-    def _host(self) -> Host:
+    def _host(self, verbs: Mapping[str, Verb]) -> Host:
         """What plugins see of this node."""
         settings = self.settings
         self.claims = ResourceClaims(
@@ -166,6 +166,7 @@ class Service:
                 tls=settings.broker_tls,
             ),
             sources=self.sources,
+            options={name: verb.options for name, verb in verbs.items()},
         )
 
     def _wire(self, verbs: dict[str, Verb], host: Host) -> None:

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from collections.abc import Mapping, Sequence
 
-from agent.cli.base import Common
+from agent.cli.base import CliError, Common
 
 SHELLS = ("bash", "zsh")
 
@@ -81,11 +81,11 @@ class Completion(Common):
         parser.add_argument("shell", choices=SHELLS, help="whose script")
 
     def take_action(self, parsed_args: argparse.Namespace) -> int:
-        from agent.cli.main import COMMANDS  # here: it has this command, too
-
-        commands = {
-            name: options(command(self.app, self.app.options).get_parser(f"reeve {name}"))
-            for name, command in COMMANDS.items()
-        }
+        commands = {}
+        for name, found in self.app.command_manager:
+            try:
+                commands[name] = options(found.load()(self.app, self.app.options).get_parser(f"reeve {name}"))
+            except CliError as exc:  # another distribution's
+                self.say(f"left out: {exc}")
         self.app.stdout.write(script(parsed_args.shell, commands, options(self.app.parser)))
         return 0

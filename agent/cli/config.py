@@ -15,9 +15,10 @@ from urllib.parse import urlsplit
 
 from oslo_config import cfg
 
-from agent import conf
+from agent import conf, conf_plugins
 from agent.cli.base import EXIT_FAILED, List
 from agent.errors import AgentError
+from agent.loader import load_verbs
 from agent.redact import HIDDEN
 from agent.rpc import connection as broker
 
@@ -52,14 +53,24 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(Problem))
 
 
 def options_of(daemon: str) -> Options:
-    """The options of ``agent`` (with those of other distributions' plugins) or ``hypervisor``."""
+    """The options of ``agent`` (with those of plugins) or ``hypervisor``."""
     found: dict[str, dict[str, cfg.Opt]] = {}
     for point in importlib.metadata.entry_points(group="oslo.config.opts"):
         ours = point.name.startswith("reeve.") and (point.name == "reeve.hypervisor") == (daemon == "hypervisor")
         if ours:
             for group, options in point.load()():
                 found.setdefault(str(group or "DEFAULT"), {}).update({option.dest: option for option in options})
-    return found
+    return {**found, **plugin_options()} if daemon == "agent" else found
+
+
+def plugin_options() -> Options:
+    """The options of every plugin that can be loaded."""
+    verbs, _ = load_verbs()
+    return {
+        conf_plugins.group_of(name): {option.dest: option for option in verb.plugin.options}
+        for name, verb in verbs.items()
+        if verb.plugin.options
+    }
 
 
 def check_file(path: Path, options: Options) -> Iterator[Problem]:
@@ -162,9 +173,12 @@ def _check_names(settings: conf.Settings) -> Iterator[Problem]:
     drivers = sorted(point.name for point in importlib.metadata.entry_points(group="reeve.drivers"))
     if settings.driver not in drivers:
         yield error("[driver] name", f"there is no driver {settings.driver!r}", f"give one of {', '.join(drivers)}")
-    verbs = {point.name for point in importlib.metadata.entry_points(group="reeve.instructions")}
+    verbs, broken = load_verbs(files=settings.files)
+    for name, why in broken.items():
+        what, cure = _split(why)
+        yield warning(f"plugin {name}", f"it is left out: {what}", cure)
     for verb in settings.allowed_verbs:
-        if verb not in verbs:
+        if verb not in verbs and verb not in broken:
             yield error("[agent] allowed_verbs", f"there is no verb {verb!r}", "reeve schema lists them")
 
 
@@ -240,6 +254,12 @@ class ConfigShow(List):
                 value = values[group][option.dest]
                 shown = HIDDEN if option.secret and value else value
                 rows.append((group, option.dest, shown, bool(option.mutable)))
+        verbs, _ = load_verbs(files=files)
+        for name, verb in verbs.items():
+            for option in verb.plugin.options:
+                value = verb.options[option.dest]
+                shown = HIDDEN if option.secret and value else value
+                rows.append((conf_plugins.group_of(name), option.dest, shown, False))
         return ("group", "option", "value", "changes_on_sighup"), rows
 
 

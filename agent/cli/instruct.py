@@ -8,9 +8,9 @@ from typing import Any
 
 from cliff.columns import FormattableColumn
 
+from agent.cli.asking import InstructionFailed, failure
 from agent.cli.base import Seconds, Show, Table, UsageError, progress
 from agent.cli.values import arguments, read_json_object, seconds
-from agent.errors import AgentError
 
 
 class Steps(FormattableColumn[list[dict[str, Any]]]):
@@ -22,10 +22,6 @@ class Steps(FormattableColumn[list[dict[str, Any]]]):
             took = f"{step['seconds']:8.3f} s" if isinstance(step.get("seconds"), (int, float)) else " " * 10
             lines.append(f"{took}  {step.get('state', '')!s:<8} {step.get('title') or step.get('name', '')}")
         return "\n".join(lines)
-
-
-class InstructionFailed(AgentError):
-    """The reply says that the instruction was not carried out; code, text and retryable are the reply's."""
 
 
 class Instruct(Show):
@@ -73,11 +69,7 @@ class Instruct(Show):
         data = self._ask(parsed_args, args)
         error = data["error"]
         if error is not None:
-            self.failure = InstructionFailed(
-                str(error.get("message", "no reason given")),
-                code=str(error.get("code", "instruction.failed")),
-                retryable=bool(error.get("retryable", False)),
-            )
+            self.failure = failure(error)
         columns = {
             "id": data["id"],
             "host": data["host"],

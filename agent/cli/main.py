@@ -30,6 +30,7 @@ from agent.cli import (
     instruct,
     migration,
     node,
+    plugins,
     resize,
     saving,
     schema,
@@ -117,6 +118,7 @@ class ReeveApp(App):  # type: ignore[misc,unused-ignore]
         )
         for name, command in COMMANDS.items():
             manager.add_command(name, command)
+        manager.commands.update(plugins.find(COMMANDS))  # type: ignore[arg-type]
         self.json_errors = False
 
     def build_option_parser(
@@ -192,8 +194,9 @@ class ReeveApp(App):  # type: ignore[misc,unused-ignore]
             return self.command_manager.find_command(argv)
         except ValueError:
             typed = " ".join(words[:2])
-            group = sorted(name for name in COMMANDS if words and name.split()[0] == words[0])
-            close = group or difflib.get_close_matches(typed, COMMANDS, n=3)
+            names = list(self.command_manager.commands)
+            group = sorted(name for name in names if words and name.split()[0] == words[0])
+            close = group or difflib.get_close_matches(typed, names, n=3)
             hint = f"did you mean: {', '.join(close)}" if close else "`reeve --help` lists the commands"
             raise UsageError(f"{typed or argv[0]!r} is not a command: {hint}") from None
 

@@ -13,11 +13,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from agent.cli.base import CliError, List, Show, Table, UsageError, find_domain, plain, progress
-from agent.cli.instruct import InstructionFailed
-from agent.cli.settings import Connection
+from agent.cli.asking import ask
+from agent.cli.base import CliError, List, Show, Table, find_domain, plain, progress
 from agent.cli.values import rate_bytes, seconds
-from agent.errors import AgentError
 from agent.migrating import commands, described
 from hypervisor.errors import MigrationNotFound
 from hypervisor.toolstack.api import MigrationPhase, MigrationStatus, Toolstack
@@ -55,7 +53,7 @@ class DomainMigrate(Show):
         args = {"uuid": info.uuid, "target": parsed_args.target, **_asked(parsed_args)}
         ident = str(uuid.uuid4())
         with _bar(f"{info.name} to {parsed_args.target}") as tell:
-            result = _ask(self.connection, "migrate", args, parsed_args.timeout, tell, ident)
+            result = ask(self.connection, "migrate", args, parsed_args.timeout, tell, ident)
         data = {"migration": ident, "uuid": info.uuid, "name": info.name, **plain(result)}
         domain = data.pop("domain") or {}
         data["state"] = domain.get("state", "")
@@ -90,7 +88,7 @@ class HostEvacuate(List):
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
         args = {"target": parsed_args.target, "at_once": parsed_args.at_once, **_asked(parsed_args)}
         with _bar(f"domains to {parsed_args.target}") as tell:
-            result = _ask(self.connection, "evacuate", args, parsed_args.timeout, tell, str(uuid.uuid4()))
+            result = ask(self.connection, "evacuate", args, parsed_args.timeout, tell, str(uuid.uuid4()))
         if left := result["failed"] + result["not_begun"]:
             text = (
                 f"{left} of {len(result['domains'])} domains are still here, {result['moved']} have moved: run it again"
@@ -189,7 +187,7 @@ class MigrationResolve(Show):
         if parsed_args.peer:
             args["peer"] = parsed_args.peer
         with progress("asking the other host"):
-            found = _ask(
+            found = ask(
                 self.connection, "resolve_migration", args, parsed_args.timeout, lambda data: None, str(uuid.uuid4())
             )["migration"]
         found.pop("resolve", None)
@@ -245,35 +243,6 @@ def _shown(status: MigrationStatus) -> tuple[tuple[str, ...], tuple[object, ...]
     data["error"] = Table(data["error"]) if data["error"] else ""
     data["resolve"] = Table(commands(status))
     return tuple(data), tuple(data.values())
-
-
-def _ask(
-    connection: Connection, verb: str, args: dict[str, Any], timeout: float, tell: Tell, ident: str
-) -> dict[str, Any]:
-    """An instruction to this host's agent; `tell` hears its progress reports.
-
-    :raises InstructionFailed: with the reply's code. :raises AgentError: no reply, no broker.
-    """
-    from agent.rpc.client import Client  # here: kombu takes its time
-
-    if not connection.broker_url:
-        raise UsageError("no broker known: give --config-file with the agent's configuration")
-    with Client(connection.broker_url, connection.host, tls=connection.broker_tls) as client:
-        client.listen(
-            lambda report: tell(report.data) if report.data.get("instruction") == ident else None,
-            f"progress.{connection.host}",
-        )
-        client.send(verb, args, instruction_id=ident, deadline=time.time() + timeout)
-        # Past the deadline it is taken back, which takes a while, too.
-        reply = client.wait(ident, timeout + 60.0)
-    if reply.error is not None:
-        error = reply.error
-        raise InstructionFailed(
-            str(error.get("message", "no reason given")),
-            code=str(error.get("code", AgentError.code)),
-            retryable=bool(error.get("retryable", False)),
-        )
-    return dict(reply.result or {})
 
 
 @contextlib.contextmanager

@@ -29,6 +29,34 @@ class Old(Good):
     api_version = (0, 9)
 
 
+class Newer(Good):
+    verb = "newer"
+    api_version = (1, 99)
+
+
+class Versionless(Good):
+    verb = "versionless"
+    api_version = "1.2"
+
+
+class BadLane(Good):
+    verb = "bad_lane"
+    lane = "fast"
+
+
+class BadStep(Good):
+    verb = "bad_step"
+    step_kinds = (Plan,)
+
+
+class BadProperty(Good):
+    verb = "bad_property"
+
+    @property
+    def args_schema(self):
+        raise SystemExit(4)
+
+
 class Misnamed(Good):
     verb = "other"
 
@@ -60,6 +88,11 @@ bad_schema = third_party_verbs:BadSchema
 no_plan = third_party_verbs:NoPlan
 no_plugin = third_party_verbs:NoPlugin
 missing = no_such_module:Thing
+newer = third_party_verbs:Newer
+versionless = third_party_verbs:Versionless
+bad_lane = third_party_verbs:BadLane
+bad_step = third_party_verbs:BadStep
+bad_property = third_party_verbs:BadProperty
 
 [reeve.drivers]
 broken = third_party_verbs:factory
@@ -85,8 +118,14 @@ def test_a_third_party_verb_is_found_and_broken_ones_are_left_out(
 ) -> None:
     verbs, broken = load_verbs(installed)
     assert sorted(verbs) == ["third_party"]
-    assert sorted(broken) == ["bad_schema", "misnamed", "missing", "no_plan", "no_plugin", "old"]
-    assert "cannot be imported" in broken["missing"] and "plugin API (0, 9)" in broken["old"]
+    assert sorted(broken) == [
+        "bad_lane", "bad_property", "bad_schema", "bad_step", "misnamed", "missing", "newer", "no_plan", "no_plugin",
+        "old", "versionless",
+    ]  # fmt: skip
+    assert "1.99" in broken["newer"] and broken["newer"].endswith(": upgrade the agent")
+    assert broken["versionless"] == "api_version '1.2' is no (major, minor)" and "'fast'" in broken["bad_lane"]
+    assert "agent.api.Step" in broken["bad_step"] and broken["bad_property"] == "SystemExit: 4"
+    assert "cannot be loaded: ModuleNotFoundError" in broken["missing"] and "plugin API 0.9" in broken["old"]
     assert "leads to the verb 'other'" in broken["misnamed"] and "JSON Schema" in broken["bad_schema"]
     assert "is no agent.api.Plugin" in broken["no_plugin"] and "no_plan" in broken
     assert "plugin old left out" in caplog.text
