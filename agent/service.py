@@ -45,6 +45,7 @@ from agent.rpc.consumer import Consumer
 from agent.rpc.peers import BrokerPeers
 from agent.rpc.publisher import Publisher
 from agent.rpc.queues import OsloQueues, declare_notifications
+from agent.usage import DESCRIPTION, EPILOG
 from hypervisor.errors import ToolstackError
 from hypervisor.toolstack.api import Toolstack
 
@@ -57,18 +58,6 @@ EXIT_UNFINISHED = 75
 """EX_TEMPFAIL of sysexits.h: ended as asked, but the time to drain was too short for what ran."""
 DRIVER_PAUSE = 5.0
 SWITCH_SECONDS = 0.001
-
-DESCRIPTION = "Carries out a scheduler's instructions on this node: takes them from a message queue, journals them, "
-DESCRIPTION += "runs them on the local hypervisor and replies. Killed at any moment, it goes on where it was."
-EPILOG = """examples:
-  reeve-agent
-      folder broker and journal under the default state folder; then, in another terminal:
-      reeve instruct list
-  reeve-agent --broker-url amqp://guest:guest@127.0.0.1:5672/ --agent-host node1
-      take instructions from RabbitMQ, queue reeve.node1
-  reeve-agent --driver-name fake --agent-state-dir /tmp/try
-      try it without a hypervisor
-"""
 
 
 class Service:
