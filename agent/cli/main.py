@@ -30,6 +30,7 @@ from agent.cli import (
     instruct,
     migration,
     node,
+    placement,
     plugins,
     resize,
     saving,
@@ -73,6 +74,9 @@ COMMANDS: dict[str, Any] = {
     "migration cancel": migration.MigrationCancel,
     "migration resolve": migration.MigrationResolve,
     "host evacuate": migration.HostEvacuate,
+    "placement show": placement.PlacementShow,
+    "placement audit": placement.PlacementAudit,
+    "placement repair": placement.PlacementRepair,
     "top": top.Top,
     "instruct": instruct.Instruct,
     "schema": schema.Schema,
@@ -213,12 +217,12 @@ class ReeveApp(App):  # type: ignore[misc,unused-ignore]
 
 
 def _wants_json(argv: Sequence[str]) -> bool:
-    """Whether ``-f json`` (for images ``--json``, too) is there; asked before parsing, for errors in parsing it."""
+    """Whether ``-f json`` (for some ``--json``, too) is there; asked before parsing, for errors in parsing it."""
     for index, word in enumerate(argv):
         following = argv[index + 1] if index + 1 < len(argv) else ""
         if word in ("-fjson", "--format=json") or (word in ("-f", "--format") and following == "json"):
             return True
-    return "--json" in argv and "image" in argv
+    return "--json" in argv and ("image" in argv or "placement" in argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -68,6 +68,16 @@ class Connection:
         return conf.load(self._config_files)
 
     @property
+    def agent_settings(self) -> Any:
+        """An `agent.conf.Settings`: the agent's configuration as a whole."""
+        return self._conf
+
+    @property
+    def overridden(self) -> bool:
+        """Whether an option says another driver or another host than the configuration."""
+        return self._driver is not None or bool(self._settings)
+
+    @property
     def driver(self) -> str:
         return self._driver or str(self._conf.driver)
 

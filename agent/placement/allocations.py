@@ -97,8 +97,12 @@ class Allocations:
         self._project = project
         self._user = user
 
+    def found(self) -> dict[str, Resources]:
+        """What each consumer has at this provider."""
+        return self._client.allocations(self._provider)
+
     def differences(self, shares: Mapping[str, Share]) -> list[Difference]:
-        return compare(self._client.allocations(self._provider), shares)
+        return compare(self.found(), shares)
 
     def own(self, consumer: Consumer) -> bool:
         """Whether an agent of Reeve wrote it; at our provider that was this one."""
@@ -154,7 +158,7 @@ def mend_all(allocations: Allocations, differences: list[Difference]) -> Outcome
         try:
             done = allocations.mend(difference)
         except PlacementError as exc:
-            if exc.code in ("placement.unreachable", "placement.auth_failed", "placement.no_provider"):
+            if exc.fatal:
                 raise
             outcome.failed.append((difference, exc))
             continue

@@ -14,6 +14,12 @@ class PlacementError(AgentError):
     """
 
     code = "placement.refused"
+    _FATAL = frozenset(("placement.unreachable", "placement.auth_failed", "placement.no_provider"))
+
+    @property
+    def fatal(self) -> bool:
+        """Whether the next question would fare no better."""
+        return self.code in self._FATAL
 
     def __init__(self, code: str, message: str, retryable: bool = False) -> None:
         super().__init__(message, code=code, retryable=retryable)
