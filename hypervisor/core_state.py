@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from hypervisor import abi
 from hypervisor.abi import structs
@@ -21,6 +22,10 @@ from hypervisor.machine import Machine
 from hypervisor.memory.xenarea32 import XenArea32
 
 TIMEOUT_S = 5.0
+SETTLE_S = 60.0
+"""For a guest that began from a template: its memory is copied then."""
+
+_T = TypeVar("_T")
 
 _CR0 = 0x8005_0033
 """PE, MP, ET, NE, WP, AM and PG: what a PV guest's kernel finds itself under."""
@@ -41,10 +46,13 @@ class CoreState:
         self._over.set()
 
     def describe(self) -> dict[str, Any]:
-        """``bits``, ``vcpus``, ``base_mfn``, ``pages`` (of guest memory), and byte offsets in the domain's memory:
+        """After this all of its memory is in its descriptor. :raises HostFailure: it cannot be brought there.
+
+        ``bits``, ``vcpus``, ``base_mfn``, ``pages`` (of guest memory), and byte offsets in the domain's memory:
         ``shared_info``, ``m2p`` (entry of the first own frame).
         """
         domain = self._machine.domain
+        self._look(domain.memory.settle, SETTLE_S)
         memory, area = domain.memory, domain.area
         return {
             "bits": self._machine.config.bits,
@@ -64,20 +72,24 @@ class CoreState:
         if not 0 <= number < len(machine.domain.vcpus):
             raise HostFailure(f"there is no vCPU {number}")
         vcpu = machine.domain.vcpus[number]
+        return self._look(lambda: bytes(vcpu_context(machine.domain, vcpu)), TIMEOUT_S)
+
+    def _look(self, function: Callable[[], _T], seconds: float) -> _T:
+        """In the run loop's thread, as long as there is one. :raises HostFailure: it does not answer, or fails."""
         if self._over.is_set():
-            return bytes(vcpu_context(machine.domain, vcpu))
-        found: list[bytes] = []
+            return function()
+        found: list[_T] = []
         done = threading.Event()
 
         def look() -> None:
             try:
-                found.append(bytes(vcpu_context(machine.domain, vcpu)))
+                found.append(function())
             finally:
                 done.set()
 
-        machine.post(look)
-        if not done.wait(TIMEOUT_S) or not found:
-            raise HostFailure("the machine does not tell its registers: see domain.log")
+        self._machine.post(look)
+        if not done.wait(seconds) or not found:
+            raise HostFailure("the machine does not tell what it holds: see domain.log")
         return found[0]
 
 

@@ -109,6 +109,10 @@ class MovingState:
             self.frozen = False
             self._work.put(None)
 
+    def settle(self) -> None:
+        """All of its memory is in its descriptor from now on. :raises OSError, HostFailure."""
+        self.call(self._machine.domain.memory.settle)
+
     def call(self, function: Callable[[], _T]) -> _T:
         """`function` in the run loop's thread; its result, or what it raises. :raises HostFailure: it does not run."""
         done = threading.Event()

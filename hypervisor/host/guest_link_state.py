@@ -47,6 +47,7 @@ class LinkTarget:
     """What links need of the machine.
 
     :ivar frames: pages of its memfd; `index` the page of a machine frame, -1 when there is none.
+    :ivar share: makes a page one of the memfd, if it is none yet (`DomainMemory.share`). :raises OSError.
     :ivar post: has a function called in the run loop's thread (`Machine.post`).
     :ivar machine: what neighbours reach; None: it has none.
     :ivar mapped: how often driver processes have a page of the memfd mapped; `writable`: those they can write to.
@@ -64,6 +65,7 @@ class LinkTarget:
     mapped: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
     shared: set[int] = dataclasses.field(default_factory=set)
     writable: WritablePages = dataclasses.field(default_factory=WritablePages)
+    share: Callable[[int], None] = lambda _page: None
 
 
 @dataclasses.dataclass(slots=True)
@@ -155,6 +157,11 @@ class LinkState:
         if held.page in self._target.shared:
             self._unpin(held)
             raise Refused(abi.GNTST_general_error, f"grant {ref}: another domain has the frame mapped")
+        try:
+            self._target.share(held.page)
+        except OSError as exc:
+            self._unpin(held)
+            raise Refused(abi.GNTST_no_space, f"grant {ref}: its frame cannot be shared: {exc}") from exc
         return held
 
     def _unpin(self, held: Held) -> None:

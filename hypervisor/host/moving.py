@@ -114,6 +114,7 @@ class MigrationPart:
             if len(fds) != 1:
                 raise HostFailure(f"op migration_log with {len(fds)} descriptors")
             self._stop()
+            self._guest.settle()
             self._bitmap = fds.pop()
             self._writable.watch(True)
             self._guest.punched = collections.deque()

@@ -64,6 +64,7 @@ class Exports:
             raise GrantError(abi.GNTST_no_space, f"{len(self._everywhere)} frames are shared")
         new = Place(self._free[writable].pop(), writable)
         try:
+            self._memory.share(index)  # it comes back to the memfd
             self._move(index, self._fds[writable], new.slot)
         except OSError as exc:
             self._free[writable].append(new.slot)

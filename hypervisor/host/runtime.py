@@ -41,6 +41,7 @@ class BuildRequest:
     :ivar incoming: the guest comes from another host, which gave these facts (`Moving.facts`): no kernel is read, and
         the domain process waits for the guest's state.
     :ivar image: the guest is not built, but comes from a saved image, whose descriptor the process gets.
+    :ivar template: it begins from a template, whose memory and state the process gets.
     """
 
     spec: DomainSpec
@@ -55,6 +56,12 @@ class BuildRequest:
     fast_path: str = "auto"
     incoming: dict[str, Any] | None = None
     image: bool = False
+    template: bool = False
+
+    @property
+    def sources(self) -> int:
+        """Descriptors that it comes from."""
+        return 2 if self.template else int(self.image)
 
     def to_json(self) -> dict[str, Any]:
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -156,6 +163,9 @@ class Moving(Protocol):
     def call(self, function: Callable[[], _T]) -> _T:
         """In the run loop's thread."""
 
+    def settle(self) -> None:
+        """All of its memory is in its descriptor from now on. :raises OSError."""
+
     def host_pages(self) -> set[int]:
         """Pages that the host process writes to: the rings of console and store."""
 
@@ -197,6 +207,15 @@ class Saver(Protocol):
         """Let a suspended guest go on."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Template:
+    """Descriptors. :ivar memory, state: see `hypervisor.suspended.template`. :ivar own: the domain's memory."""
+
+    memory: int
+    state: int
+    own: int
+
+
 class Runtime(Protocol):
     def facts(self) -> RuntimeFacts: ...
 
@@ -224,6 +243,19 @@ class Runtime(Protocol):
 
         :param image: descriptor at the beginning of a libxc stream; read to the end of the libxl stream around it.
         :raises ToolstackError: with cause and cure; what is wrong with the image is `StreamInvalid`.
+        """
+
+    def clone(
+        self,
+        request: BuildRequest,
+        memory: mmap.mmap,
+        notify_host: Callable[[int], None],
+        seal: Callable[[], None],
+        template: Template,
+    ) -> Guest:
+        """As `build`, from a template: what the guest does not write stays the template's.
+
+        :raises ToolstackError: with cause and cure; what is wrong with the template is `StreamInvalid`.
         """
 
 

@@ -9,12 +9,28 @@ from __future__ import annotations
 import collections
 import ctypes
 import mmap
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from hypervisor.memory import layout
 from hypervisor.types import PAGE_SHIFT, PAGE_SIZE
+
+
+class PrivatePages(Protocol):
+    """Pages that are not in the domain's memfd: a template's, or private copies of them (`hypervisor.host.cow`)."""
+
+    def share(self, index: int) -> None:
+        """Bring one into the memfd. :raises OSError."""
+
+    def punch(self, first: int, count: int) -> None:
+        """The same, as zeros. :raises OSError."""
+
+    def settle(self) -> None:
+        """Bring all of them there. :raises OSError."""
+
+    def among(self, indexes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Which of them are private, a bool for each."""
 
 
 class DomainMemory:
@@ -25,6 +41,7 @@ class DomainMemory:
     :ivar frames: number of frames, RAM and Xen's together.
     :ivar punched: collects what was given back to the host (first index, count), which no log of writes tells; None:
         nobody wants to know.
+    :ivar private: what is not in the memfd yet, and so can be seen by nobody else; None: all of it is there.
     """
 
     __slots__ = (
@@ -36,6 +53,7 @@ class DomainMemory:
         "dwords",
         "frames",
         "max_pages",
+        "private",
         "punched",
         "words",
     )
@@ -47,6 +65,7 @@ class DomainMemory:
         if not 0 < base_mfn <= layout.MAX_MFN - self.frames:
             raise ValueError(f"base_mfn {base_mfn:#x} is outside the host's frames")
         self.punched: collections.deque[tuple[int, int]] | None = None
+        self.private: PrivatePages | None = None
         self._mapping = mapping
         self._anchor: Any = ctypes.c_char.from_buffer(mapping)
         self.base_mfn = base_mfn
@@ -89,6 +108,8 @@ class DomainMemory:
 
     def punch(self, first: int, count: int) -> None:
         """Give frames back to the host: they read as zeros, and cost nothing until they are written again."""
+        if self.private is not None:
+            self.private.punch(first, count)
         try:
             self._mapping.madvise(mmap.MADV_REMOVE, first << PAGE_SHIFT, count << PAGE_SHIFT)
         except OSError:  # memory of a kind that cannot be punched (private, hugetlbfs)
@@ -96,6 +117,17 @@ class DomainMemory:
         punched = self.punched
         if punched is not None:  # afterwards: whoever reads the page because of this sees zeros
             punched.append((first, count))
+
+    def share(self, index: int) -> None:
+        """From now on a frame is where other processes can see it. The guest must not run. :raises OSError."""
+        if self.private is not None:
+            self.private.share(index)
+
+    def settle(self) -> None:
+        """The same for all frames, for whoever reads the memfd as a whole. :raises OSError."""
+        if self.private is not None:
+            self.private.settle()
+            self.private = None
 
     def copy_page(self, to: int, source: int) -> None:
         self.array[to * 512 : (to + 1) * 512] = self.array[source * 512 : (source + 1) * 512]

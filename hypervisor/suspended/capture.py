@@ -62,10 +62,17 @@ class Captured:
         for first in range(0, len(types), BATCH):
             some = types[first : first + BATCH]
             indexes = self.frames[first : first + BATCH][has_data(some)]
-            pages = page[indexes] if memory < 0 else _read(memory, indexes)  # a copy
+            pages = page[indexes] if memory < 0 else self._read(memory, indexes)  # a copy
             for row in np.flatnonzero(some[has_data(some)]).tolist():
                 self._neutral(int(indexes[row]), pages[row])
             yield np.arange(first, first + len(some), dtype=np.uint64), some, pages.reshape(-1).view(np.uint8).data
+
+    def _read(self, memory: int, indexes: Array) -> Array:
+        pages, private = _read(memory, indexes), self._domain.memory.private
+        if private is not None:
+            rows = private.among(indexes)
+            pages[rows] = self._domain.memory.array.reshape(-1, 512)[indexes[rows]]
+        return pages
 
     def _neutral(self, index: int, table: Array) -> None:
         """Turn the machine frame numbers of a page table into page numbers; take away what is Xen's."""

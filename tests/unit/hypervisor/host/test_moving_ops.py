@@ -28,6 +28,10 @@ class Guest:
         self.punched: collections.deque[tuple[int, int]] | None = None
         self.obstacle = ""
         self.taken: list[bytes] = []
+        self.settled = 0
+
+    def settle(self) -> None:
+        self.settled += 1
 
     def call(self, function: Callable[[], Any]) -> Any:
         return function()
