@@ -39,6 +39,7 @@ CODES = (
     "host.insufficient_memory", "host.insufficient_vcpus", "host.unavailable", "host.failure",
     "driver.unsupported",
     "stream.invalid", "stream.unsupported", "cpu.incompatible",
+    "template.not_found", "template.exists", "template.in_use",
     "migration.not_found", "migration.refused", "migration.not_transparent", "migration.failed",
     "migration.cancelled", "migration.unresolved",
     "protocol.invalid",

@@ -30,6 +30,9 @@
          ├─ OperationTimeout       domain.timeout      retryable
          ├─ StreamInvalid          stream.invalid      a saved image or a stream is damaged, cut short, or none at all
          │   └─ StreamUnsupported  stream.unsupported  of another version, byte order or kind of guest
+         ├─ TemplateNotFound       template.not_found
+         ├─ TemplateExists         template.exists
+         ├─ TemplateInUse          template.in_use     domains run on its memory
          ├─ CpuIncompatible        cpu.incompatible    the guest saw CPU features that this host lacks
          ├─ MigrationNotFound      migration.not_found
          ├─ MigrationRefused       migration.refused   the target says no, or the stream is for no migration it knows
@@ -176,6 +179,18 @@ class StreamInvalid(ToolstackError):
 
 class StreamUnsupported(StreamInvalid):
     code = "stream.unsupported"
+
+
+class TemplateNotFound(ToolstackError):
+    code = "template.not_found"
+
+
+class TemplateExists(ToolstackError):
+    code = "template.exists"
+
+
+class TemplateInUse(ToolstackError):
+    code = "template.in_use"
 
 
 class CpuIncompatible(ToolstackError):

@@ -35,6 +35,7 @@ from agent.cli import (
     resize,
     saving,
     schema,
+    template,
     top,
 )
 from agent.cli.base import EXIT_FAILED, EXIT_OK, CliError, UsageError, error_json, usage_error
@@ -64,6 +65,10 @@ COMMANDS: dict[str, Any] = {
     "domain resize": resize.DomainResize,
     "domain save": saving.DomainSave,
     "domain restore": saving.DomainRestore,
+    "template create": template.TemplateCreate,
+    "template list": template.TemplateList,
+    "template show": template.TemplateShow,
+    "template remove": template.TemplateRemove,
     "domain migrate": migration.DomainMigrate,
     "domain sysrq": inside.DomainSysrq,
     "domain dump-core": inside.DomainDumpCore,

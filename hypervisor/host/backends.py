@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -252,5 +253,7 @@ def _nodes(domain: Domain, boot: dict[str, Any]) -> domain_nodes.DomainNodes:
         kernel=spec.boot.kernel,
         ramdisk=spec.boot.ramdisk or "",
         cmdline=spec.boot.cmdline,
+        template=domain.record.template,
+        generation=secrets.token_hex(16),
         start_time=domain.record.created_at,
     )

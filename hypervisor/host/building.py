@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +28,25 @@ DOMAIN_LOG_NAME = "domain.log"
 class Image:
     """A saved image that a domain comes from.
 
-    :ivar descriptor: of the file, at the beginning of its libxc stream.
+    :ivar descriptors: of the file, at the beginning of its libxc stream; or of a template's memory and state.
     :ivar run: sizes of the run that was saved; `pages` it had, or the most it can have.
     :ivar bits: the guest's word size.
     :ivar seconds: how long it may take to be read.
+    :ivar template: ident of the template, "" for a saved image.
     """
 
-    descriptor: int
+    descriptors: tuple[int, ...]
     run: RunSizes
     pages: int
     bits: int
-    seconds: float
+    seconds: float = 0.0
+    template: str = ""
 
 
 async def fork(
-    zygote: ZygoteClient, folder: Path, request: BuildRequest, frames: int, sandbox: str, image: int = -1
+    zygote: ZygoteClient, folder: Path, request: BuildRequest, frames: int, sandbox: str, sources: Sequence[int] = ()
 ) -> ProcessHold:
-    """:param folder: the domain's. :param frames: of its extent. :param image: if it comes from one, its descriptor.
+    """:param folder: the domain's. :param frames: of its extent. :param sources: `Image.descriptors`.
 
     :raises ToolstackError: there is no process.
     """
@@ -53,8 +56,7 @@ async def fork(
     try:
         log = os.open(folder / DOMAIN_LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         message = {"op": "spawn", "request": request.to_json(), "directory": str(folder), "sandbox": sandbox}
-        extra = [image] if request.image else []
-        pid, pidfd = await zygote.spawn(message, [theirs.fileno(), log, *handles.pack(), *extra])
+        pid, pidfd = await zygote.spawn(message, [theirs.fileno(), log, *handles.pack(), *sources])
     except BaseException:
         handles.close()
         ours.close()

@@ -22,6 +22,7 @@ import mmap
 import os
 import socket
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,7 +36,7 @@ from hypervisor.host.handles import Handles, answer, ring
 from hypervisor.host.moving import MigrationPart
 from hypervisor.host.neighbours import Neighbours, neighbours_of
 from hypervisor.host.poller import Poller
-from hypervisor.host.runtime import BuildRequest, Ended, Guest, Runtime
+from hypervisor.host.runtime import BuildRequest, Ended, Guest, Runtime, Template
 from hypervisor.host.saving_thread import Saving
 from hypervisor.host.surroundings import own_surroundings
 from hypervisor.toolstack.api import DomainState, ShutdownReason
@@ -55,14 +56,14 @@ class DomainProcess(DomainVerbs):
         runtime: Runtime,
         *,
         sandbox_required: bool,
-        image: int = -1,
+        sources: Sequence[int] = (),
     ) -> None:
         self.request = request
         self.handles = handles
         self.directory = directory
         self.runtime = runtime
         self.sandbox_required = sandbox_required
-        self._image = image
+        self._sources = sources
         self.state = DomainState.PAUSED
         self.ended: Ended | None = None
         self._host: Channel | None = channel
@@ -112,8 +113,11 @@ class DomainProcess(DomainVerbs):
         log = moving.open_log()
         sealed: list[sandbox.Report] = []
         seal = functools.partial(self._seal, sealed)
-        if self.request.image:
-            guest = self.runtime.restore(self.request, memory, self._notify_host, seal, self._image)
+        if self.request.template:
+            template = Template(self._sources[0], self._sources[1], self.handles.memory)
+            guest = self.runtime.clone(self.request, memory, self._notify_host, seal, template)
+        elif self.request.image:
+            guest = self.runtime.restore(self.request, memory, self._notify_host, seal, self._sources[0])
         else:
             guest = self.runtime.build(self.request, memory, self._notify_host, seal)
         self._guest = guest
@@ -292,7 +296,7 @@ def run_child(
     sandbox_required: bool,
     log_level: int,
 ) -> NoReturn:
-    """The forked child's whole life. `fds`: channel, log file, then `Handles.pack`."""
+    """The forked child's whole life. `fds`: channel, log file, `Handles.pack`, and what it comes from."""
     code = 1
     try:
         sandbox.close_other_fds([0, 1, 2, *fds])
@@ -304,7 +308,7 @@ def run_child(
             directory,
             runtime,
             sandbox_required=sandbox_required,
-            image=fds[-1] if request.image else -1,
+            sources=fds[2 + Handles.COUNT :],
         )
         process.main()
         code = 0

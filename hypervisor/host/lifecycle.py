@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -221,6 +221,7 @@ class Lifecycle(Suspension):
         record.state = DomainState.PAUSED
         record.reason, record.detail, record.cpu_time_ns, record.console = None, "", 0, {}
         record.suspending, record.saved_as = False, []
+        record.template = image.template if image is not None else ""
         folder = self.records.directory(spec.uuid)
         wide = is_64bit(spec.boot.kernel) if image is None else image.bits == 64
         record.claim = self._claim(spec, frames, most + layout.xen_frames(max_pages), wide=wide)
@@ -239,9 +240,10 @@ class Lifecycle(Suspension):
             linear_page_tables=self.settings.linear_page_tables,
             fast_path=self.settings.fast_path,
             cpu_policy=self.settings.cpu_policy,
-            image=image is not None,
+            image=image is not None and not image.template,
+            template=bool(record.template),
         )
-        await self.fork(domain, request, frames, image.descriptor if image is not None else -1)
+        await self.fork(domain, request, frames, image.descriptors if image is not None else ())
         process = domain.process
         assert process is not None
         timeout = self.settings.build_timeout + (image.seconds if image is not None else 0)
@@ -259,10 +261,10 @@ class Lifecycle(Suspension):
             self.resizer.begin(domain)
         self.table.changed()
 
-    async def fork(self, domain: Domain, request: BuildRequest, frames: int, image: int = -1) -> None:
+    async def fork(self, domain: Domain, request: BuildRequest, frames: int, sources: Sequence[int] = ()) -> None:
         """Give the domain a process, which begins to build. :raises ToolstackError: it has none."""
         folder = self.records.directory(domain.uuid)
-        domain.process = await building.fork(self.zygote, folder, request, frames, self.settings.sandbox, image)
+        domain.process = await building.fork(self.zygote, folder, request, frames, self.settings.sandbox, sources)
 
     async def _unmake(self, domain: Domain) -> None:
         """Take back all that `_make` did. The record and the table entry stay."""

@@ -25,24 +25,28 @@ from hypervisor.errors import (
     HostFailure,
     HypervisorBug,
     MigrationFailed,
+    StreamInvalid,
     Unsupported,
     WrongState,
     XenError,
 )
 from hypervisor.evtchn.hostside import HostRouter
+from hypervisor.host.cow import CowMemory
 from hypervisor.host.guest_link_state import LinkTarget
-from hypervisor.host.runtime import CONSOLE_PORT, STORE_PORT, BuildRequest, Ended, RuntimeFacts
+from hypervisor.host.runtime import CONSOLE_PORT, STORE_PORT, BuildRequest, Ended, RuntimeFacts, Template
 from hypervisor.machine import Machine
 from hypervisor.moving import MovingState
 from hypervisor.suspended.rebuild import rebuild
 from hypervisor.suspended.saver import MachineSaver
+from hypervisor.suspended.state import GuestState
+from hypervisor.suspended.template import read_state
 from hypervisor.suspended.transfer import Incoming
 from hypervisor.toolstack import builder
 from hypervisor.toolstack.api import Capability
 from hypervisor.toolstack.builder import BuildMemory, Kernel
 from hypervisor.toolstack.stream import envelope
 from hypervisor.toolstack.stream.source import Source
-from hypervisor.types import Mfn, Port
+from hypervisor.types import PAGE_SIZE, Mfn, Port
 
 LOG = logging.getLogger(__name__)
 
@@ -62,6 +66,7 @@ CAPABILITIES = (
     Capability.SYSRQ,
     Capability.DUMP_CORE,
     Capability.SAVE,
+    Capability.TEMPLATES,
     Capability.LIVE_MIGRATION,
 )
 DIRECT_CAPABILITIES = (Capability.PV32,)
@@ -125,7 +130,15 @@ def link_target(machine: Machine) -> LinkTarget:
     assert isinstance(router, HostRouter)
     memory = domain.memory
     return LinkTarget(
-        domain.config.domid, memory.frames, memory.index, domain.grants.own, domain.events, router, machine.post, domain
+        domain.config.domid,
+        memory.frames,
+        memory.index,
+        domain.grants.own,
+        domain.events,
+        router,
+        machine.post,
+        domain,
+        share=memory.share,
     )
 
 
@@ -238,16 +251,48 @@ class PvRuntime:
         state, frames = incoming.finish(np.frombuffer(memory, np.uint64, request.max_pages * 512), request.max_pages)
         envelope.read_end(source)
         os.close(image)
+        machine = self._suspended_machine(request, state, memory, notify_host, engine)
+        return self._go_on(request, machine, state, frames)
+
+    def clone(
+        self,
+        request: BuildRequest,
+        memory: mmap.mmap,
+        notify_host: Callable[[int], None],
+        seal: Callable[[], None],
+        template: Template,
+    ) -> PvGuest:
+        """:raises ToolstackError: the template is damaged, or needs what is not here."""
+        engine = self._engine(request.engine)()
+        seal()
+        state, frames = read_state(template.state, request.max_pages)
+        if os.fstat(template.memory).st_size != request.max_pages * PAGE_SIZE:
+            raise StreamInvalid("the template is damaged: its memory has another size; make it again")
+        machine = self._suspended_machine(request, state, memory, notify_host, engine)
+        ram = machine.domain.memory
+        ram.private = CowMemory(ram, template.own, template.memory, request.max_pages)
+        os.close(template.memory)
+        os.close(template.state)
+        return self._go_on(request, machine, state, frames)
+
+    def _suspended_machine(
+        self, request: BuildRequest, state: GuestState, memory: mmap.mmap, notify: Callable[[int], None], engine: Any
+    ) -> Machine:
+        """For a guest that suspended itself, without memory."""
         policy: str | dict[str, Any] = request.cpu_policy if state.policy is None else state.policy.save()
         facts = _Facts(state.bits, False, policy, mcg_cap=state.mcg_cap)
         config = dataclasses.replace(self._config(request, facts), nr_pages=0)
         try:
-            machine = _machine(config, memory, notify_host, engine, request.fast_path)
+            return _machine(config, memory, notify, engine, request.fast_path)
         except Unsupported as exc:
             raise CpuIncompatible(exc.message) from exc
+
+    def _go_on(self, request: BuildRequest, machine: Machine, state: GuestState, frames: Any) -> PvGuest:
         rebuilt = rebuild(machine.domain, state, frames, (STORE_PORT, CONSOLE_PORT))
-        rings = {"store_mfn": int(rebuilt.store_mfn), "console_mfn": int(rebuilt.console_mfn)}
-        guest = PvGuest(machine, rings)
+        memory = machine.domain.memory
+        for mfn in (rebuilt.store_mfn, rebuilt.console_mfn):
+            memory.share(memory.index(mfn))
+        guest = PvGuest(machine, {"store_mfn": int(rebuilt.store_mfn), "console_mfn": int(rebuilt.console_mfn)})
         guest.limit_memory(max(request.nr_pages, machine.domain.frames.pages()))
         guest.set_cap(request.spec.cap)
         return guest

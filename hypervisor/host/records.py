@@ -72,6 +72,7 @@ class DomainRecord:
     :ivar suspending: it was asked to suspend itself, to be saved: if nobody waits for that any more it goes on.
     :ivar saved_as: where its image appears when it is whole, and device and inode of it: then the domain is to go.
     :ivar migration: ident of the migration that has it in its hands (`hypervisor.host.migration`), "" for none.
+    :ivar template: ident of the template on whose memory it runs (`hypervisor.host.templates`), "" for none.
     :ivar devices: what its devices saved (`hypervisor.host.device_memory.DeviceMemory`), by ``kind/id``.
     """
 
@@ -93,6 +94,7 @@ class DomainRecord:
     suspending: bool = False
     saved_as: list[Any] = dataclasses.field(default_factory=list)
     migration: str = ""
+    template: str = ""
 
     def __post_init__(self) -> None:
         if not self.run.vcpus:

@@ -50,7 +50,7 @@ class Saving:
         began = time.monotonic()
         if not 0 < timeout <= MAX_SUSPEND_TIMEOUT:
             raise SpecInvalid(f"timeout is {timeout:g}: give more than 0, at most {MAX_SUSPEND_TIMEOUT:g} seconds")
-        self._check(domain)
+        self.check(domain)
         path = checked(text)
         stood = 0.0
         try:
@@ -81,7 +81,8 @@ class Saving:
         domain.record.saved_as = [str(path), found.st_dev, found.st_ino]
         self._life.records.save(domain.record)
 
-    def _check(self, domain: Domain) -> None:
+    def check(self, domain: Domain) -> None:
+        """:raises WrongState: its guest cannot suspend now."""
         self._life.check_alive(domain, "save")
         if domain.record.state is not DomainState.RUNNING:
             raise WrongState(f"domain {domain.uuid} is {domain.state}, its guest cannot suspend: unpause it first")
@@ -195,7 +196,7 @@ class Saving:
         self._life.check(run.applied(saved.spec), await self._life.zygote.start())
         pages = saved.pages or run.max_memory_mib * 256
         seconds = os.fstat(descriptor).st_size / SLOWEST_READ
-        return await self._life.create(saved.spec, Image(descriptor, run, pages, bits, seconds))
+        return await self._life.create(saved.spec, Image((descriptor,), run, pages, bits, seconds))
 
 
 def _open(path: Path) -> int:

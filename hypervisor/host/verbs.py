@@ -25,6 +25,8 @@ from hypervisor.host.records import Phase
 from hypervisor.host.sandbox import Report
 from hypervisor.host.saving import Saving
 from hypervisor.host.table import Devices, Domain
+from hypervisor.host.template_verbs import TemplateVerbs
+from hypervisor.host.templates import Templates
 from hypervisor.toolstack.api import Capability, DomainEvent, DomainSpec, DomainState, HostInfo
 from hypervisor.toolstack.devices import DiskSpec, NicSpec
 
@@ -49,6 +51,8 @@ class Verbs:
         self._table = lifecycle.table
         self._sandbox = sandbox
         self._saving = Saving(lifecycle)
+        templates = Templates(lifecycle, self._saving)
+        templates.sweep()
         uuid: dict[str, tuple[type, ...]] = {"uuid": (str,)}
         self._verbs = {
             "host.info": Verb(self._host_info, {}),
@@ -81,6 +85,7 @@ class Verbs:
             "domain.restore": Verb(self._restore, {"path": (str,), "owner": (str,), "name": (str,), "uuid": (str,)}),
             "console.log": Verb(self._console_log, {**uuid, "max_bytes": (int,)}),
             **{name: Verb(*found) for name, found in MigrationVerbs(lifecycle.table, migrations).table.items()},
+            **{name: Verb(*found) for name, found in TemplateVerbs(templates, self._holding).table.items()},
         }
 
     async def call(self, verb: str, args: dict[str, Any]) -> Any:

@@ -93,9 +93,9 @@ class Zygote:
         if op == "spawn-mover":
             return self._mover(message, fds, required=required)
         directory = Path(message["directory"])
-        if op == "spawn" and len(fds) in (CHILD_FDS, CHILD_FDS + 1):
+        if op == "spawn" and CHILD_FDS <= len(fds) <= CHILD_FDS + 2:
             request = BuildRequest.from_json(message["request"])
-            if request.image != (len(fds) > CHILD_FDS):
+            if len(fds) != CHILD_FDS + request.sources:
                 raise ValueError(f"op {op!r} with {len(fds)} descriptors")
             return lambda: domain_process.run_child(
                 request, fds, directory, self._runtime, sandbox_required=required, log_level=self._log_level

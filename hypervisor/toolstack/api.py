@@ -49,6 +49,7 @@ from hypervisor.toolstack.spec import (
     OnEvent,
     check_scheduling,
 )
+from hypervisor.toolstack.template import TemplateInfo
 
 __all__ = [
     "API_VERSION",
@@ -73,11 +74,12 @@ __all__ = [
     "OnEvent",
     "SaveInfo",
     "ShutdownReason",
+    "TemplateInfo",
     "Toolstack",
     "check_scheduling",
 ]
 
-API_VERSION = (1, 2)
+API_VERSION = (1, 3)
 
 
 @runtime_checkable
@@ -234,6 +236,42 @@ class Toolstack(Protocol):
 
         :param name, uuid: ``""`` keeps what the image says.
         :raises SpecInvalid: the path is not absolute or no file. :raises StreamInvalid, CpuIncompatible.
+        """
+
+    # -- templates: `Capability.TEMPLATES`
+
+    def template_create(
+        self, uuid: str, name: str, *, ident: str, keep_running: bool = False, timeout: float = 60.0
+    ) -> TemplateInfo:
+        """Have the guest suspend and keep it as a template; then the domain is gone. What fails leaves it running.
+
+        :param name: unique among templates, as a domain's. :param ident: kept, to know it again by.
+        :param keep_running: the guest goes on afterwards (to it the suspend was cancelled); not with disks that it
+            can write to.
+        :param timeout: seconds the guest has to suspend.
+        :raises SpecInvalid: a name that is not usable. :raises TemplateExists.
+        :raises WrongState: it has ended, or is paused. :raises OperationTimeout: the guest did not suspend.
+        :raises HostFailure: no space.
+        """
+
+    def template_list(self) -> list[TemplateInfo]:
+        """By name."""
+
+    def template_get(self, name: str) -> TemplateInfo:
+        """:raises TemplateNotFound. :raises StreamInvalid: it is damaged, or of another release."""
+
+    def template_remove(self, name: str, *, force: bool = False) -> None:
+        """:param force: also when domains run on its memory; it takes its place on disk until they have ended.
+
+        :raises TemplateNotFound. :raises TemplateInUse: domains run on its memory.
+        """
+
+    def clone(self, template: str, spec: DomainSpec) -> DomainInfo:
+        """As `create`, but the guest begins from a template, as from a suspension; it shares what it does not write.
+
+        Its memory and vCPUs are those of the template's spec, and the devices of that guest are there under their ids;
+        UUID, name, MACs and images are its own. It finds ``clone/generation`` in xenstore, another for each.
+        :raises TemplateNotFound. :raises StreamInvalid, CpuIncompatible. :raises SpecInvalid: other sizes or devices.
         """
 
     # -- migration: `Capability.LIVE_MIGRATION`; idents are UUIDs, tokens secrets that both sides were told

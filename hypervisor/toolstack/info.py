@@ -45,6 +45,7 @@ class Capability(enum.StrEnum):
     SYSRQ = "sysrq"
     DUMP_CORE = "dump-core"
     SAVE = "save"  # save and restore; moving as an image, where the host moves domains at all
+    TEMPLATES = "templates"  # made of suspended guests, and domains that begin from them
     LIVE_MIGRATION = "live-migration"
     ADOPTION = "adoption"  # domains survive a restart of the host process
 

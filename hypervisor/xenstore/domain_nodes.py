@@ -4,7 +4,7 @@ Paths, values and permissions are those that libxl of Xen 4.17 gives a PV guest
 (``xl create``), so that guests, Debian's tools and people find what they
 know. One node is ours, ``/local/domain/<domid>/reeve/owner``: the marker that
 proves whose domain this is (`DomainSpec.owner`). Only dom0 may write it, and
-the guest cannot read it.
+the guest cannot read it. ``/local/domain/<domid>/clone`` is ours too, of guests that began from a template.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class DomainNodes:
     :ivar store_port, console_port: event channel ports of the guest; `store_mfn` and `console_mfn` the ring
         pages' machine frames (``ring-ref``).
     :ivar console_tty: what a person opens to get to the console, or empty.
+    :ivar template: name or ident of the template that the guest began from, with `generation`, a secret number of this
+        domain alone, under ``clone``: the guest is told that others remember what it does; "" for none.
     :ivar start_time: seconds since the epoch.
     """
 
@@ -53,6 +55,8 @@ class DomainNodes:
     cmdline: str = ""
     console_tty: str = ""
     console_limit: int = 1 << 20
+    template: str = ""
+    generation: str = ""
     start_time: float = 0.0
 
 
@@ -147,6 +151,9 @@ def _nodes(n: DomainNodes, read_only: str, guest_owned: str) -> Iterator[tuple[s
     for name, value in _console_values(n, backend):
         yield f"{home}/console/{name}", value, read_only
     yield f"{home}/console/backend-id", "0", f"n{n.domid},r0"
+    if n.template:
+        for name, value in (("clone", ""), ("clone/template", n.template), ("clone/generation", n.generation)):
+            yield f"{home}/{name}", value, read_only
     yield f"{home}/reeve", "", "n0"
     yield f"{home}/{OWNER_NODE}", n.owner, "n0"
     yield vm, "", read_only

@@ -26,15 +26,15 @@ from hypervisor.toolstack.api import (
 )
 from hypervisor.toolstack.drivers._fake_mover import Mover, Phase, Role, drop, go
 from hypervisor.toolstack.drivers._fake_moves import PAGES_PER_MIB, Move
-from hypervisor.toolstack.drivers._fake_saving import SavingVerbs
 from hypervisor.toolstack.drivers._fake_store import FakeDomain
+from hypervisor.toolstack.drivers._fake_templates import TemplateVerbs
 from hypervisor.toolstack.migration import check_ident
 
 BUILD = "fake-1"
 POINTS = ("starting", "copying", "switching", "complete", "moved")
 
 
-class MovingVerbs(Mover, SavingVerbs):
+class MovingVerbs(Mover, TemplateVerbs):
     """Part of `hypervisor.toolstack.drivers.fake.FakeToolstack`."""
 
     state_dir: str | None

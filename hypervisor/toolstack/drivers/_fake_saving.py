@@ -57,6 +57,7 @@ class SavingVerbs(DeviceVerbs):
             self.new_devices(spec)  # looks at images and networks; what was counted goes on
             kept.spec, kept.domid, kept.created_at = spec, self.store.next_domid(), time.time()
             kept.state, kept.readable, kept.migration, kept.hidden = DomainState.PAUSED, True, "", False
+            kept.template = ""
             self.store.put(kept)
             self.store.emit("created", spec.uuid, "restored")
             return kept.info()

@@ -39,6 +39,7 @@ CREATE TABLE IF NOT EXISTS faults (id INTEGER PRIMARY KEY AUTOINCREMENT, verb TE
 CREATE TABLE IF NOT EXISTS host (key TEXT PRIMARY KEY, value INTEGER);
 CREATE TABLE IF NOT EXISTS migrations (seq INTEGER PRIMARY KEY AUTOINCREMENT, ident TEXT NOT NULL UNIQUE,
     doc TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS templates (name TEXT PRIMARY KEY, doc TEXT NOT NULL);
 """
 
 
@@ -54,6 +55,7 @@ class FakeDomain:
     :ivar max_vcpus, max_memory_mib: of the present run; the spec may say otherwise for the next one.
     :ivar migration: ident of the migration in whose hands it is, or "".
     :ivar hidden: memory and names are set aside for it, it is not here yet.
+    :ivar template: ident of the template on whose memory it runs, or "".
     :ivar devices: of each device (``disk:xvda``, ``nic:0``) its ``state``, ``size_bytes`` and ``stats``.
     """
 
@@ -76,6 +78,7 @@ class FakeDomain:
     devices: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     migration: str = ""
     hidden: bool = False
+    template: str = ""
 
     def __post_init__(self) -> None:
         if not self.max_vcpus:
@@ -84,6 +87,7 @@ class FakeDomain:
     def begin_run(self) -> None:
         """What the spec says counts from now on."""
         spec = self.spec
+        self.template = ""
         self.online = self.wanted_vcpus = spec.vcpus
         self.max_vcpus = spec.effective_max_vcpus
         self.memory_mib = self.target_mib = spec.memory_mib
@@ -276,6 +280,20 @@ class Store:
         self._rows("DELETE FROM migrations WHERE ident = ?", (ident,))
 
     # console
+
+    def templates(self) -> list[dict[str, Any]]:
+        """By name."""
+        return [json.loads(doc) for (doc,) in self._rows("SELECT doc FROM templates ORDER BY name")]
+
+    def template(self, name: str) -> dict[str, Any] | None:
+        found = self._rows("SELECT doc FROM templates WHERE name = ?", (name,))
+        return json.loads(found[0][0]) if found else None
+
+    def put_template(self, name: str, doc: dict[str, Any]) -> None:
+        self._rows("INSERT INTO templates VALUES (?, ?)", (name, json.dumps(doc)))
+
+    def forget_template(self, name: str) -> None:
+        self._rows("DELETE FROM templates WHERE name = ?", (name,))
 
     def console(self, uuid: str) -> tuple[bytes, int] | None:
         """The kept output and how many bytes were ever printed; None when the domain is gone."""

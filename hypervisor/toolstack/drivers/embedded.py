@@ -28,6 +28,7 @@ from hypervisor.toolstack.api import (
     MigrationStatus,
     MigrationTicket,
     SaveInfo,
+    TemplateInfo,
 )
 from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec
 from hypervisor.toolstack.drivers._embedded_client import Client, SocketConsole
@@ -176,6 +177,27 @@ class EmbeddedToolstack:
     def restore(self, path: str, *, owner: str, name: str = "", uuid: str = "") -> DomainInfo:
         args = {"path": path, "owner": owner, "name": name, "uuid": uuid}
         return DomainInfo.from_json(self._client.call("domain.restore", args, STREAM))
+
+    def template_create(
+        self, uuid: str, name: str, *, ident: str, keep_running: bool = False, timeout: float = 60.0
+    ) -> TemplateInfo:
+        args = {"uuid": uuid, "name": name, "ident": ident, "keep_running": int(keep_running)}
+        answer = self._client.call("template.create", {**args, "timeout": float(timeout)}, timeout + STREAM)
+        return TemplateInfo.from_json(answer)
+
+    def template_list(self) -> list[TemplateInfo]:
+        return [TemplateInfo.from_json(item) for item in self._look("template.list")]
+
+    def template_get(self, name: str) -> TemplateInfo:
+        return TemplateInfo.from_json(self._look("template.get", name=name))
+
+    def template_remove(self, name: str, *, force: bool = False) -> None:
+        self._client.call("template.remove", {"name": name, "force": int(force)}, BUILD)
+
+    def clone(self, template: str, spec: DomainSpec) -> DomainInfo:
+        spec.validate()
+        args = {"name": template, "spec": spec.to_json()}
+        return DomainInfo.from_json(self._client.call("template.clone", args, BUILD))
 
     def migration_offer(self, uuid: str) -> MigrationOffer:
         return MigrationOffer.from_json(self._look("migration.offer", BUILD, uuid=uuid))

@@ -65,6 +65,7 @@ CAPABILITIES = frozenset(
         Capability.SYSRQ,
         Capability.DUMP_CORE,
         Capability.SAVE,
+        Capability.TEMPLATES,
     },
 )
 _SETTINGS = {"state_dir", "cpus", "memory_mib", "hostname", "networks", "first_domid"}

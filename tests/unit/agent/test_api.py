@@ -16,6 +16,7 @@ def test_plans_of_every_verb_survive_json(rig: Rig, tmp_path: Path) -> None:
     disk, nic = {"id": "xvda", "path": str(tmp_path / "disk")}, {"id": 0}
     uuid = rig.create(disks=[disk], nics=[nic])
     resized = rig.create("resized")
+    rig.toolstack.template_create(rig.create("kept"), "kept", ident="0")
     rig.ok("resize", {"uuid": resized, "mode": "cold", "memory_mib": 128})
     args: dict[str, Any] = {
         "create": {"name": "other", "memory_mib": 8, "kernel": str(rig.kernel), "metadata": {"k": "v"}},
@@ -33,6 +34,9 @@ def test_plans_of_every_verb_survive_json(rig: Rig, tmp_path: Path) -> None:
         "save": {"uuid": uuid, "name": "saved", "keep_running": True},
         "restore": {"uuid": "00000000-0000-4000-8000-000000000000", "name": "saved"},
         "migrations": {},
+        "template_create": {"uuid": uuid, "name": "base"},
+        "template_list": {},
+        "template_remove": {"name": "kept"},
         "cancel_migration": {"ident": uuid},
         "resolve_migration": {"ident": uuid, "keep": True},
         "migrate_finish": {"ident": uuid},
