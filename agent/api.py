@@ -52,6 +52,7 @@ from hypervisor.toolstack.api import DomainInfo, Toolstack
 if TYPE_CHECKING:
     from oslo_config import cfg
 
+    from agent.control import Control
     from agent.images.remote.fetcher import Fetcher
 
 __all__ = [
@@ -83,6 +84,7 @@ __all__ = [
     "ReplyTimeout",
     "Step",
     "TooLate",
+    "own_agent",
     "own_domain",
 ]
 
@@ -209,6 +211,7 @@ class Host:
         not even when its hostname does.
     :ivar settings: strings from the configuration that plugins may read.
     :ivar peers: the way to other hosts. :ivar sources: images that are fetched; None: none are.
+    :ivar control: the agent itself; None where there is none.
     :ivar options: by verb the values of `Plugin.options`, by their names with ``_``.
     """
 
@@ -220,6 +223,7 @@ class Host:
     settings: Mapping[str, str]
     peers: Peers = dataclasses.field(default_factory=NoPeers)
     sources: Fetcher | None = None
+    control: Control | None = None
     options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
@@ -385,3 +389,10 @@ def own_domain(host: Host, uuid: str) -> DomainInfo:
             "use the tool that made it"
         )
     return info
+
+
+def own_agent(host: Host) -> Control:
+    """:raises InstructionError: there is no agent around the plan."""
+    if host.control is None:
+        raise InstructionError("plugin.no_agent", "only an agent can do this: send it the instruction")
+    return host.control

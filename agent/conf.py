@@ -19,8 +19,9 @@ from typing import Any
 
 from oslo_config import cfg
 
-from agent import conf_broker, conf_images, conf_observe, conf_oslo, conf_placement, wire
+from agent import conf_broker, conf_images, conf_observe, conf_oslo, conf_placement, conf_quarantine, wire
 from agent.errors import AgentError, ConfigError
+from agent.journal.quarantine import Limits
 from agent.rpc.tls import BrokerTls
 
 SYSTEM_CONFIG = Path("/etc/reeve/agent.conf")
@@ -174,6 +175,7 @@ GROUPS: Mapping[str, Sequence[cfg.Opt]] = {
     "resources": RESOURCES,
     "reports": REPORTS,
     "placement": conf_placement.OPTIONS,
+    "quarantine": conf_quarantine.OPTIONS,
     "notifications": conf_observe.NOTIFICATIONS,
     "http": conf_observe.HTTP,
     "log": conf_observe.LOGGING,
@@ -223,6 +225,7 @@ class Settings:
     reserved_memory_mib: int
     report_interval: int
     placement: conf_placement.PlacementSettings
+    quarantine: Limits
     notifications: conf_observe.NotificationSettings
     http: conf_observe.HttpSettings
     log: conf_observe.LogSettings
@@ -351,6 +354,7 @@ def _settings(values: Mapping[str, Mapping[str, Any]]) -> Settings:
         vcpu_ratio=values["resources"]["vcpu_ratio"],
         reserved_memory_mib=values["resources"]["reserved_memory_mib"],
         report_interval=values["reports"]["interval"],
+        quarantine=conf_quarantine.settings(values["quarantine"], values["limits"]["max_message_bytes"]),
         placement=conf_placement.settings(values["placement"], host),
         notifications=conf_observe.notification_settings(values["notifications"]),
         http=conf_observe.HttpSettings(**values["http"]),

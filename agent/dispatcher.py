@@ -161,19 +161,44 @@ class Dispatcher:
                 continue
             self._count((outcome or Accepted.NEW).value, "")
             if outcome is Accepted.REUSED:
-                reused.append(self._reused(raw, item))
+                reused.append(self._refused(raw, _reused(item)))
                 continue
-            # Known before the instruction can end.
-            if item.heartbeat and outcome is not Accepted.REPLAYED:
-                self._heartbeats.watch(item.id, item.reply_to, item.correlation, item.heartbeat)
-            if outcome is Accepted.NEW:
-                self._submit(self._job(item))
-            elif outcome is not None:
-                LOG.info("instruction %s came again: %s", item.id, outcome.value)
+            if outcome is not None:
+                self._taken(item, outcome)
         if reused:
             self._journal.take_in(reused)
         if answered:
             self._on_change()
+
+    def again(self, seq: int, raw: wire.Raw, came: float) -> tuple[str, str]:
+        """Take in a message of the quarantine, in one transaction with taking it out of there.
+
+        :param came: when, seconds since the epoch: what it says of its age counts from then.
+        :returns: what became of it, and the id of the instruction.
+        :raises MessageError: it is still refused, and stays. :raises KeyError: it is not there any more.
+        """
+        try:
+            item = dialects.decode(raw, self._host, self._max_message_bytes, self._oslo_service, came)
+            outcome = self._journal.release(seq, item)
+            if outcome is Accepted.REUSED and isinstance(item, wire.Instruction):
+                raise _reused(item)
+        except MessageError as exc:
+            self._journal.refused.refused_again(seq, exc)
+            raise
+        self._count("ping" if outcome is None else outcome.value, "")
+        if isinstance(item, wire.Instruction) and outcome is not None:
+            self._taken(item, outcome)
+        self._on_change()
+        return ("answered" if outcome is None else outcome.value), getattr(item, "id", "")
+
+    def _taken(self, item: wire.Instruction, outcome: Accepted) -> None:
+        # Known before the instruction can end.
+        if item.heartbeat and outcome is not Accepted.REPLAYED:
+            self._heartbeats.watch(item.id, item.reply_to, item.correlation, item.heartbeat)
+        if outcome is Accepted.NEW:
+            self._submit(self._job(item))
+        else:
+            LOG.info("instruction %s came again: %s", item.id, outcome.value)
 
     def _decode(self, raw: wire.Raw) -> wire.Instruction | wire.Outgoing | Refused | None:
         try:
@@ -184,10 +209,6 @@ class Dispatcher:
     def _refused(self, raw: wire.Raw, why: MessageError) -> Refused:
         LOG.warning("message refused (%s): %s", why.code, why.message)
         return Refused(raw, why, dialects.encode_refusal(raw, why, self._host, self._max_message_bytes))
-
-    def _reused(self, raw: wire.Raw, instruction: wire.Instruction) -> Refused:
-        text = f"the id {instruction.id} belongs to another instruction: give each its own"
-        return self._refused(raw, MessageError(text, code="instruction.id_reused"))
 
     def _job(self, instruction: wire.Instruction) -> _Job:
         verb = self._verbs.get(instruction.verb)
@@ -283,3 +304,8 @@ class Dispatcher:
 
 def _code(item: object) -> str:
     return item.why.code if isinstance(item, Refused) else ""
+
+
+def _reused(instruction: wire.Instruction) -> MessageError:
+    text = f"the id {instruction.id} belongs to another instruction: give each its own"
+    return MessageError(text, code="instruction.id_reused")

@@ -9,7 +9,8 @@
      │    message.unsupported_encoding, message.wrong_host
      ├─ InstructionError               the instruction was understood and cannot be carried out
      │    instruction.unknown_verb, instruction.bad_args, instruction.expired, instruction.deadline_exceeded,
-     │    instruction.id_reused, instruction.outcome_unknown, plugin.failed, image.not_found, image.invalid,
+     │    instruction.id_reused, instruction.outcome_unknown, plugin.failed, plugin.no_agent,
+     │    quarantine.not_found, quarantine.incomplete, quarantine.refused_again, image.not_found, image.invalid,
      │    image.source_refused, image.auth_failed, image.too_large, image.fetch_failed and image.no_room (retryable),
      │    and every code of hypervisor.errors
      ├─ JournalError                   journal.unavailable (retryable), journal.corrupt, journal.newer

@@ -74,6 +74,7 @@ def gauges(service: Service) -> dict[str, float]:
     if service.placement is not None:
         found |= placement_gauges(service.placement)
     with contextlib.suppress(JournalError):
+        found |= {f"quarantine_{name}": value for name, value in service.journal.refused.totals().items()}
         found |= {f"journal_{name}": float(count) for name, count in service.journal.counts().items()}
     with contextlib.suppress(JournalError, ToolstackError):
         found |= {f"capacity_{name}": float(value) for name, value in service.claims.capacity().to_json().items()}

@@ -118,7 +118,8 @@ class _Node:
         info.add_metric([self._version, self._toolstack.name], 1)
         yield info
         for name, value in self._gauges().items():
-            yield GaugeMetricFamily(f"reeve_{name}", f"See docs/observing.md: {name}.", value=value)
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            yield kind(f"reeve_{name}", f"See docs/observing.md: {name}.", value=value)
 
     def _domains(self) -> Iterable[Metric]:
         up = GaugeMetricFamily("reeve_driver_up", "Whether the driver answers.")

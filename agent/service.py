@@ -21,6 +21,7 @@ from typing import Any
 from agent import conf, logs, oslo, reload, sdnotify
 from agent.api import Host
 from agent.configdrive.drives import Drives, wanted_drives
+from agent.control import Control
 from agent.dispatcher import Dispatcher
 from agent.errors import AgentError, ConfigError, JournalError
 from agent.executor import Executor
@@ -93,7 +94,7 @@ class Service:
         if settings.broker_tls.insecure:
             LOG.warning("%s", settings.broker_tls.warning)
         self._closers.append(lock_folder(settings.state_dir / "agent").close)
-        self.journal = Journal(settings.journal_path)
+        self.journal = Journal(settings.journal_path, limits=settings.quarantine)
         self._closers.append(self.journal.close)
         verbs, self.broken_plugins = load_verbs(files=settings.files)
         if settings.allowed_verbs:
@@ -101,6 +102,7 @@ class Service:
         self.toolstack = self._toolstack or self._driver()
         if self._toolstack is None:
             self._closers.append(self.toolstack.close)
+        self.control = Control(self.journal)
         host = self._host(verbs)
         self.drives = Drives(settings.config_drive_dir)
         self.drives.prepare()
@@ -155,6 +157,7 @@ class Service:
                 tls=settings.broker_tls,
             ),
             sources=self.sources,
+            control=self.control,
             options={name: verb.options for name, verb in verbs.items()},
         )
 
@@ -195,6 +198,7 @@ class Service:
             heartbeats=heartbeats,
             count=metrics.message,
         )
+        self.control.dispatcher = self.dispatcher
         self.publisher = Publisher(
             settings.broker_url,
             self.journal,

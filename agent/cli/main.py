@@ -32,6 +32,7 @@ from agent.cli import (
     node,
     placement,
     plugins,
+    quarantine,
     resize,
     saving,
     schema,
@@ -83,6 +84,10 @@ COMMANDS: dict[str, Any] = {
     "placement audit": placement.PlacementAudit,
     "placement repair": placement.PlacementRepair,
     "top": top.Top,
+    "quarantine list": quarantine.QuarantineList,
+    "quarantine show": quarantine.QuarantineShow,
+    "quarantine retry": quarantine.QuarantineRetry,
+    "quarantine drop": quarantine.QuarantineDrop,
     "instruct": instruct.Instruct,
     "schema": schema.Schema,
     "doctor": doctor.Doctor,
@@ -227,7 +232,7 @@ def _wants_json(argv: Sequence[str]) -> bool:
         following = argv[index + 1] if index + 1 < len(argv) else ""
         if word in ("-fjson", "--format=json") or (word in ("-f", "--format") and following == "json"):
             return True
-    return "--json" in argv and ("image" in argv or "placement" in argv)
+    return "--json" in argv and not {"image", "placement", "quarantine"}.isdisjoint(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from agent.errors import JournalCorrupt, JournalError, JournalNewer
 
-VERSION = 2
+VERSION = 3
 APPLICATION_ID = 0x52454556
 """``REEV``; stored in the file's header, so that another program's database is not taken for a journal."""
 
@@ -80,13 +80,15 @@ CREATE TABLE quarantine (
     reason TEXT NOT NULL,
     size INTEGER NOT NULL,
     body BLOB NOT NULL,
-    reply_to TEXT NOT NULL
+    reply_to TEXT NOT NULL,
+    envelope TEXT NOT NULL DEFAULT '{}'
 );
 """
 
 MIGRATIONS = {
     1: "ALTER TABLE instructions ADD COLUMN context TEXT;"
     " ALTER TABLE waiters ADD COLUMN heartbeat REAL NOT NULL DEFAULT 0;",
+    2: "ALTER TABLE quarantine ADD COLUMN envelope TEXT NOT NULL DEFAULT '{}';",
 }
 """What leads from a version to the next one. Columns are added at the end, as `DDL` has them."""
 

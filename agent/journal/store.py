@@ -22,6 +22,7 @@ from agent.errors import AgentError
 from agent.journal import schema
 from agent.journal.failures import translated
 from agent.journal.group import GroupCommit
+from agent.journal.quarantine import LIMITS, Limits, Quarantine
 from agent.journal.records import Accepted, Entry, OutboxRow, Phase, Refused, StepState, Waiter
 from agent.journal.rows import put, read_entry
 
@@ -29,17 +30,15 @@ LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-QUARANTINE_BODY_BYTES = 4096
-QUARANTINE_ROWS = 1000
-
 
 class Journal:
     """:param path: the SQLite file; made when missing.
 
+    :param limits: of the quarantine. :ivar refused: the quarantine itself.
     :raises JournalCorrupt, JournalNewer, JournalError: see `agent.journal.schema.open_file`.
     """
 
-    def __init__(self, path: Path, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path, now: Callable[[], float] = time.time, limits: Limits = LIMITS) -> None:
         self.path = path
         self._now = now
         self._db = schema.open_file(path)
@@ -47,6 +46,7 @@ class Journal:
         # Readers have a connection of their own: they need not wait for the disk.
         self._reader = schema.open_reader(path)
         self._lock = threading.RLock()
+        self.refused = Quarantine(self._write, self._read, now, limits)
         self._sent: set[int] = set()  # rows of the outbox that are only waiting to be removed
 
     def close(self) -> None:
@@ -85,7 +85,9 @@ class Journal:
                     outcomes.append(self._accept(db, item))
                     continue
                 if isinstance(item, Refused):
-                    self._quarantine(db, item)
+                    self.refused.put(db, item)
+                    if item.reply is not None:
+                        self._enqueue(db, item.reply)
                 else:
                     self._enqueue(db, item)
                 outcomes.append(None)
@@ -242,7 +244,8 @@ class Journal:
         return operation
 
     def forget(self) -> int:
-        """Drop the finished instructions whose time to keep has passed; how many."""
+        """Drop finished instructions and refused messages whose time to keep has passed; how many of the former."""
+        self._write(self.refused.sweep)
         return self._execute("DELETE FROM instructions WHERE expires < ?", (self._now(),))
 
     # Claims
@@ -261,31 +264,29 @@ class Journal:
     # Messages that are no instructions
 
     def quarantine(self, raw: wire.Raw, why: AgentError, reply: wire.Outgoing | None) -> None:
-        """Keep a refused message (its beginning) with the reason, and queue the answer to its sender."""
+        """Keep a refused message with the reason, and queue the answer to its sender."""
         self.take_in([Refused(raw, why, reply)])
 
-    def _quarantine(self, db: sqlite3.Connection, refused: Refused) -> None:
-        raw, why, reply = refused.raw, refused.why, refused.reply
-        db.execute(
-            "INSERT INTO quarantine (received, code, reason, size, body, reply_to) VALUES (?, ?, ?, ?, ?, ?)",
-            (
-                self._now(),
-                why.code,
-                why.message,
-                max(raw.size, len(raw.body)),
-                raw.body[:QUARANTINE_BODY_BYTES],
-                reply.routing_key if reply else "",
-            ),
-        )
-        db.execute("DELETE FROM quarantine WHERE seq <= (SELECT max(seq) FROM quarantine) - ?", (QUARANTINE_ROWS,))
-        if reply is not None:
-            self._enqueue(db, reply)
+    def release(self, seq: int, item: wire.Instruction | wire.Outgoing | None) -> Accepted | None:
+        """Take in a message of the quarantine after all, and take it out of there, in one transaction.
 
-    def quarantined(self) -> list[dict[str, Any]]:
-        names = ("seq", "received", "code", "reason", "size", "body", "reply_to")
-        with self._read() as db:
-            rows = db.execute(f"SELECT {', '.join(names)} FROM quarantine ORDER BY seq").fetchall()
-        return [dict(zip(names, row, strict=True)) for row in rows]
+        :param item: what was made of it. :returns: what became of the instruction; it stays where it is `REUSED`.
+        :raises KeyError: it is not there any more, and nothing was taken in.
+        """
+
+        def operation(db: sqlite3.Connection) -> Accepted | None:
+            if db.execute("SELECT 1 FROM quarantine WHERE seq = ?", (seq,)).fetchone() is None:
+                raise KeyError(seq)
+            outcome = None
+            if isinstance(item, wire.Instruction):
+                outcome = self._accept(db, item)
+            elif item is not None:
+                self._enqueue(db, item)
+            if outcome is not Accepted.REUSED:
+                db.execute("DELETE FROM quarantine WHERE seq = ?", (seq,))
+            return outcome
+
+        return self._write(operation)
 
     # Outbox
 

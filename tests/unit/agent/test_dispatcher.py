@@ -142,8 +142,8 @@ def test_an_id_with_another_content_is_refused(rig: Rig, runner: Runner) -> None
     dispatcher = make(rig, runner)
     dispatcher.receive(message(ident=UUIDS[1]))
     dispatcher.receive(message(ident=UUIDS[1], args={"own": True}, reply_to="r"))
-    (row,) = rig.journal.quarantined()
-    assert row["code"] == "instruction.id_reused"
+    (row,) = rig.journal.refused.all()
+    assert row.code == "instruction.id_reused"
     assert json.loads(rig.journal.outbox()[0].body)["error"]["code"] == "instruction.id_reused"
     end(rig, dispatcher)
 
@@ -161,8 +161,8 @@ def test_an_id_with_another_content_is_refused(rig: Rig, runner: Runner) -> None
 def test_refused_messages_are_quarantined_and_answered(rig: Rig, runner: Runner, raw: Raw, code: str) -> None:
     dispatcher = make(rig, runner)
     dispatcher.receive(raw)
-    (row,) = rig.journal.quarantined()
-    assert (row["code"], row["reply_to"]) == (code, "r")
+    (row,) = rig.journal.refused.all()
+    assert (row.code, row.answered) == (code, "r")
     (reply,) = rig.journal.outbox()
     answer = json.loads(reply.body)
     assert answer["error"]["code"] == code and answer["ok"] is False and answer["id"] in ("c", UUIDS[2])
@@ -263,7 +263,7 @@ def test_a_batch_of_both_forms_with_one_transaction(rig: Rig, runner: Runner) ->
     dispatcher.receive(message(), twice, Raw(b"nonsense", 8), twice, call(oslo.PING), oslo_message(oslo.PING))
     assert rig.journal._group.commits == before + 1
     assert rig.journal.counts()["unfinished"] == dispatcher.pending == 2
-    assert [row["code"] for row in rig.journal.quarantined()] == ["message.not_json"]
+    assert [row.code for row in rig.journal.refused.all()] == ["message.not_json"]
     assert [answer["result"] for answer in answers(rig)] == ["pong"]
     assert changes
     runner.gate.set()
@@ -274,7 +274,7 @@ def test_methods_that_are_not_there_are_answered(rig: Rig, runner: Runner) -> No
     dispatcher = make(rig, runner)
     dispatcher.receive(call("_private"), call(version="9.0"), oslo_message("_private"))
     assert [json.loads(answer["failure"])["class"] for answer in answers(rig)] == ["NoSuchMethod", "UnsupportedVersion"]
-    assert len(rig.journal.quarantined()) == 3 and dispatcher.pending == 0
+    assert len(rig.journal.refused.all()) == 3 and dispatcher.pending == 0
     end(rig, dispatcher)
 
 
