@@ -28,6 +28,7 @@ from agent.api import (
 )
 from agent.configdrive.request import CONFIG_DRIVE_SCHEMA, drive_disk, first_boot
 from agent.configdrive.steps import WriteDriveStep, drives_of
+from agent.from_template import OverlayStep, begin
 from agent.images.remote.steps import FetchStep, PlaceStep, local_files
 from agent.steps import ClaimStep, nic_spec
 from hypervisor.errors import DomainExists, DomainNotFound, NameInUse
@@ -65,12 +66,16 @@ class VerifyStep(Step):
 
 @dataclasses.dataclass(frozen=True)
 class BuildStep(Step):
-    """:ivar spec: JSON form of the `DomainSpec`, without what only the agent knows."""
+    """:ivar spec: JSON form of the `DomainSpec`, without what only the agent knows.
+
+    :ivar template: name of the template it begins from; "": it boots.
+    """
 
     name: ClassVar[str] = "build"
     title: ClassVar[str] = "build the domain, paused"
 
     spec: JsonDict
+    template: str = ""
 
     def run(self, ctx: Context) -> JsonDict | None:
         spec = DomainSpec.from_json(self.spec)
@@ -79,8 +84,9 @@ class BuildStep(Step):
             owner=ctx.host.owner,
             metadata=tuple(sorted((*spec.metadata, (INSTRUCTION_KEY, ctx.instruction)))),
         )
+        toolstack = ctx.host.toolstack
         try:
-            return ctx.host.toolstack.create(spec).to_json()
+            return (toolstack.clone(self.template, spec) if self.template else toolstack.create(spec)).to_json()
         except DomainExists:
             # An interrupted run of this very step may still be building it on the host.
             info = ctx.poll(lambda _seconds: self._found(ctx), APPEAR_SECONDS)
@@ -133,11 +139,11 @@ class StartStep(Step):
 class Create(Plugin):
     verb = "create"
     summary = "Build a domain and let it run."
-    step_kinds = (VerifyStep, ClaimStep, FetchStep, PlaceStep, WriteDriveStep, BuildStep, StartStep)
+    step_kinds = (VerifyStep, ClaimStep, FetchStep, PlaceStep, OverlayStep, WriteDriveStep, BuildStep, StartStep)
     args_schema: ClassVar[Mapping[str, Any]] = {
         "type": "object",
         "additionalProperties": False,
-        "required": ["name", "memory_mib"],
+        "required": ["name"],
         "properties": {
             "uuid": {**UUID_SCHEMA, "description": "The domain's UUID; one is made when it is left out."},
             "name": NAME_SCHEMA,
@@ -145,7 +151,7 @@ class Create(Plugin):
                 "type": "integer",
                 "minimum": 1,
                 "maximum": MAX_MEMORY_MIB,
-                "description": "Memory at boot, MiB.",
+                "description": "Memory at boot, MiB; needed unless from_checkpoint is given.",
             },
             "max_memory_mib": {
                 "type": "integer",
@@ -181,6 +187,11 @@ class Create(Plugin):
                 "enum": list(LOADERS),
                 "description": "Boot from the first disk by GRUB, with the kernel of its own that is there; instead of "
                 "image and kernel. pv-grub-i386 for guests of 32 bits.",
+            },
+            "from_checkpoint": {
+                **NAME_SCHEMA,
+                "description": "A template of the host: the domain begins as its guest was, already booted; instead of "
+                "image, kernel and loader.",
             },
             "ramdisk": {**FILE_SCHEMA, "description": "The same of the initial ramdisk."},
             "cmdline": {
@@ -224,12 +235,12 @@ class Create(Plugin):
     }
 
     def plan(self, args: Mapping[str, Any], host: Host) -> Plan:
-        if sum(name in args for name in ("image", "kernel", "loader")) != 1:
-            raise InstructionError("instruction.bad_args", "args: give exactly one of image, kernel and loader")
-        if "ramdisk" in args and "kernel" not in args:
-            raise InstructionError("instruction.bad_args", "args: a ramdisk goes with kernel only")
+        _check_origin(args)
         args = {"uuid": str(uuid.uuid4()), **args}
         args, fetch = local_files(args, host, args["uuid"])
+        template = args.get("from_checkpoint", "")
+        said, disks = begin(args, host, args["uuid"]) if template else ({}, ())
+        args |= {"disks": said.pop("disks")} if template else {}
         steps: list[Step] = []
         boot = {"kernel": args.get("kernel"), "ramdisk": args.get("ramdisk"), "cmdline": args.get("cmdline", "")}
         if "image" in args:
@@ -242,7 +253,9 @@ class Create(Plugin):
         taken = ("uuid", "name", "memory_mib", "max_memory_mib", "vcpus", "max_vcpus", "disks", "weight", "cap")
         kept = ("on_poweroff", "on_reboot", "on_crash", "metadata")
         data = {key: args[key] for key in (*taken, *kept) if key in args} | {"boot": boot}
-        data["nics"] = [nic_spec(nic, index).to_json() for index, nic in enumerate(args.get("nics", ()))]
+        data |= said
+        if not template:
+            data["nics"] = [nic_spec(nic, index).to_json() for index, nic in enumerate(args.get("nics", ()))]
         drive = args.get("config_drive")
         if drive is not None:
             disk = drive_disk(drive, drives_of(host), data["uuid"], args.get("disks", ()))
@@ -250,11 +263,11 @@ class Create(Plugin):
         spec = DomainSpec.from_json(data)
         spec.validate()
         _check_free(spec, host)
-        steps += (ClaimStep(spec.uuid, spec.memory_mib, spec.vcpus), *fetch)
+        steps += (ClaimStep(spec.uuid, spec.memory_mib, spec.vcpus), *fetch, *disks)
         if drive is not None:
             first = first_boot(drive, spec.uuid, spec.name, spec.nics)
             steps.append(WriteDriveStep(spec.uuid, drive.get("format", "nocloud"), first.to_json()))
-        steps.append(BuildStep(spec.to_json()))
+        steps.append(BuildStep(spec.to_json(), template))
         if args.get("start", True):
             steps.append(StartStep(spec.uuid))
         return Plan(tuple(steps), spec.uuid)
@@ -264,6 +277,17 @@ class Create(Plugin):
             return {"domain": ctx.host.toolstack.get_domain(plan.domain).to_json()}
         except DomainNotFound:
             return {"domain": {"uuid": plan.domain, "name": args["name"], "state": "gone"}}
+
+
+def _check_origin(args: Mapping[str, Any]) -> None:
+    """:raises InstructionError: not one thing to begin from."""
+    if sum(name in args for name in ("image", "kernel", "loader", "from_checkpoint")) != 1:
+        text = "args: give exactly one of image, kernel, loader and from_checkpoint"
+        raise InstructionError("instruction.bad_args", text)
+    if "memory_mib" not in args and "from_checkpoint" not in args:
+        raise InstructionError("instruction.bad_args", "args.memory_mib is missing: give the memory at boot, MiB")
+    if "ramdisk" in args and "kernel" not in args:
+        raise InstructionError("instruction.bad_args", "args: a ramdisk goes with kernel only")
 
 
 def _loader(args: Mapping[str, Any], host: Host) -> str:

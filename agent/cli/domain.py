@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from agent.cli import firstboot
+from agent.cli import firstboot, template
 from agent.cli.base import List, Show, UsageError, find_domain, plain, progress, show_domain
 from agent.cli.devices import disk_of, nic_of
 from agent.cli.settings import Connection
@@ -192,6 +192,7 @@ class DomainCreate(Show):
             "--ssh-key ~/.ssh/id_ed25519.pub --user-data web.yaml",
             "and a config drive for its cloud-init",
         ),
+        ("reeve domain create web2 --from-checkpoint web", "already booted, from a template"),
         ("reeve domain create --spec web.json --paused", "from a spec; see `reeve domain show NAME --spec -f json`"),
     )
     notes = (
@@ -214,6 +215,7 @@ class DomainCreate(Show):
         add("--max-memory", type=memory_mib, metavar="SIZE", help="likewise (default: --memory)")
         add("--disk", action="append", metavar="ID=PATH[,format=qcow2][,readonly]…", help="a disk; repeatable")
         add("--nic", action="append", metavar="[network=N][,mac=M][,address=A]…", help="a nic, or '' ; repeatable")
+        add("--from-checkpoint", metavar="NAME", help="a template of `reeve template list`: begin as its guest was")
         add("--loader", choices=LOADERS, help="GRUB boots the kernel that is on the first disk")
         firstboot.add_arguments(parser)
         add("--weight", type=int, metavar="N", help="share of the CPU, 256 being usual")
@@ -226,18 +228,23 @@ class DomainCreate(Show):
         add("--paused", action="store_true", help="leave it paused; `reeve domain unpause` lets it run")
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[object, ...]]:
-        spec = make_spec(parsed_args, self.connection)
-        drive = firstboot.config_drive(firstboot.wanted(parsed_args), spec, self.connection.config_drive_dir)
-        with self.toolstack() as toolstack, drive as spec:
-            with progress(f"building {spec.name}"):
-                info = toolstack.create(spec)
-            if not parsed_args.paused:
-                try:
-                    toolstack.unpause(info.uuid)
-                except ToolstackError:
-                    toolstack.destroy(info.uuid)
-                    raise
-            return show_now(toolstack, info)
+        origin = parsed_args.from_checkpoint
+        with self.toolstack() as toolstack:
+            if origin is None:
+                spec = make_spec(parsed_args, self.connection)
+            else:
+                spec = template.spec_of(toolstack.template_get(origin), parsed_args, OPERATOR)
+            drive = firstboot.config_drive(firstboot.wanted(parsed_args), spec, self.connection.config_drive_dir)
+            with drive as spec:
+                with progress(f"building {spec.name}"):
+                    info = toolstack.create(spec) if origin is None else toolstack.clone(origin, spec)
+                if not parsed_args.paused:
+                    try:
+                        toolstack.unpause(info.uuid)
+                    except ToolstackError:
+                        toolstack.destroy(info.uuid)
+                        raise
+                return show_now(toolstack, info)
 
 
 class DomainWait(Show):

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import uuid
+from typing import Any
 
-from agent.cli.base import List, Seconds, Show, Table, find_domain, plain, progress
-from agent.cli.values import seconds
-from hypervisor.toolstack.api import TemplateInfo
+from agent.cli.base import List, Seconds, Show, Table, UsageError, find_domain, plain, progress
+from agent.cli.devices import disk_of, nic_of
+from agent.cli.values import pair, seconds
+from agent.from_template import missing_disks, missing_nics
+from hypervisor.toolstack.api import DomainSpec, OnEvent, TemplateInfo
+from hypervisor.toolstack.devices import DiskSpec, NicSpec
+
+GIVEN = (
+    "spec",
+    "image",
+    "kernel",
+    "ramdisk",
+    "cmdline",
+    "loader",
+    "memory",
+    "max_memory",
+    "vcpus",
+    "max_vcpus",
+    "type",
+)
 
 LIST_COLUMNS = ("name", "memory_mib", "vcpus", "bytes", "created_at", "users")
 
@@ -87,6 +106,43 @@ class TemplateRemove(Show):
         with self.toolstack() as toolstack:
             toolstack.template_remove(parsed_args.name, force=parsed_args.force)
         return ("name", "state"), (parsed_args.name, "gone")
+
+
+def spec_of(template: TemplateInfo, parsed_args: argparse.Namespace, owner: str) -> DomainSpec:
+    """Of a domain that `reeve domain create --from-checkpoint` makes.
+
+    :raises UsageError: an option that says what the template says, or a disk is missing. :raises SpecInvalid.
+    """
+    if said := [name for name in GIVEN if getattr(parsed_args, name) is not None]:
+        option = said[0].replace("_", "-")
+        raise UsageError(f"--{option} and --from-checkpoint: the guest has one already, leave it out")
+    if not parsed_args.name:
+        raise UsageError("no name given: reeve domain create NAME …")
+    disks = [DiskSpec.from_json(disk_of(text)) for text in parsed_args.disk or ()]
+    read, written = missing_disks(template, {disk.id for disk in disks})
+    if written:
+        disk = written[0]
+        raise UsageError(
+            f"the guest writes to its disk {disk.id}: give this domain its own, with --disk {disk.id}=NEW,format=qcow2,"
+            f" after `qemu-img create -f qcow2 -F {disk.format} -b {disk.path} NEW`"
+        )
+    nics = [NicSpec.from_json(nic_of(text, number)) for number, text in enumerate(parsed_args.nic or ())]
+    events = {f"on_{name}": getattr(parsed_args, f"on_{name}") for name in ("poweroff", "reboot", "crash")}
+    changes: dict[str, Any] = {name: OnEvent(value) for name, value in events.items() if value is not None}
+    numbers = {name: getattr(parsed_args, name) for name in ("weight", "cap")}
+    changes |= {name: value for name, value in numbers.items() if value is not None}
+    made = dataclasses.replace(
+        template.spec,
+        uuid=parsed_args.uuid or str(uuid.uuid4()),
+        name=parsed_args.name,
+        owner=owner,
+        metadata=tuple(sorted(pair(item) for item in parsed_args.metadata)),
+        disks=tuple(sorted((*disks, *read), key=lambda disk: disk.id)),
+        nics=(*nics, *missing_nics(template, {nic.id for nic in nics})),
+        **changes,
+    )
+    made.validate()
+    return made
 
 
 def _shown(info: TemplateInfo) -> tuple[tuple[str, ...], tuple[object, ...]]:

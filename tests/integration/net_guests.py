@@ -188,6 +188,15 @@ class Guest:
         self.console = toolstack.open_console(self.uuid)
         toolstack.unpause(self.uuid)
 
+    @classmethod
+    def joined(cls, toolstack: Toolstack, ident: str) -> Guest:
+        """A domain that is there already, and paused: it is let run."""
+        guest = cls.__new__(cls)
+        guest.toolstack, guest.uuid, guest._seen, guest._number = toolstack, ident, b"", 0
+        guest.console = toolstack.open_console(ident)
+        toolstack.unpause(ident)
+        return guest
+
     def reconnect(self) -> None:
         """To the console of the domain's next incarnation."""
         self.console.close()

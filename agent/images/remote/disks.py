@@ -52,6 +52,7 @@ class Place:
     """What is made of an image. :ivar what: ``kernel``, ``ramdisk`` or a disk's id.
 
     :ivar mode: ``link``, ``overlay`` or ``copy``. :ivar size: of a disk, bytes; 0: the image's.
+    :ivar base_format: of the image below an overlay, ``raw`` or ``qcow2``; "": as its name ends.
     """
 
     domain: str
@@ -61,6 +62,7 @@ class Place:
     format: str
     size: int = 0
     delete_on_destroy: bool = False
+    base_format: str = ""
 
 
 class Disks:
@@ -211,7 +213,7 @@ def _fill(work: Path, image: Path, place: Place) -> None:
     elif place.mode == "overlay":
         # -u: the image is not opened, so that nothing is guessed of it; then the size must be given.
         base = str(image.resolve())
-        options = ["-u", "-o", f"backing_fmt={image.suffix[1:]}", "-b", base]
+        options = ["-u", "-o", f"backing_fmt={place.base_format or image.suffix[1:]}", "-b", base]
         _qemu_img("create", "-q", "-f", "qcow2", *options, str(work), str(place.size))
         os.chmod(work, 0o600)
         _sync(work)

@@ -145,7 +145,7 @@ def test_bad_input_leaves_nothing(tmp_path: Path, code: str, change: dict[str, A
 
 def test_neither_kernel_nor_image(rig: Rig) -> None:
     assert (
-        "exactly one of image, kernel and loader"
+        "exactly one of image, kernel, loader and from_checkpoint"
         in rig.refused("instruction.bad_args", "create", {"name": "web", "memory_mib": 64})["message"]
     )
     rig.refused("image.not_found", "create", {"name": "web", "memory_mib": 64, "image": "nope"})

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
-from agent_rig import Rig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "agent" / "images"))
+from agent_rig import Rig, make_rig
+from fetch_rig import fetcher, qcow2
 
 from agent import executor
 from hypervisor.errors import HostFailure
 
+needs_qemu_img = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="apt-get install qemu-utils")
+
 
 class Killed(BaseException):
     pass
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    """With a folder for guests' disks."""
+    made = make_rig(tmp_path, sources=fetcher(tmp_path / "images"))
+    yield made
+    made.journal.close()
 
 
 def states(rig: Rig) -> list[str]:
@@ -81,6 +100,98 @@ def test_remove_killed_at(rig: Rig, monkeypatch: pytest.MonkeyPatch, at: str) ->
     rig.ok("template_create", {"uuid": rig.create(), "name": "a"})
     crash(rig, monkeypatch, f"template_remove:{at}", {"name": "a"})
     assert names(rig) == []
+
+
+# -- create with from_checkpoint
+
+
+def template(rig: Rig, **args: object) -> str:
+    uuid = rig.create(**args)
+    rig.ok("template_create", {"uuid": uuid, "name": "web"})
+    return uuid
+
+
+@needs_qemu_img
+def test_create_from_a_checkpoint(rig: Rig, tmp_path: Path) -> None:
+    for name in ("data", "cd"):
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    disks = [
+        {"id": "xvda", "path": str(tmp_path / "data")},
+        {"id": "xvdb", "path": str(tmp_path / "cd"), "readonly": True},
+    ]
+    first = template(rig, vcpus=2, nics=[{"id": 0}], disks=disks, metadata={"a": "b"}, on_poweroff="preserve", cap=50)
+    known = rig.toolstack.template_get("web").spec
+    domains = [
+        rig.ok("create", {"name": f"w{n}", "from_checkpoint": "web", "metadata": {"n": str(n)}})["domain"]
+        for n in (1, 2)
+    ]
+    specs = [rig.toolstack.get_spec(domain["uuid"]) for domain in domains]
+    assert [domain["state"] for domain in domains] == ["running"] * 2
+    for number, spec in enumerate(specs, 1):
+        assert (spec.boot, spec.memory_mib, spec.vcpus, spec.cap) == (known.boot, 64, 2, 50)
+        assert spec.on_poweroff == "preserve" and ("n", str(number)) in spec.metadata and len(spec.metadata) == 2
+        own, read = spec.disks
+        assert (own.id, own.format, read) == ("xvda", "qcow2", dataclasses.replace(known.disks[1], shared=True))
+        assert Path(own.path).stat().st_size < 1 << 20 and spec.uuid in own.path
+    assert len({first, *(spec.uuid for spec in specs)}) == len({spec.nics[0].mac for spec in (known, *specs)}) == 3
+    assert rig.toolstack.template_get("web").users == tuple(sorted(spec.uuid for spec in specs))
+    rig.refused("template.in_use", "template_remove", {"name": "web"})
+    for spec in specs:
+        rig.ok("destroy", {"uuid": spec.uuid})
+        assert not Path(spec.disks[0].path).exists()
+    rig.ok("template_remove", {"name": "web"})
+    rig.clean()
+
+
+def test_what_is_given_wins(rig: Rig, tmp_path: Path) -> None:
+    for name in ("data", "other"):
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    nic = {"id": 0, "addresses": ["192.0.2.1"]}
+    template(rig, nics=[nic], disks=[{"id": "xvda", "path": str(tmp_path / "data")}])
+    args = {"name": "w", "from_checkpoint": "web", "weight": 512}
+    assert "nic 0" in rig.refused("instruction.bad_args", "create", args)["message"]
+    args |= {"nics": [{"mac": "00:16:3e:00:00:07"}], "disks": [{"id": "xvda", "path": str(tmp_path / "other")}]}
+    spec = rig.toolstack.get_spec(rig.ok("create", args)["domain"]["uuid"])
+    assert (spec.nics[0].mac, spec.disks[0].path, spec.weight) == ("00:16:3e:00:00:07", str(tmp_path / "other"), 512)
+
+
+def test_create_that_is_refused(rig: Rig, tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(qcow2(1 << 20))
+    template(rig, disks=[{"id": "xvda", "path": str(tmp_path / "data"), "format": "qcow2"}])
+    (tmp_path / "data").write_bytes(bytes(512))
+    args = {"name": "w", "from_checkpoint": "web"}
+    for more in ({"memory_mib": 64}, {"vcpus": 1}, {"kernel": str(rig.kernel)}, {"cmdline": "x"}):
+        rig.refused("instruction.bad_args", "create", args | more)
+    rig.refused("instruction.bad_args", "create", {"name": "w", "kernel": str(rig.kernel)})
+    rig.refused("template.not_found", "create", args | {"from_checkpoint": "nothing"})
+    rig.refused("image.invalid", "create", args)
+    (tmp_path / "data").unlink()
+    rig.refused("image.not_found", "create", args)
+    assert states(rig) == []
+    rig.clean()
+
+
+@needs_qemu_img
+@pytest.mark.parametrize("call", ["clone", "unpause"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_create_that_fails_leaves_nothing(rig: Rig, tmp_path: Path, call: str, when: str) -> None:
+    (tmp_path / "data").write_bytes(bytes(1 << 20))
+    template(rig, disks=[{"id": "xvda", "path": str(tmp_path / "data")}])
+    rig.toolstack.inject_error(call, HostFailure("it broke"), when=when)
+    assert rig.refused("host.failure", "create", {"name": "w", "from_checkpoint": "web"})["undone"]
+    assert states(rig) == [] and names(rig) == ["web"]
+    assert rig.host.sources is not None and list(rig.host.sources.disks.folder.iterdir()) == []
+    rig.clean()
+
+
+@needs_qemu_img
+@pytest.mark.parametrize("at", ["overlay:begun", "overlay:ran", "build:begun", "build:ran", "start:ran"])
+def test_create_from_a_checkpoint_killed_at(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    (tmp_path / "data").write_bytes(bytes(1 << 20))
+    template(rig, disks=[{"id": "xvda", "path": str(tmp_path / "data")}])
+    crash(rig, monkeypatch, f"create:{at}", {"name": "w", "from_checkpoint": "web"})
+    assert states(rig) == ["running"]
+    assert rig.host.sources is not None and len(list(rig.host.sources.disks.folder.glob("*.qcow2"))) == 1
 
 
 def crash(rig: Rig, monkeypatch: pytest.MonkeyPatch, at: str, args: dict[str, object]) -> None:

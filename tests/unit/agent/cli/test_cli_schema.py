@@ -6,7 +6,7 @@ from typing import Any
 def test_every_schema(reeve: Any) -> None:
     data = reeve("schema").json
     assert set(data) == {"reeve", "instructions", "reply", "report"}
-    assert data["instructions"]["create"]["properties"]["args"]["required"] == ["name", "memory_mib"]
+    assert data["instructions"]["create"]["properties"]["args"]["required"] == ["name"]
 
 
 def test_one_of_them(reeve: Any) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -29,3 +30,22 @@ def test_what_cannot_be(reeve: Any) -> None:
     words = ("template", "create", "base", "-f", "json", "--from-domain")
     assert reeve(*words, "web", "--wait", "0").error["code"] == "domain.timeout"
     assert reeve(*words, "nothing").error["code"] == "domain.not_found"
+
+
+def test_create_from_a_checkpoint(reeve: Any, tmp_path: Path) -> None:
+    for name in ("data", "own"):
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    reeve.domain("web", "--nic", "", "--disk", f"xvda={tmp_path}/data")
+    reeve("template", "create", "base", "--from-domain", "web", "-f", "json").json  # noqa: B018 its exit code
+    words = ("domain", "create", "web2", "--from-checkpoint", "base", "-f", "json")
+    said = reeve(*words)
+    assert said.code == 2 and "qemu-img create -f qcow2 -F raw -b" in said.err
+    made = reeve(*words, "--disk", f"xvda={tmp_path}/own", "--metadata", "a=b").json
+    assert (made["name"], made["state"], made["owner"]) == ("web2", "running", "operator")
+    spec, known = reeve.host.get_spec(made["uuid"]), reeve.host.template_get("base").spec
+    assert spec.boot == known.boot and spec.nics[0].mac != known.nics[0].mac and dict(spec.metadata) == {"a": "b"}
+    assert reeve("template", "remove", "base", "-f", "json").error["code"] == "template.in_use"
+    assert reeve("template", "remove", "base", "--force").code == 0
+    assert reeve(*words, "--memory", "64").error["code"] == "template.not_found"
+    reeve("template", "create", "base", "--from-domain", "web2", "-f", "json")
+    assert reeve(*words, "--memory", "64").code == 2
