@@ -46,9 +46,9 @@ from hypervisor.toolstack.api import (
 )
 from hypervisor.toolstack.drivers import _fake_guest as guest
 from hypervisor.toolstack.drivers._fake_console import FakeConsole, follow_events
-from hypervisor.toolstack.drivers._fake_files import check_files
 from hypervisor.toolstack.drivers._fake_moving import MovingVerbs
 from hypervisor.toolstack.drivers._fake_store import FakeDomain, Store
+from hypervisor.toolstack.drivers._files import check_files
 
 DRIVER_VERSION = "1"
 CAPABILITIES = frozenset(

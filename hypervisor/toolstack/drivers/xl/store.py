@@ -29,14 +29,6 @@ MAX_NODES = 100_000
 Listener = Callable[[str], None]
 
 
-class Refused(HostFailure):
-    """:ivar errno: the name of xenstored's error, for example ``EACCES``."""
-
-    def __init__(self, errno: str, what: str) -> None:
-        super().__init__(f"xenstored refuses {what}: {errno}")
-        self.errno = errno
-
-
 class _Link:
     """One connection: requests one at a time, answers and events taken in by a thread of its own."""
 
@@ -59,11 +51,11 @@ class _Link:
         self._thread = threading.Thread(target=self._take_in, name="xenstore-reader", daemon=True)
         self._thread.start()
 
-    def call(self, op: Op, payload: bytes) -> Packet:
+    def call(self, op: Op, payload: bytes, transaction: int = 0) -> Packet:
         """:raises HostUnavailable, OperationTimeout: the connection is of no use any more then."""
         self._request = self._request % 0xFFFF_FFFF + 1
         try:
-            self._socket.sendall(Packet(op, self._request, 0, payload).encode())
+            self._socket.sendall(Packet(op, self._request, transaction, payload).encode())
             answer = self._answers.get(timeout=ANSWER)
         except (OSError, queue.Empty) as exc:
             self.close()
@@ -116,40 +108,60 @@ class XenstoreClient:
 
     def read(self, path: str) -> str | None:
         """A node's value; None: there is no such node. :raises HostUnavailable: it cannot be known."""
-        answer = self._look(Op.READ, _string(path), path)
-        return None if answer is None else answer.decode(errors="replace")
+        answer = self._look(Op.READ, _string(path))
+        return None if _errno(answer) == "ENOENT" else _judge(answer, path).decode(errors="replace")
 
     def names(self, path: str) -> list[str]:
         """The names of a node's children, none if it does not exist."""
-        try:
-            answer = self._look(Op.DIRECTORY, _string(path), path)
-        except Refused as exc:
-            if exc.errno != "E2BIG":
-                raise
-            answer = self._long_directory(path)
-        return [name.decode(errors="replace") for name in (answer or b"").split(b"\0") if name]
+        answer = self._look(Op.DIRECTORY, _string(path))
+        match _errno(answer):
+            case "ENOENT":
+                found = b""
+            case "E2BIG":
+                found = self._long_directory(path)
+            case _:
+                found = _judge(answer, path)
+        return [name.decode(errors="replace") for name in found.split(b"\0") if name]
 
     def write(self, path: str, value: str) -> None:
-        self._act(Op.WRITE, _string(path) + value.encode(), path)
+        _judge(self._act(Op.WRITE, _string(path) + value.encode()), path)
 
     def remove(self, path: str) -> None:
         """Remove a node and all below; quiet when there is none."""
-        try:
-            self._act(Op.RM, _string(path), path)
-        except Refused as exc:
-            if exc.errno != "ENOENT":
-                raise
+        answer = self._act(Op.RM, _string(path))
+        if _errno(answer) != "ENOENT":
+            _judge(answer, path)
+
+    def claim(self, path: str, value: str) -> str:
+        """The node's value; if there is no node, it is made with `value` first. One of several callers wins."""
+        for _ in range(10):
+            with self._lock:
+                link = self._connected()
+                number = int(_judge(link.call(Op.TRANSACTION_START, b"\0"), path).rstrip(b"\0"))
+                answer = link.call(Op.READ, _string(path), number)
+                if _errno(answer) == "ENOENT":
+                    answer = link.call(Op.WRITE, _string(path) + value.encode(), number)
+                    found = value if _errno(answer) is None else ""
+                else:
+                    found = answer.payload.decode(errors="replace")
+                keep = b"T\0" if _errno(answer) is None else b"F\0"
+                ended = link.call(Op.TRANSACTION_END, keep, number)
+            _judge(answer, path)
+            if _errno(ended) != "EAGAIN":
+                _judge(ended, path)
+                return found
+        raise HostUnavailable(f"xenstore node {path} changes too fast: try again")
 
     def set_perms(self, path: str, perms: Iterable[str]) -> None:
         """:param perms: the owner first, for example ``("n0",)``: nobody but dom0."""
-        self._act(Op.SET_PERMS, _string(path) + b"".join(_string(perm) for perm in perms), path)
+        _judge(self._act(Op.SET_PERMS, _string(path) + b"".join(_string(perm) for perm in perms)), path)
 
     def watch(self, path: str, listener: Listener) -> Callable[[], None]:
         """Call `listener` with the path that changed, in a thread of this client; returns the function that ends it."""
         with self._lock:
             self._tokens += 1
             token = f"reeve-{self._tokens}"
-            self._act(Op.WATCH, _string(path) + _string(token), path)
+            _judge(self._act(Op.WATCH, _string(path) + _string(token)), path)
             self._watches[token] = (path, listener)  # its first event waits for our lock
             if self._teller is None:
                 self._teller = threading.Thread(target=self._tell, name="xenstore-watches", daemon=True)
@@ -192,33 +204,26 @@ class XenstoreClient:
                 raise
         return self._link
 
-    def _look(self, op: Op, payload: bytes, path: str) -> bytes | None:
+    def _look(self, op: Op, payload: bytes) -> Packet:
         with self._lock:
             try:
-                answer = self._connected().call(op, payload)
+                return self._connected().call(op, payload)
             except HostUnavailable:
-                answer = self._connected().call(op, payload)
-        try:
-            return _judge(answer, path)
-        except Refused as exc:
-            if exc.errno == "ENOENT":
-                return None
-            raise
+                return self._connected().call(op, payload)
 
-    def _act(self, op: Op, payload: bytes, path: str) -> None:
+    def _act(self, op: Op, payload: bytes) -> Packet:
         with self._lock:
-            link = self._connected()
-            _judge(link.call(op, payload), path)
+            return self._connected().call(op, payload)
 
     def _long_directory(self, path: str) -> bytes:
         """Of more names than fit into one packet; anew when it changes meanwhile (docs/misc/xenstore.txt)."""
         for _ in range(10):
             found, generation = b"", None
             while len(found) <= MAX_NODES * 64:
-                answer = self._look(Op.DIRECTORY_PART, _string(path) + _string(str(len(found))), path)
-                if answer is None:
+                answer = self._look(Op.DIRECTORY_PART, _string(path) + _string(str(len(found))))
+                if _errno(answer) == "ENOENT":
                     return b""
-                now, _, part = answer.partition(b"\0")
+                now, _, part = _judge(answer, path).partition(b"\0")
                 if generation not in (None, now):
                     break
                 generation = now
@@ -257,10 +262,19 @@ class XenstoreClient:
             self._closed.wait(AGAIN)
 
 
+def _errno(answer: Packet) -> str | None:
+    """The name of xenstored's error, for example ``EACCES``; None: it is none."""
+    if answer.type != Op.ERROR:
+        return None
+    name = answer.payload.rstrip(b"\0").decode(errors="replace")
+    return name if name.isalnum() else "an unknown error"
+
+
 def _judge(answer: Packet, path: str) -> bytes:
-    if answer.type == Op.ERROR:
-        errno = answer.payload.rstrip(b"\0").decode(errors="replace")
-        raise Refused(errno if errno.isalnum() else "an unknown error", path)
+    """:raises HostFailure: xenstored refused."""
+    errno = _errno(answer)
+    if errno is not None:
+        raise HostFailure(f"xenstored refuses {path}: {errno}")
     return answer.payload
 
 

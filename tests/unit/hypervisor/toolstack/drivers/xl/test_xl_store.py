@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from hypervisor import errors
 from hypervisor.toolstack.drivers.xl import store
-from hypervisor.toolstack.drivers.xl.store import Refused, XenstoreClient
-from hypervisor.xenstore.server import Server
-from hypervisor.xenstore.transport_unix import UnixServer
+from hypervisor.toolstack.drivers.xl.store import XenstoreClient
 
-
-class Xenstored:
-    """One in a thread; may be stopped and started again on the same socket, without what it knew."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self.thread.start()
-        self.start()
-
-    def start(self) -> None:
-        self.server = Server()
-        self.unix = UnixServer(self.server, self.path)
-        asyncio.run_coroutine_threadsafe(self.unix.start(), self.loop).result(10)
-
-    def stop(self) -> None:
-        asyncio.run_coroutine_threadsafe(self.unix.stop(), self.loop).result(10)
-
-    def special(self, name: str, domid: int) -> None:
-        self.loop.call_soon_threadsafe(self.server.fire_special, name, domid)
-
-    def end(self) -> None:
-        self.stop()
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(10)
-        self.loop.close()
+sys.path.insert(0, str(Path(__file__).parents[5] / "support"))
+from xenstored_thread import Xenstored
 
 
 @pytest.fixture
@@ -94,11 +68,21 @@ def test_more_names_than_a_packet_holds(client: XenstoreClient) -> None:
 
 
 def test_what_is_refused(client: XenstoreClient) -> None:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(errors.HostFailure, match="refuses /a//b: EINVAL"):
         client.write("/a//b", "")
-    assert caught.value.errno == "EINVAL"
+    with pytest.raises(errors.HostFailure, match="EINVAL"):
+        client.claim("/a//b", "")
     with pytest.raises(errors.HostFailure):
         client.read("/a\0b")
+
+
+def test_of_many_who_claim_a_node_one_wins(client: XenstoreClient, xenstored: Xenstored) -> None:
+    clients = [XenstoreClient(xenstored.path) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda pair: pair[1].claim("/tool/it", str(pair[0])), enumerate(clients)))
+    for other in clients:
+        other.close()
+    assert set(found) == {client.read("/tool/it")} == {client.claim("/tool/it", "late")}
 
 
 def test_watches(client: XenstoreClient, xenstored: Xenstored) -> None:

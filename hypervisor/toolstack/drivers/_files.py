@@ -1,4 +1,4 @@
-"""What the fake driver asks of a kernel and a ramdisk."""
+"""What drivers that do not read kernels themselves ask of a kernel and a ramdisk."""
 
 from __future__ import annotations
 

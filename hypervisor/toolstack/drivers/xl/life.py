@@ -1,0 +1,214 @@
+"""A domain's life: made paused and marked, ended, made anew, and what its spec says when its guest ends."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Iterator
+
+from hypervisor.errors import (
+    DomainExists,
+    DomainNotFound,
+    InsufficientMemory,
+    InsufficientVcpus,
+    NameInUse,
+    NotOurs,
+    ToolstackError,
+    Unsupported,
+    WrongState,
+)
+from hypervisor.toolstack.api import Capability, DomainInfo, DomainSpec, DomainState, OnEvent, ShutdownReason
+from hypervisor.toolstack.drivers._files import check_files
+from hypervisor.toolstack.drivers.xl import capabilities, config, parsers
+from hypervisor.toolstack.drivers.xl.host import ENDED, REASONS, SUSPENDED, Host, node, pick, split_name, state
+from hypervisor.toolstack.drivers.xl.records import Record
+from hypervisor.toolstack.drivers.xl.runner import BUILD
+
+LOG = logging.getLogger(__name__)
+
+
+class Life:
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._xl, self._records, self._store, self._events = host.xl, host.records, host.store, host.events
+
+    # looking: what has ended is dealt with before it is shown
+
+    def rows(self) -> list[parsers.Row]:
+        rows = self._host.rows()
+        if any([self._settle(row) for row in rows]):
+            rows = self._host.rows()
+        return rows
+
+    def row(self, uuid: str) -> parsers.Row:
+        return pick(self.rows(), uuid)
+
+    @contextlib.contextmanager
+    def locked(self, uuid: str) -> Iterator[None]:
+        """Nobody else of ours acts on it meanwhile; another agent does not act on this host at all."""
+        self._host.claim()
+        with self._records.lock(uuid):
+            yield
+
+    @contextlib.contextmanager
+    def holding(self, uuid: str) -> Iterator[tuple[parsers.Row, Record]]:
+        """A domain of ours, locked. :raises DomainNotFound, NotOurs."""
+        with self.locked(uuid):
+            row = self._host.row(uuid)
+            if self._settle_held(row):
+                row = self._host.row(uuid)
+            yield row, self._host.ours(row)
+
+    @contextlib.contextmanager
+    def acting(self, uuid: str, verb: str) -> Iterator[tuple[parsers.Row, Record]]:
+        """As `holding`. :raises WrongState: it has ended."""
+        with self.holding(uuid) as (row, record):
+            if state(row) in ENDED | {DomainState.DYING}:
+                raise WrongState(f"domain {uuid} is {state(row).value}, cannot {verb} it: reset or destroy it")
+            yield row, record
+
+    # making
+
+    def create(self, spec: DomainSpec) -> DomainInfo:
+        spec.validate()
+        self._host.claim()
+        self.rows()  # what has ended makes room
+        with self._records.lock(), self._records.lock(spec.uuid):
+            self.check(spec, self._host.rows())
+            check_files(spec)
+            record = Record(spec, spec, time.time(), log_start=self._log_size(spec))
+            self._records.put(record)
+            try:
+                row = self.build(record)
+            except BaseException:
+                self.undo(spec.uuid)
+                raise
+        self._events.publish("created", spec.uuid)
+        return self._host.info(row)
+
+    def check(self, spec: DomainSpec, rows: list[parsers.Row]) -> None:
+        """:raises Unsupported, DomainExists, NameInUse, InsufficientVcpus, InsufficientMemory: it cannot be made."""
+        facts = self._host.facts()
+        if Capability(spec.type.value) not in capabilities.here(facts):
+            raise Unsupported(f"type {spec.type.value} is not something this Xen has: it has {facts['virt_caps']}")
+        for row in rows:
+            if row.uuid == spec.uuid:
+                raise DomainExists(f"uuid {spec.uuid} is in use by domain {row.name!r}: destroy it or give another")
+            if split_name(row.name)[0] == spec.name:
+                raise NameInUse(f"name {spec.name!r} is in use by domain {row.uuid}: destroy it or give another")
+        check_vcpus(spec, facts)
+        free = int(facts["free_memory"])
+        if spec.memory_mib > free:
+            raise InsufficientMemory(f"{spec.memory_mib} MiB asked for, {free} MiB are free: ask for less")
+
+    def build(self, record: Record) -> parsers.Row:
+        """Make it, paused, and mark it. Call with its lock held."""
+        spec = record.spec
+        file = self._records.config(spec.uuid, config.render(spec, self._host.settings.networks))
+        self._xl.run("create", "-e", "-p", str(file), timeout=BUILD)
+        return self.mark(dataclasses.replace(record, run=spec))
+
+    def mark(self, record: Record) -> parsers.Row:
+        """It is ours from now on: in xenstore, and on disk. Call with its lock held."""
+        spec = record.spec
+        row = self._host.row(spec.uuid)
+        for name, value in (("uuid", spec.uuid), ("owner", spec.owner)):
+            self._store.write(node(row, name), value)
+            self._store.set_perms(node(row, name), ("n0",))
+        self._records.put(dataclasses.replace(record, made=True))
+        return row
+
+    def undo(self, uuid: str) -> None:
+        """A create that failed leaves nothing: what has its UUID was not there before. Call with its lock held."""
+        with contextlib.suppress(ToolstackError):
+            self._xl.run("destroy", str(self._host.row(uuid).domid), timeout=BUILD)
+        try:
+            self._host.row(uuid)
+        except DomainNotFound:
+            self._records.delete(uuid)
+        except ToolstackError:
+            LOG.warning("whether domain %s was left half made cannot be known: its record is kept", uuid)
+
+    def _log_size(self, spec: DomainSpec) -> int:
+        with contextlib.suppress(OSError):
+            return os.path.getsize(self._host.log(spec))
+        return 0
+
+    # ending
+
+    def reset(self, uuid: str) -> None:
+        with self.locked(uuid):
+            row = self._host.row(uuid)
+            self._rebuild(row, self._host.ours(row))
+
+    def destroy(self, uuid: str) -> None:
+        with self.locked(uuid):
+            row = self._host.row(uuid)
+            self._host.ours(row)
+            self._xl.run("destroy", str(row.domid), timeout=BUILD)
+            self._records.delete(uuid)
+        self._events.publish("destroyed", uuid)
+
+    def _rebuild(self, row: parsers.Row, record: Record) -> None:
+        """End it and make it anew, running. Call with its lock held."""
+        self._xl.run("destroy", str(row.domid), timeout=BUILD)
+        new = self.build(record)
+        self._xl.run("unpause", str(new.domid))
+        self._events.publish("rebooted", row.uuid)
+
+    def _settle(self, row: parsers.Row) -> bool:
+        """Do what its spec says when a domain of ours has ended; whether it must be looked at again."""
+        if not _has_ended(row) or self._records.find(row.uuid) is None:
+            return False
+        with self._records.lock(row.uuid):
+            try:
+                now = self._host.row(row.uuid)
+            except DomainNotFound:
+                return True
+            self._settle_held(now)
+        return True
+
+    def _settle_held(self, row: parsers.Row) -> bool:
+        """The same with its lock held; whether anything was done."""
+        if not _has_ended(row):
+            return False
+        try:
+            record = self._host.ours(row)
+        except NotOurs:
+            return False
+        if self._store.read(node(row, "ended")):
+            return False
+        reason = REASONS.get(row.reason if row.reason is not None else 3, ShutdownReason.CRASH)
+        crashed = state(row) is DomainState.CRASHED
+        self._events.publish("crashed" if crashed else "shutdown", row.uuid, reason.value)
+        action = _action(record.spec, reason)
+        if action is OnEvent.RESTART:
+            self._rebuild(row, record)
+        elif action is OnEvent.DESTROY:
+            self._xl.run("destroy", str(row.domid), timeout=BUILD)
+            self._records.delete(row.uuid)
+            self._events.publish("destroyed", row.uuid, f"after {reason.value}")
+        else:
+            self._store.write(node(row, "ended"), reason.value)
+        return True
+
+
+def check_vcpus(spec: DomainSpec, facts: dict[str, str]) -> None:
+    """:raises InsufficientVcpus: more than the host has."""
+    cpus = int(facts["nr_cpus"])
+    if spec.effective_max_vcpus > cpus:
+        raise InsufficientVcpus(f"{spec.effective_max_vcpus} vCPUs asked for, the host has {cpus}: give fewer")
+
+
+def _has_ended(row: parsers.Row) -> bool:
+    """By itself; one that is being saved has stopped, and is in the hands of who saves it."""
+    return state(row) in ENDED and row.reason != SUSPENDED
+
+
+def _action(spec: DomainSpec, reason: ShutdownReason) -> OnEvent:
+    if reason in (ShutdownReason.CRASH, ShutdownReason.WATCHDOG):
+        return spec.on_crash
+    return spec.on_reboot if reason is ShutdownReason.REBOOT else spec.on_poweroff

@@ -1,0 +1,308 @@
+"""Plays a Xen 4.17 machine as ``xl`` shows it, for the xl driver's tests.
+
+`FakeXen.program` is what stands for ``xl``. Domains live here, in memory; their nodes in the xenstored given, as libxl
+writes them. What is printed has the forms of the recorded outputs (`SAMPLES`); the columns of ``list -v`` were not
+recorded, they follow Xen's ``tools/xl/xl_list.c``. Errors have the words of 4.17 as far as they are known.
+
+Guests do what words of their command line say: ``off``, ``reboot`` (on the first boot), ``crash``; ``deaf``.
+Without ``deaf`` a guest answers shutdown, reboot and suspend, and echoes what is typed.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import os
+import select
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from xenstored_thread import Xenstored
+from xs_client import XsClient
+
+from hypervisor.xenstore.wire import Op
+
+SAMPLES = Path(__file__).parent.parent / "unit/hypervisor/toolstack/drivers/xl/samples"
+MEMORY, CPUS, BANNER = 1024, 4, b"contract-guest-is-up\r\n"
+HEADER = (
+    "Name                                        ID   Mem VCPUs\tState\tTime(s)   UUID                            "
+    "Reason-Code\tSecurity Label"
+)
+XENSTORED_UUID = "00000000-0000-0000-0000-000000000000"
+
+
+class Complaint(Exception):
+    """What ``xl`` says on stderr, and its exit status."""
+
+    def __init__(self, text: str, status: int = 1) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclasses.dataclass(slots=True)
+class Domain:
+    domid: int
+    name: str
+    uuid: str
+    config: dict[str, Any]
+    memory: int
+    vcpus: int
+    flags: str = "p"  # p, r, s (ended)
+    reason: int | None = None
+    booted: bool = False
+    typed: str = ""
+    gone: bool = False
+    weight: int = 256
+    cap: int = 0
+
+    @property
+    def words(self) -> list[str]:
+        return str(self.config.get("cmdline", "")).split()
+
+
+class FakeXen:
+    """:param folder: of the socket, the program and the consoles' logs."""
+
+    def __init__(self, folder: Path, xenstored: Xenstored) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.xenstored = folder, xenstored
+        self.changed = threading.Condition()
+        self.domains: dict[int, Domain] = {}
+        self.next = 5
+        self.booted: set[str] = set()  # UUIDs whose guest has run
+        self.calls: list[list[str]] = []
+        self.faults: dict[str, Callable[[list[str]], str]] = {}
+        """Of a verb what happens instead: a function of the arguments that returns what is printed, or raises."""
+        self.program = folder / "xl"
+        self._listener = socket.socket(socket.AF_UNIX)
+        path = folder / "xl.sock"
+        self._listener.bind(str(path))
+        self._listener.listen(64)
+        text = Path(__file__).with_name("fake_xl.py").read_text()
+        self.program.write_text(f"#!{sys.executable} -SI\nMACHINE = {str(path)!r}\n{text}")
+        self.program.chmod(0o755)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        with self.changed:
+            self.domains.clear()
+            self.changed.notify_all()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
+        self._listener.close()
+
+    # the program's other end
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                link, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._answer, args=(link,), daemon=True).start()
+
+    def _answer(self, link: socket.socket) -> None:
+        with link, contextlib.suppress(OSError):
+            data, files, _, _ = socket.recv_fds(link, 65536, 3)
+            try:
+                verb, *args = data.decode().split("\0")
+                link.send(bytes([self._run(verb, args, files, link)]))
+            finally:
+                for file in files:
+                    os.close(file)
+
+    def _run(self, verb: str, args: list[str], files: list[int], link: socket.socket) -> int:
+        self.calls.append([verb, *args])
+        try:
+            if verb in self.faults:
+                text = self.faults[verb](args)
+            elif verb == "console":
+                self.console(args[0], files, link)
+                text = ""
+            else:
+                with self.changed:
+                    text = getattr(self, f"do_{verb.replace('-', '_')}")(*args) or ""
+                    self.changed.notify_all()
+            os.write(files[1], text.encode())
+        except Complaint as exc:
+            os.write(files[2], f"{exc}\n".encode())
+            return exc.status
+        return 0
+
+    # what others do to it
+
+    def find(self, uuid: str) -> Domain:
+        with self.changed:
+            return next(domain for domain in self.domains.values() if domain.uuid == uuid)
+
+    def free(self) -> int:
+        return MEMORY - sum(domain.memory for domain in self.domains.values())
+
+    def end(self, domain: Domain, reason: int) -> None:
+        """A guest ends, as SCHEDOP_shutdown does it. Call with `changed` held."""
+        domain.flags, domain.reason = "s", reason
+        self.xenstored.special("@releaseDomain", domain.domid)
+
+    def add(self, config: dict[str, Any], flags: str = "p") -> Domain:
+        """Another toolstack's domain, or ``xl create``. Call with `changed` held."""
+        domid, self.next = self.next, self.next + 1
+        domain = Domain(domid, config["name"], config["uuid"], config, config["memory"], config.get("vcpus", 1), flags)
+        domain.weight, domain.cap = config.get("cpu_weight", 256), config.get("cap", 0)
+        self.domains[domid] = domain
+        nodes = {
+            "name": domain.name,
+            "vm": f"/vm/{domain.uuid}",
+            "memory/target": str(domain.memory << 10),
+            "memory/static-max": str(config.get("maxmem", domain.memory) << 10),
+            "control/shutdown": "",
+        }
+        with self.store() as store:
+            for name, value in nodes.items():
+                store.write(f"/local/domain/{domid}/{name}", value)
+            store._call(Op.INTRODUCE, f"{domid}\x001\x001\0".encode())
+        return domain
+
+    @contextlib.contextmanager
+    def store(self) -> Any:
+        client = XsClient(self.xenstored.path)
+        try:
+            yield client
+        finally:
+            client.close()
+
+    # guests
+
+    def print(self, domain: Domain, data: bytes) -> None:
+        with (self.folder / f"guest-{domain.name}.log").open("ab") as file:
+            file.write(data)
+        self.changed.notify_all()
+
+    def go(self, domain: Domain) -> None:
+        """The guest does what it can do now."""
+        if domain.flags != "r":
+            return
+        if not domain.booted:
+            domain.booted = True
+            self.print(domain, BANNER)
+            first = domain.uuid not in self.booted
+            self.booted.add(domain.uuid)
+            for word, reason in (("off", 0), ("reboot", 1), ("crash", 3)):
+                if word in domain.words and (first or word != "reboot"):
+                    self.end(domain, reason)
+        while domain.flags == "r" and "\n" in domain.typed and "deaf" not in domain.words:
+            line, _, domain.typed = domain.typed.partition("\n")
+            self.print(domain, f"{line}\r\n{line.removeprefix('echo ')}\r\n".encode())
+
+    def ask(self, domain: Domain, reason: int) -> None:
+        if domain.flags == "r" and "deaf" not in domain.words:
+            self.end(domain, reason)
+
+    # verbs
+
+    def domain(self, domid: str) -> Domain:
+        if not domid.isdigit() or int(domid) not in self.domains:
+            raise Complaint(f"{domid} is an invalid domain identifier (rc=-6)")
+        return self.domains[int(domid)]
+
+    def do_info(self) -> str:
+        facts = {"nr_cpus": CPUS, "total_memory": MEMORY, "free_memory": self.free()}
+        lines = (SAMPLES / "xl_info.txt").read_text().splitlines()
+        keys = [line.partition(":")[0].strip() for line in lines]
+        return "".join(
+            f"{key:<23}: {facts[key]}\n" if key in facts else line + "\n" for key, line in zip(keys, lines, strict=True)
+        )
+
+    def do_list(self, verbose: str) -> str:
+        assert verbose == "-v"
+        rows = [HEADER, _row("Domain-0", 0, 1024, 2, "r-----", XENSTORED_UUID, "-")]
+        for domid, domain in sorted(self.domains.items()):
+            ended = "---sc-" if domain.reason == 3 else "---s--"
+            flags = {"r": "-b----", "p": "--p---", "s": ended}[domain.flags]
+            reason = "-" if domain.reason is None else f"{domain.reason:x}"
+            rows.append(_row(domain.name, domid, domain.memory, domain.vcpus, flags, domain.uuid, reason))
+        return "\n".join(rows) + "\n"
+
+    def do_create(self, *words: str) -> str:
+        assert words[:2] == ("-e", "-p"), words
+        text = Path(words[2]).read_text()
+        config = {key: ast.literal_eval(value) for key, _, value in (x.partition(" = ") for x in text.splitlines())}
+        if any(domain.name == config["name"] for domain in self.domains.values()):
+            raise Complaint(f"libxl: error: libxl_create.c:1: Domain with name {config['name']} already exists")
+        if config["memory"] > self.free():
+            raise Complaint("libxl: error: libxl_mem.c:1: failed to free memory for the domain")
+        self.add(config)
+        return ""
+
+    def do_unpause(self, domid: str) -> None:
+        domain = self.domain(domid)
+        domain.flags = "r"
+        self.go(domain)
+
+    def do_pause(self, domid: str) -> None:
+        self.domain(domid).flags = "p"
+
+    def do_shutdown(self, fallback: str, domid: str) -> None:
+        assert fallback == "-F"
+        self.ask(self.domain(domid), 0)
+
+    def do_reboot(self, fallback: str, domid: str) -> None:
+        assert fallback == "-F"
+        self.ask(self.domain(domid), 1)
+
+    def do_destroy(self, domid: str) -> None:
+        domain = self.domain(domid)
+        domain.gone = True
+        del self.domains[domain.domid]
+        with self.store() as store:
+            store._call(Op.RELEASE, f"{domid}\0".encode())
+            store.remove(f"/local/domain/{domid}")
+
+    def console(self, domid: str, files: list[int], link: socket.socket) -> None:
+        """Both directions, until the domain is gone or the program was ended."""
+        with self.changed:
+            domain = self.domain(domid)
+            log = self.folder / f"guest-{domain.name}.log"
+            log.touch()
+            seen = log.stat().st_size
+        done = threading.Event()
+
+        def type_in() -> None:
+            while not done.is_set():
+                ready = select.select([files[0], link], [], [])[0]
+                data = os.read(files[0], 4096) if files[0] in ready and link not in ready else b""
+                with self.changed:
+                    if not data:
+                        done.set()
+                    domain.typed += data.decode()
+                    self.go(domain)
+                    self.changed.notify_all()
+
+        typist = threading.Thread(target=type_in, daemon=True)
+        typist.start()
+        try:
+            while not done.is_set() and not (domain.gone and seen == log.stat().st_size):
+                with self.changed:
+                    self.changed.wait_for(
+                        lambda seen=seen: domain.gone or done.is_set() or log.stat().st_size > seen  # type: ignore[misc]
+                    )
+                with log.open("rb") as file:
+                    file.seek(seen)
+                    new = file.read()
+                seen += len(new)
+                os.write(files[1], new)
+        finally:
+            done.set()
+            with contextlib.suppress(OSError):
+                link.send(b"\0")
+                link.shutdown(socket.SHUT_RDWR)
+            typist.join()
+
+
+def _row(name: str, domid: int, memory: int, vcpus: int, flags: str, uuid: str, reason: str) -> str:
+    return f"{name:<40} {domid:5} {memory:5} {vcpus:5}     {flags}  {0.1:8.1f} {uuid} {reason:>8} {'-':>16}"
