@@ -23,7 +23,7 @@ from hypervisor.toolstack.api import Toolstack
 
 LOG = logging.getLogger(__name__)
 
-SETTLE_SECONDS = 0.2
+SETTLE_SECONDS = 0.1
 """Changes closer together than this are told together."""
 AGAIN_SECONDS = 2.0
 """After a failure; twice as long after each further one, up to the interval."""
