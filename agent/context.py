@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from agent import trace
-from agent.api import Host, JsonDict
+from agent.api import Host, InstructionError, JsonDict
 
 _instruction: contextvars.ContextVar[str] = contextvars.ContextVar("instruction", default="-")
 _domain: contextvars.ContextVar[str] = contextvars.ContextVar("domain", default="-")
@@ -21,6 +21,10 @@ _request: contextvars.ContextVar[str] = contextvars.ContextVar("request", defaul
 POLL_SECONDS = 0.05
 PROGRESS_SECONDS = 1.0
 """Progress is told at most so often."""
+
+
+def never() -> bool:
+    return False
 
 
 class Interrupted(Exception):
@@ -66,6 +70,7 @@ def current_domain() -> str:
 class StepContext:
     """:ivar deadline: seconds since the epoch, or None.
 
+    :ivar cancelled: whether the instruction is to give way; asked at each step, and while one waits.
     :ivar tell: takes ``{"done", "total", "unit"}`` and more while a step is under way.
     """
 
@@ -75,6 +80,7 @@ class StepContext:
     deadline: float | None = None
     outputs: dict[str, JsonDict] = dataclasses.field(default_factory=dict)
     tell: Callable[[JsonDict], None] = lambda data: None
+    cancelled: Callable[[], bool] = never
     _told: float = 0.0
 
     def seconds_left(self, at_most: float) -> float:
@@ -90,7 +96,13 @@ class StepContext:
                 return got
             if left <= 0:
                 return None
+            self.check_wanted()
             self.pause(POLL_SECONDS)
+
+    def check_wanted(self) -> None:
+        """:raises InstructionError: ``instruction.cancelled``."""
+        if self.cancelled():
+            raise InstructionError("instruction.cancelled", "it was cancelled: send it again if it is wanted after all")
 
     def progress(self, done: float, total: float, unit: str, **more: Any) -> None:
         now = time.monotonic()

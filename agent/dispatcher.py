@@ -7,31 +7,24 @@ run in the order they came.
 
 from __future__ import annotations
 
-import collections
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 from agent import dialects, oslo, wire
 from agent.context import Interrupted
 from agent.errors import JournalCorrupt, JournalError, MessageError
 from agent.executor import Executor
 from agent.heartbeats import Heartbeats
-from agent.journal import Accepted, Journal, Refused
+from agent.journal import Accepted, Journal, Phase, Refused
 from agent.loader import Verb
+from agent.locks import Job, Queues
 
 LOG = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
 QUICK_WORKERS = 4
-
-
-class _Job(NamedTuple):
-    ident: str
-    key: str
-    lane: str
 
 
 class Dispatcher:
@@ -74,13 +67,8 @@ class Dispatcher:
         self._on_fatal = on_fatal
         self._oslo_service = oslo_service
         self._heartbeats = heartbeats or Heartbeats()
-        self._lock = threading.Lock()
         counts = {"work": max(1, workers), "quick": QUICK_WORKERS, "drain": 1}
-        self._ready: dict[str, collections.deque[_Job]] = {lane: collections.deque() for lane in counts}
-        self._came = {lane: threading.Condition(self._lock) for lane in counts}
-        self._behind: dict[str, collections.deque[_Job]] = {}  # has a key while a job of it is ready or runs
-        self._pending = 0
-        self._draining = False
+        self.queues = Queues(counts)
         self.interrupted = False
         self._threads = [
             threading.Thread(target=self._work, args=(lane,), name=f"{lane}-{n}", daemon=True)
@@ -98,10 +86,7 @@ class Dispatcher:
         What waits stays in the journal for the next start. Set `stopping` and drain again to make waiting steps
         give way.
         """
-        with self._lock:
-            self._draining = True
-            for came in self._came.values():
-                came.notify_all()
+        self.queues.drain()
         end = time.monotonic() + timeout
         for thread in self._threads:
             if thread.is_alive():
@@ -116,8 +101,7 @@ class Dispatcher:
 
     def room(self) -> int:
         """How many messages more may be taken in."""
-        with self._lock:
-            return max(0, self.max_pending - self._pending)
+        return max(0, self.max_pending - self.queues.pending)
 
     def alive(self) -> bool:
         """Whether every worker runs."""
@@ -128,8 +112,7 @@ class Dispatcher:
 
     @property
     def pending(self) -> int:
-        with self._lock:
-            return self._pending
+        return self.queues.pending
 
     def recover(self) -> int:
         """Queue what an earlier life of the agent left unfinished; how many."""
@@ -140,7 +123,7 @@ class Dispatcher:
             entry = self._journal.entry(ident)
             if entry is not None:
                 job = self._job(entry.instruction)
-                self._submit(job if job.key else job._replace(key=entry.domain))
+                self.queues.submit(job if job.key else job._replace(key=entry.domain))
         return len(idents)
 
     def receive(self, *raws: wire.Raw) -> None:
@@ -170,6 +153,30 @@ class Dispatcher:
         if answered:
             self._on_change()
 
+    def cancel_queued(self, ident: str) -> bool:
+        """End an instruction that no worker has yet and that is marked as cancelled; False: it is not queued.
+
+        :raises JournalError: its outcome cannot be stored now; it is queued again.
+        """
+        job = self.queues.remove(ident)
+        if job is None:
+            return False
+        try:
+            entry = self._journal.entry(ident)
+            if entry is not None and entry.phase is not Phase.ACCEPTED:
+                self.queues.put_back(job)  # it was begun by an earlier life of the agent: a worker takes it back
+                return False
+            self._executor.run(ident)
+        except BaseException:
+            self.queues.put_back(job)
+            raise
+        self._ended(job)
+        return True
+
+    def cancel_running(self, ident: str) -> None:
+        """Tell whoever carries out an instruction that it is to give way."""
+        self._executor.cancel(ident)
+
     def again(self, seq: int, raw: wire.Raw, came: float) -> tuple[str, str]:
         """Take in a message of the quarantine, in one transaction with taking it out of there.
 
@@ -196,7 +203,7 @@ class Dispatcher:
         if item.heartbeat and outcome is not Accepted.REPLAYED:
             self._heartbeats.watch(item.id, item.reply_to, item.correlation, item.heartbeat)
         if outcome is Accepted.NEW:
-            self._submit(self._job(item))
+            self.queues.submit(self._job(item))
         else:
             LOG.info("instruction %s came again: %s", item.id, outcome.value)
 
@@ -210,48 +217,19 @@ class Dispatcher:
         LOG.warning("message refused (%s): %s", why.code, why.message)
         return Refused(raw, why, dialects.encode_refusal(raw, why, self._host, self._max_message_bytes))
 
-    def _job(self, instruction: wire.Instruction) -> _Job:
+    def _job(self, instruction: wire.Instruction) -> Job:
         verb = self._verbs.get(instruction.verb)
         if verb is None:
-            return _Job(instruction.id, "", "work")
+            return Job(instruction.id, "", "work")
         try:
             key = verb.plugin.domain_of(instruction.args)
         except (Exception, SystemExit):
             LOG.debug("%s gives no domain for its arguments", instruction.verb, exc_info=True)
             key = ""
-        return _Job(instruction.id, key, verb.plugin.lane)
-
-    def _submit(self, job: _Job) -> None:
-        with self._lock:
-            self._pending += 1
-            if job.key and job.key in self._behind:
-                self._behind[job.key].append(job)
-                return
-            if job.key:
-                self._behind[job.key] = collections.deque()
-            self._ready[job.lane].append(job)
-            self._came[job.lane].notify()
-
-    def _done(self, key: str) -> None:
-        with self._lock:
-            self._pending -= 1
-            if key:
-                behind = self._behind[key]
-                if behind:
-                    following = behind.popleft()
-                    self._ready[following.lane].append(following)
-                    self._came[following.lane].notify()
-                else:
-                    del self._behind[key]
+        return Job(instruction.id, key, verb.plugin.lane)
 
     def _work(self, lane: str) -> None:
-        ready = self._ready[lane]
-        while True:
-            with self._lock:
-                self._came[lane].wait_for(lambda: ready or self._draining)
-                if self._draining:
-                    return
-                job = ready.popleft()
+        while (job := self.queues.take(lane)) is not None:
             try:
                 deferred = self._run(job)
             except Interrupted:
@@ -260,12 +238,12 @@ class Dispatcher:
             if not deferred:
                 self._ended(job)
 
-    def _ended(self, job: _Job) -> None:
+    def _ended(self, job: Job) -> None:
         self._heartbeats.forget(job.ident)
-        self._done(job.key)
+        self.queues.done(job)
         self._on_change()
 
-    def _run(self, job: _Job) -> bool:
+    def _run(self, job: Job) -> bool:
         """Whether `_stored` is told of the end. :raises Interrupted: the agent is being stopped."""
         while True:
             try:
@@ -284,7 +262,7 @@ class Dispatcher:
             if self._stopping.wait(RETRY_SECONDS):
                 raise Interrupted
 
-    def _stored(self, job: _Job, exc: Exception | None) -> None:
+    def _stored(self, job: Job, exc: Exception | None) -> None:
         """The outcome is durable, or the journal could not take it."""
         if exc is None:
             self._ended(job)
@@ -292,14 +270,9 @@ class Dispatcher:
             self._on_fatal(exc)
         else:
             LOG.error("instruction %s waits: %s", job.ident, exc)
-            again = threading.Timer(RETRY_SECONDS, self._make_ready, (job,))
+            again = threading.Timer(RETRY_SECONDS, self.queues.again, (job,))
             again.daemon = True
             again.start()
-
-    def _make_ready(self, job: _Job) -> None:
-        with self._lock:
-            self._ready[job.lane].append(job)
-            self._came[job.lane].notify()
 
 
 def _code(item: object) -> str:

@@ -10,6 +10,7 @@
      ├─ InstructionError               the instruction was understood and cannot be carried out
      │    instruction.unknown_verb, instruction.bad_args, instruction.expired, instruction.deadline_exceeded,
      │    instruction.id_reused, instruction.outcome_unknown, plugin.failed, plugin.no_agent,
+     │    instruction.not_found, instruction.cancelled, lock.not_held, lock.busy,
      │    quarantine.not_found, quarantine.incomplete, quarantine.refused_again, image.not_found, image.invalid,
      │    image.source_refused, image.auth_failed, image.too_large, image.fetch_failed and image.no_room (retryable),
      │    and every code of hypervisor.errors

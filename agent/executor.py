@@ -17,21 +17,19 @@ from typing import Any
 
 from agent import trace
 from agent.api import Check, Host, Plan, Step, TooLate
-from agent.context import Interrupted, StepContext, current_domain, log_fields
-from agent.errors import AgentError, InstructionError, JournalError
+from agent.context import Interrupted, StepContext, current_domain, log_fields, never
+from agent.errors import InstructionError, JournalError
 from agent.faults import boundary
 from agent.journal import Entry, Journal, Phase, StepState
 from agent.loader import Verb
 from agent.notices import Notices
+from agent.patience import patiently
 from agent.plain import json_object, one_line
 from agent.wire import Reply
 from agent.work import Work, failure, remains, request_id
-from hypervisor.errors import ToolstackError
 
 LOG = logging.getLogger(__name__)
 
-FIRST_PAUSE = 0.1
-LONGEST_PAUSE = 10.0
 _FAULTS = (Exception, SystemExit)
 """What a plugin may do wrong, ``sys.exit()`` included."""
 OUTCOME_UNKNOWN = "instruction.outcome_unknown"
@@ -73,6 +71,7 @@ class Executor:
         self.keep_read_seconds = keep_read_seconds
         self._now = now
         self._stored: dict[str, Callable[[Exception | None], None]] = {}
+        self._cancelled: set[str] = set()
 
     def run(self, ident: str, stored: Callable[[Exception | None], None] | None = None) -> bool:
         """Carry the instruction to its end. Returns quietly when it is finished already.
@@ -95,6 +94,10 @@ class Executor:
         finally:
             left = self._stored.pop(ident, None)
         return left is None
+
+    def cancel(self, ident: str) -> None:
+        """Have an instruction that runs give way at its next step, or where it waits; the journal has it noted."""
+        self._cancelled.add(ident)
 
     def _run(self, entry: Entry) -> None:
         ident = entry.instruction.id
@@ -131,6 +134,8 @@ class Executor:
                     "send it again with a later one",
                     retryable=True,
                 )
+            if entry.cancelled is not None:
+                raise InstructionError("instruction.cancelled", "it was cancelled before it began")
             verb.check(instruction.args)
             plan = verb.plugin.plan(instruction.args, self._host)
             data = json_object(plan.to_json())
@@ -198,16 +203,17 @@ class Executor:
             step = work.plan.steps[index]
             committed = work.committed
             if committed:
-                work.ctx.deadline = None
+                work.ctx.deadline, work.ctx.cancelled = None, never
             if self._stopping.is_set():
                 raise Interrupted  # a boundary between steps is a good place to be stopped at
             try:
                 self._check_deadline(work, step)
+                work.ctx.check_wanted()
                 self._mark(work, index, StepState.BEGUN)
                 boundary(f"{work.name}:{step.name}:begun")
                 started = time.monotonic()
                 run = functools.partial(step.run, work.ctx)
-                output = json_object((self._patiently(work, run) if committed else run()) or {})
+                output = json_object((patiently(work.ctx, self.unknown_seconds, run) if committed else run()) or {})
                 seconds = time.monotonic() - started
                 boundary(f"{work.name}:{step.name}:ran")
             except (Interrupted, JournalError):
@@ -241,13 +247,14 @@ class Executor:
 
     def _take_back(self, work: Work, error: dict[str, Any]) -> None:
         """Undo every step that was begun, newest first, then report `error`."""
+        work.ctx.cancelled = never
         for index in reversed(range(len(work.plan.steps))):
             step = work.plan.steps[index]
             if work.states[index] in (None, StepState.UNDONE):
                 continue
             boundary(f"{work.name}:{step.name}:undoing")
             try:
-                self._patiently(work, functools.partial(step.undo, work.ctx))
+                patiently(work.ctx, self.unknown_seconds, functools.partial(step.undo, work.ctx))
             except (Interrupted, JournalError):
                 raise
             except TooLate as late:
@@ -276,7 +283,7 @@ class Executor:
     def _look(self, work: Work, index: int) -> Check:
         """What became of an interrupted step. :raises InstructionError: nobody can say (outcome_unknown)."""
         step = work.plan.steps[index]
-        verdict: Check | None = self._patiently(work, lambda: Check(step.check(work.ctx)))
+        verdict: Check | None = patiently(work.ctx, self.unknown_seconds, lambda: Check(step.check(work.ctx)))
         if verdict is None:
             raise InstructionError(
                 OUTCOME_UNKNOWN,
@@ -284,24 +291,6 @@ class Executor:
                 "domain before sending anything else for it",
             )
         return verdict
-
-    def _patiently(self, work: Work, call: Callable[[], Any]) -> Any:
-        """`call`, again with growing pauses while it fails retryably or returns `Check.UNKNOWN` (None at the end)."""
-        end = time.monotonic() + self.unknown_seconds
-        pause = FIRST_PAUSE
-        while True:
-            try:
-                got = call()
-                if got is not Check.UNKNOWN:
-                    return got
-            except (ToolstackError, AgentError) as exc:
-                if not exc.retryable or isinstance(exc, JournalError) or time.monotonic() >= end:
-                    raise
-                LOG.warning("asking again in %.1f s: %s", pause, exc)
-            if time.monotonic() >= end:
-                return None
-            work.ctx.pause(pause)
-            pause = min(pause * 2, LONGEST_PAUSE)
 
     def _check_deadline(self, work: Work, step: Step) -> None:
         deadline = work.ctx.deadline
@@ -321,6 +310,7 @@ class Executor:
             self._stopping,
             instruction.deadline,
             tell=lambda data: self._progress(about | data),
+            cancelled=lambda: entry.cancelled is not None or instruction.id in self._cancelled,
         )
         count = len(plan.steps)
         return Work(entry, verb, ctx, plan, [None] * count, [0.0] * count)
@@ -385,6 +375,7 @@ class Executor:
             self._ended(reply)
             LOG.info("%s %s", instruction.verb, "done" if error is None else f"failed ({error['code']})")
 
+        self._cancelled.discard(instruction.id)
         stored = self._stored.pop(instruction.id, None)
         if stored is None:
             self._journal.finish(reply, keep, notices)

@@ -28,6 +28,7 @@ from agent.cli import (
     image,
     inside,
     instruct,
+    lock,
     migration,
     node,
     placement,
@@ -84,6 +85,9 @@ COMMANDS: dict[str, Any] = {
     "placement audit": placement.PlacementAudit,
     "placement repair": placement.PlacementRepair,
     "top": top.Top,
+    "lock list": lock.LockList,
+    "lock break": lock.LockBreak,
+    "cancel": lock.Cancel,
     "quarantine list": quarantine.QuarantineList,
     "quarantine show": quarantine.QuarantineShow,
     "quarantine retry": quarantine.QuarantineRetry,
@@ -232,7 +236,7 @@ def _wants_json(argv: Sequence[str]) -> bool:
         following = argv[index + 1] if index + 1 < len(argv) else ""
         if word in ("-fjson", "--format=json") or (word in ("-f", "--format") and following == "json"):
             return True
-    return "--json" in argv and not {"image", "placement", "quarantine"}.isdisjoint(argv)
+    return "--json" in argv and not {"cancel", "image", "lock", "placement", "quarantine"}.isdisjoint(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -56,7 +56,7 @@ class Entry:
 
     :ivar plan: the journalled plan, or None before there is one.
     :ivar error: why it is being undone, while it is.
-    :ivar received: seconds since the epoch.
+    :ivar received: seconds since the epoch. :ivar cancelled: when somebody asked for its end; None: nobody did.
     """
 
     seq: int
@@ -67,6 +67,7 @@ class Entry:
     steps: tuple[StepRecord, ...]
     error: dict[str, Any] | None
     received: float
+    cancelled: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from agent.journal.records import Entry, Phase, StepRecord, StepState
 def read_entry(db: sqlite3.Connection, ident: str) -> Entry | None:
     """An instruction with its steps."""
     row = db.execute(
-        "SELECT seq, id, verb, host, args, dialect, deadline, domain, phase, plan, error, received, context"
-        " FROM instructions WHERE id = ?",
+        "SELECT seq, id, verb, host, args, dialect, deadline, domain, phase, plan, error, received, context,"
+        " cancelled FROM instructions WHERE id = ?",
         (ident,),
     ).fetchone()
     if row is None:
@@ -23,7 +23,7 @@ def read_entry(db: sqlite3.Connection, ident: str) -> Entry | None:
     steps = db.execute(
         "SELECT idx, name, state, output, seconds FROM steps WHERE id = ? ORDER BY idx", (ident,)
     ).fetchall()
-    seq, ident, verb, host, args, dialect, deadline, domain, phase, plan, error, received, context = row
+    seq, ident, verb, host, args, dialect, deadline, domain, phase, plan, error, received, context, cancelled = row
     return Entry(
         seq=seq,
         instruction=wire.Instruction(
@@ -35,7 +35,29 @@ def read_entry(db: sqlite3.Connection, ident: str) -> Entry | None:
         steps=tuple(StepRecord(s[0], s[1], StepState(s[2]), _load(s[3]), s[4]) for s in steps),
         error=_load(error),
         received=received,
+        cancelled=cancelled,
     )
+
+
+def read_outcome(db: sqlite3.Connection, ident: str) -> wire.Reply | None:
+    """The reply of a finished instruction."""
+    row = db.execute("SELECT reply FROM instructions WHERE id = ? AND finished IS NOT NULL", (ident,)).fetchone()
+    return None if row is None else wire.Reply.from_json(json.loads(row[0]))
+
+
+def put_waiter(db: sqlite3.Connection, instruction: wire.Instruction) -> None:
+    """Whoever sent it waits for its reply."""
+    if instruction.reply_to:
+        db.execute(
+            "INSERT OR IGNORE INTO waiters (id, reply_to, dialect, correlation, heartbeat) VALUES (?, ?, ?, ?, ?)",
+            (
+                instruction.id,
+                instruction.reply_to,
+                instruction.dialect,
+                instruction.correlation,
+                instruction.heartbeat,
+            ),
+        )
 
 
 def put(db: sqlite3.Connection, messages: Sequence[wire.Outgoing], now: float) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from agent.errors import JournalCorrupt, JournalError, JournalNewer
 
-VERSION = 3
+VERSION = 4
 APPLICATION_ID = 0x52454556
 """``REEV``; stored in the file's header, so that another program's database is not taken for a journal."""
 
@@ -35,7 +35,8 @@ CREATE TABLE instructions (
     received REAL NOT NULL,
     finished REAL,
     expires REAL,
-    context TEXT
+    context TEXT,
+    cancelled REAL
 );
 CREATE INDEX instructions_unfinished ON instructions (seq) WHERE finished IS NULL;
 CREATE INDEX instructions_expiring ON instructions (expires) WHERE expires IS NOT NULL;
@@ -88,6 +89,7 @@ CREATE TABLE quarantine (
 MIGRATIONS = {
     1: "ALTER TABLE instructions ADD COLUMN context TEXT;"
     " ALTER TABLE waiters ADD COLUMN heartbeat REAL NOT NULL DEFAULT 0;",
+    3: "ALTER TABLE instructions ADD COLUMN cancelled REAL;",
     2: "ALTER TABLE quarantine ADD COLUMN envelope TEXT NOT NULL DEFAULT '{}';",
 }
 """What leads from a version to the next one. Columns are added at the end, as `DDL` has them."""

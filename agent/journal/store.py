@@ -24,7 +24,7 @@ from agent.journal.failures import translated
 from agent.journal.group import GroupCommit
 from agent.journal.quarantine import LIMITS, Limits, Quarantine
 from agent.journal.records import Accepted, Entry, OutboxRow, Phase, Refused, StepState, Waiter
-from agent.journal.rows import put, read_entry
+from agent.journal.rows import put, put_waiter, read_entry, read_outcome
 
 LOG = logging.getLogger(__name__)
 
@@ -114,14 +114,14 @@ class Journal:
             ),
         ).rowcount
         if new:
-            self._wait(db, instruction)
+            put_waiter(db, instruction)
             return Accepted.NEW
         row = db.execute("SELECT digest, finished, reply FROM instructions WHERE id = ?", (instruction.id,)).fetchone()
         known, finished, reply = row
         if known != digest:
             return Accepted.REUSED
         if finished is None:
-            self._wait(db, instruction)
+            put_waiter(db, instruction)
             return Accepted.RUNNING
         if instruction.reply_to:
             stored = wire.Reply.from_json(json.loads(reply))
@@ -187,6 +187,15 @@ class Journal:
                 db.execute("UPDATE steps SET state = ? WHERE id = ? AND idx = ?", (StepState.FAILED, ident, failed))
 
         self._write(operation)
+
+    def cancel(self, ident: str) -> None:
+        """Note that an instruction is not wanted any more; no effect on one that has ended."""
+        self._execute("UPDATE instructions SET cancelled = ? WHERE id = ? AND finished IS NULL", (self._now(), ident))
+
+    def outcome(self, ident: str) -> wire.Reply | None:
+        """What a finished instruction came to."""
+        with self._read() as db:
+            return read_outcome(db, ident)
 
     def forward(self, ident: str) -> None:
         """The instruction cannot be taken back any more: it goes on."""
@@ -356,19 +365,6 @@ class Journal:
                     ("quarantine", "quarantine"),
                 )
             }
-
-    def _wait(self, db: sqlite3.Connection, instruction: wire.Instruction) -> None:
-        if instruction.reply_to:
-            db.execute(
-                "INSERT OR IGNORE INTO waiters (id, reply_to, dialect, correlation, heartbeat) VALUES (?, ?, ?, ?, ?)",
-                (
-                    instruction.id,
-                    instruction.reply_to,
-                    instruction.dialect,
-                    instruction.correlation,
-                    instruction.heartbeat,
-                ),
-            )
 
     def _enqueue(self, db: sqlite3.Connection, *messages: wire.Outgoing) -> None:
         put(db, messages, self._now())

@@ -45,7 +45,7 @@ def test_every_code_is_listed() -> None:
     listed = set(re.findall(r"`([a-z]+\.[a-z_]+)`", sections()["Errors"]))
     source = "".join(path.read_text() for folder in ("agent", "plugins") for path in (ROOT / folder).glob("*.py"))
     source += "".join(path.read_text() for path in (ROOT / "agent" / "images").rglob("*.py"))
-    used = set(re.findall(r'"((?:message|instruction|plugin|quarantine|image|resize)\.[a-z_]+)"', source))
+    used = set(re.findall(r'"((?:message|instruction|plugin|quarantine|lock|image|resize)\.[a-z_]+)"', source))
     # The base class's own, always overridden; what only building an image raises.
     used -= {"instruction.failed", "image.build_failed"}
     used |= {"reply.timeout", "broker.unreachable"}  # what an agent gets that asks another one

@@ -216,7 +216,9 @@ def test_who_listens_and_what_the_sender_said_of_itself_survive(tmp_path: Path, 
 def test_a_journal_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
     path = tmp_path / "old.sqlite"
     db = sqlite3.connect(path)
-    old = schema.DDL.replace(",\n    context TEXT", "").replace("    heartbeat REAL NOT NULL DEFAULT 0,\n", "")
+    old = schema.DDL.replace(",\n    context TEXT,\n    cancelled REAL", "").replace(
+        "    heartbeat REAL NOT NULL DEFAULT 0,\n", ""
+    )
     old = old.replace(",\n    envelope TEXT NOT NULL DEFAULT '{}'", "")
     db.executescript(f"{old} PRAGMA application_id={schema.APPLICATION_ID}; PRAGMA user_version=1;")
     db.execute(
