@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from hypervisor.errors import MigrationNotFound, Unsupported
+from hypervisor.errors import MigrationNotFound, TemplateNotFound, Unsupported
 from hypervisor.toolstack.api import (
     Capability,
     DomainInfo,
@@ -15,6 +15,7 @@ from hypervisor.toolstack.api import (
     MigrationStatus,
     MigrationTicket,
     SaveInfo,
+    TemplateInfo,
 )
 from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec
 
@@ -68,6 +69,23 @@ class OptionalVerbs:
 
     def restore(self, path: str, *, owner: str, name: str = "", uuid: str = "") -> DomainInfo:
         self._lacks(Capability.SAVE)
+
+    def template_create(
+        self, uuid: str, name: str, *, ident: str, keep_running: bool = False, timeout: float = 60.0
+    ) -> TemplateInfo:
+        self._lacks(Capability.TEMPLATES)
+
+    def template_list(self) -> list[TemplateInfo]:
+        return []
+
+    def template_get(self, name: str) -> TemplateInfo:
+        raise TemplateNotFound(f"there is no template {name!r} on this host: the {self.name} driver has none")
+
+    def template_remove(self, name: str, *, force: bool = False) -> None:
+        self.template_get(name)
+
+    def clone(self, template: str, spec: DomainSpec) -> DomainInfo:
+        self._lacks(Capability.TEMPLATES)
 
     def migration_offer(self, uuid: str) -> MigrationOffer:
         self._lacks(Capability.LIVE_MIGRATION)

@@ -15,7 +15,7 @@ from fake_xen import Complaint
 from xl_rig import Rig
 
 from hypervisor import errors
-from hypervisor.toolstack.api import DomainState, DomainType
+from hypervisor.toolstack.api import DomainState, DomainType, Toolstack
 from hypervisor.toolstack.drivers import xl
 from hypervisor.toolstack.drivers.xl import records, runner
 
@@ -241,3 +241,18 @@ def test_settings(tmp_path: Path) -> None:
         with pytest.raises(errors.SpecInvalid) as caught:
             xl.create({**wrong, "state_dir": str(tmp_path)})
         one_line(caught.value)
+
+
+def test_what_it_lacks_is_refused_by_name(rig: Rig) -> None:
+    assert isinstance(rig.toolstack, Toolstack)
+    for call in (
+        lambda: rig.toolstack.template_create("x", "name", ident="i"),
+        lambda: rig.toolstack.clone("name", rig.spec()),
+        lambda: rig.toolstack.migration_offer("x"),
+    ):
+        with pytest.raises(errors.Unsupported, match="it lacks") as caught:
+            call()
+        one_line(caught.value)
+    with pytest.raises(errors.TemplateNotFound):
+        rig.toolstack.template_remove("name")
+    assert rig.toolstack.template_list() == rig.toolstack.migration_list() == []
