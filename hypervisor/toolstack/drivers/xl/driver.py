@@ -22,6 +22,7 @@ from hypervisor.toolstack.drivers.xl import capabilities, console
 from hypervisor.toolstack.drivers.xl.events import EVENTS
 from hypervisor.toolstack.drivers.xl.host import Host, Settings, state
 from hypervisor.toolstack.drivers.xl.life import Life
+from hypervisor.toolstack.drivers.xl.sweep import sweep
 
 LOG = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ class XlToolstack(OptionalVerbs):
     def _look(self, path: str) -> None:
         try:
             if path == "@releaseDomain":
-                self._life.rows()
+                sweep(self._host, self._life)
         except ToolstackError as exc:
             LOG.warning("domains that ended cannot be looked at now: %s", exc)
         with self._changed:

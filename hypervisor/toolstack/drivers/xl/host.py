@@ -18,6 +18,7 @@ ENDED = frozenset({DomainState.SHUTDOWN, DomainState.CRASHED})
 REASONS = dict(enumerate(ShutdownReason))  # SCHEDOP_shutdown's numbers 0..4 (public/sched.h)
 SUSPENDED = 2
 CLAIM = "/tool/reeve/xl"
+HALF_MADE = "it is being made, or its maker died before it was marked"
 INCOMING, MOVED_AWAY = "--incoming", "--migratedaway"
 """What ``xl migrate`` puts after a domain's name on its way (xl_migrate.c)."""
 _ON_ITS_WAY = {INCOMING: "it arrives by xl migrate", MOVED_AWAY: "it left by xl migrate: destroy what is here"}
@@ -101,6 +102,8 @@ class Host:
             owner = self.store.read(node(row, "owner")) if record is not None else None
         except ToolstackError as exc:
             return dataclasses.replace(info, state=DomainState.UNKNOWN, detail=exc.message)
+        if record is not None and not record.made:
+            info = dataclasses.replace(info, detail=f"{HALF_MADE}; if nobody is: xl destroy {row.domid}")
         if record is None or owner is None:
             return info
         detail = info.detail

@@ -118,7 +118,7 @@ class Life:
         for name, value in (("uuid", spec.uuid), ("owner", spec.owner)):
             self._store.write(node(row, name), value)
             self._store.set_perms(node(row, name), ("n0",))
-        self._records.put(dataclasses.replace(record, made=True))
+        self._records.put(dataclasses.replace(record, made=True, again=False))
         return row
 
     def undo(self, uuid: str) -> None:
@@ -142,7 +142,7 @@ class Life:
     def reset(self, uuid: str) -> None:
         with self.locked(uuid):
             row = self._host.row(uuid)
-            self._rebuild(row, self._host.ours(row))
+            self.rebuild(row, self._host.ours(row))
 
     def destroy(self, uuid: str) -> None:
         with self.locked(uuid):
@@ -152,12 +152,15 @@ class Life:
             self._records.delete(uuid)
         self._events.publish("destroyed", uuid)
 
-    def _rebuild(self, row: parsers.Row, record: Record) -> None:
+    def rebuild(self, row: parsers.Row | None, record: Record) -> None:
         """End it and make it anew, running. Call with its lock held."""
-        self._xl.run("destroy", str(row.domid), timeout=BUILD)
+        record = dataclasses.replace(record, again=True)
+        self._records.put(record)
+        if row is not None:
+            self._xl.run("destroy", str(row.domid), timeout=BUILD)
         new = self.build(record)
         self._xl.run("unpause", str(new.domid))
-        self._events.publish("rebooted", row.uuid)
+        self._events.publish("rebooted", record.spec.uuid)
 
     def _settle(self, row: parsers.Row) -> bool:
         """Do what its spec says when a domain of ours has ended; whether it must be looked at again."""
@@ -186,7 +189,7 @@ class Life:
         self._events.publish("crashed" if crashed else "shutdown", row.uuid, reason.value)
         action = _action(record.spec, reason)
         if action is OnEvent.RESTART:
-            self._rebuild(row, record)
+            self.rebuild(row, record)
         elif action is OnEvent.DESTROY:
             self._xl.run("destroy", str(row.domid), timeout=BUILD)
             self._records.delete(row.uuid)

@@ -23,6 +23,7 @@ class Record:
     """:ivar spec: what it is built from when it starts next; `run` what the present run was built from.
 
     :ivar made: it was marked; False: being made, or its maker died in between.
+    :ivar again: it is being ended and made anew, or who did that died in between.
     :ivar log_start: bytes of xenconsoled's log, which goes by name, that are of an earlier domain.
     :ivar created_at: seconds since the epoch.
     """
@@ -31,6 +32,7 @@ class Record:
     run: DomainSpec
     created_at: float
     made: bool = False
+    again: bool = False
     log_start: int = 0
 
     def to_json(self) -> dict[str, Any]:
@@ -39,13 +41,14 @@ class Record:
             "run": self.run.to_json(),
             "created_at": self.created_at,
             "made": self.made,
+            "again": self.again,
             "log_start": self.log_start,
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Record:
         specs = DomainSpec.from_json(data["spec"]), DomainSpec.from_json(data["run"])
-        return cls(*specs, data["created_at"], data["made"], data["log_start"])
+        return cls(*specs, data["created_at"], data["made"], data["again"], data["log_start"])
 
 
 class Records:
@@ -67,13 +70,13 @@ class Records:
             return path.read_text()[:36]
 
     @contextlib.contextmanager
-    def lock(self, name: str = "host") -> Iterator[None]:
+    def lock(self, name: str = "host", *, wait: bool = True) -> Iterator[None]:
         """Only one process and thread is inside; ends with the process that holds it.
 
-        :raises DomainNotFound: the name is neither ``host`` nor a UUID.
+        :raises DomainNotFound: the name is neither ``host`` nor a UUID. :raises BlockingIOError: not without waiting.
         """
         path = self.folder / "host.lock" if name == "host" else self._path(name).with_suffix(".lock")
-        file = _locked(path)
+        file = _locked(path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             yield
         finally:
@@ -128,7 +131,7 @@ class Records:
             raise DomainNotFound(f"no domain {uuid!r} on this host: that is no UUID") from None
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path, how: int) -> int:
     """The descriptor of a lock file that was there after it had been locked: its last user may have removed it."""
     while True:
         try:
@@ -136,7 +139,7 @@ def _locked(path: Path) -> int:
         except OSError as exc:
             raise HostFailure(f"lock {path}: {exc.strerror}: free space or correct its rights") from exc
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, how)
             if os.stat(path).st_ino == os.fstat(file).st_ino:
                 return file
         except FileNotFoundError:
