@@ -16,7 +16,7 @@ from typing import Any
 
 from agent.placement.client import Client, Consumer, Resources
 from agent.placement.errors import PlacementError
-from agent.placement.inventory import MEMORY_MB, VCPU
+from agent.placement.inventory import CLASSES, MEMORY_MB, VCPU
 from agent.resources import Share
 
 LOG = logging.getLogger(__name__)
@@ -70,12 +70,16 @@ def row(share: Share) -> dict[str, int]:
 
 
 def compare(found: Mapping[str, Resources], shares: Mapping[str, Share]) -> list[Difference]:
-    """In the order in which they are best mended: what frees something first, since what grows may need it."""
+    """In the order in which they are best mended: what frees something first, since what grows may need it.
+
+    Of what a domain has, only our classes count: a scheduler may have given it a disk, too.
+    """
     wanted = {uuid: made for uuid, share in shares.items() if (made := row(share))}
     differences = []
     for uuid in found.keys() | wanted.keys():
         is_now, should = found.get(uuid, {}), wanted.get(uuid, {})
-        if is_now != should:
+        counted = {name: amount for name, amount in is_now.items() if name in CLASSES} if should else is_now
+        if counted != should:
             kind = Kind.ORPHAN if not should else Kind.AMOUNT if is_now else Kind.MISSING
             differences.append(Difference(uuid, kind, is_now, should))
     return sorted(differences, key=lambda item: (_growth(item), item.consumer))
@@ -129,13 +133,17 @@ class Allocations:
         consumer = self._client.consumer(difference.consumer)
         if consumer.allocations and not self.own(consumer):
             return Mended.FOREIGN
-        if consumer.allocations.get(self._provider, {}) == difference.wanted:
+        here = dict(consumer.allocations.get(self._provider, {}))
+        made = {name: amount for name, amount in here.items() if name not in CLASSES} | dict(difference.wanted)
+        if not difference.wanted:
+            made = {}
+        if here == made:
             return Mended.RIGHT
         left = {uuid: resources for uuid, resources in consumer.allocations.items() if uuid != self._provider}
-        if difference.wanted:
-            left[self._provider] = difference.wanted
-        made = Consumer(left, self._project, self._user, CONSUMER_TYPE, consumer.generation)
-        self._client.set_consumer(difference.consumer, made)
+        if made:
+            left[self._provider] = made
+        marked = Consumer(left, self._project, self._user, CONSUMER_TYPE, consumer.generation)
+        self._client.set_consumer(difference.consumer, marked)
         return Mended.WRITTEN if difference.wanted else Mended.REMOVED
 
 

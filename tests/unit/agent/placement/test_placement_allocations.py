@@ -42,6 +42,21 @@ def test_the_comparison_frees_before_it_takes() -> None:
     assert compare({}, {A: Share(0, 0)}) == [] and compare({A: {"VCPU": 1}}, {A: Share(0, 1)}) == []
 
 
+def test_what_a_scheduler_has_added_to_a_row_counts_for_nothing_and_stays(node: Node) -> None:
+    assert compare({A: {**row(1, 64), "DISK_GB": 3}}, {A: Share(64, 1)}) == []
+    assert [item.kind for item in compare({A: {"DISK_GB": 3}}, {})] == [Kind.ORPHAN]
+    uuid = node.rig.create()
+    node.quick()
+    stock = {"total": 9, "reserved": 0, "min_unit": 1, "max_unit": 9, "step_size": 1, "allocation_ratio": 1.0}
+    node.server.providers[HOST].inventories["DISK_GB"] = stock
+    node.server.consumers[uuid].allocations[HOST] = {**row(3, 64), "DISK_GB": 3}
+    node.quick()
+    assert node.rows() == {uuid: {**row(1, 64), "DISK_GB": 3}}
+    node.rig.ok("destroy", {"uuid": uuid})
+    node.quick()
+    assert node.rows() == {}
+
+
 def test_a_domain_comes_is_resized_and_goes(node: Node) -> None:
     uuid = node.rig.create(vcpus=2)
     node.quick()

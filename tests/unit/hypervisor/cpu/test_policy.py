@@ -62,6 +62,13 @@ def test_what_makes_no_sense(text: str) -> None:
         Choice.parse(text)
 
 
+def test_what_every_guest_is_certain_to_have() -> None:
+    least = Choice.parse("engine").certain
+    assert "sse2" in least and "sse3" not in least and "avx" not in least
+    assert set(Choice.parse("x86-64-v2,+aes,-popcnt").certain) >= {*least, "aes", "sse4_2"}
+    assert "popcnt" not in Choice.parse("x86-64-v2,+aes,-popcnt").certain
+
+
 @pytest.mark.parametrize(("text", "missing"), [("x86-64-v3", "avx2"), ("x86-64-v2", "sse4_2"), ("+aes", "aes")])
 def test_what_the_engine_lacks_is_named(text: str, missing: str) -> None:
     with pytest.raises(Unsupported, match=f"has no .*{missing}.*lower level"):
