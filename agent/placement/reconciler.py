@@ -43,10 +43,12 @@ class Status:
 
     :ivar error: why the last round failed, "" if it did not. :ivar synced: when one last succeeded, by the clock.
     :ivar mended: allocations written or removed since the start. :ivar foreign: differences that are not ours to mend.
-    :ivar left: our own differences that stand: not mended, or only told of.
+    :ivar left: our own differences that stand: not mended, or only told of. :ivar refused: why the first of them was
+        not mended.
     """
 
     error: str = ""
+    refused: str = ""
     synced: float | None = None
     mended: int = 0
     foreign: tuple[Difference, ...] = ()
@@ -85,6 +87,7 @@ class Reconciler:
         self.status = Status()
         self._due = clock()
         self._failures = 0
+        self._soon = False  # something was refused that may be taken soon
         self._told: dict[str, Any] = {}  # the inventory of the last round
         self._changed = threading.Event()
         self._stop = threading.Event()
@@ -133,6 +136,8 @@ class Reconciler:
             self.status = dataclasses.replace(self.status, error="", synced=self._clock())
             if full:
                 self._due = now + self.interval
+            if self._soon:
+                self._due = min(self._due, now + AGAIN_SECONDS)
         return max(0.0, self._due - self._clock())
 
     def _round(self, full: bool) -> None:
@@ -154,17 +159,22 @@ class Reconciler:
         if not self.write:
             foreign = tuple(item for item in differences if self._allocations.foreign(item))
             left = tuple(item for item in differences if item not in foreign)
-            self.status = dataclasses.replace(self.status, foreign=foreign, left=left)
+            self._soon = False
+            self.status = dataclasses.replace(self.status, foreign=foreign, left=left, refused="")
             return
         outcome = mend_all(self._allocations, differences)
+        # What Placement refuses to one domain does not keep the changes of others waiting.
+        refused = outcome.failed[0][1].message if outcome.failed else ""
+        if refused and refused != self.status.refused:
+            LOG.warning("%d allocations are not mended, the first one: %s", len(outcome.failed), refused)
+        self._soon = any(error.retryable for _, error in outcome.failed)
         self.status = dataclasses.replace(
             self.status,
             mended=self.status.mended + len(outcome.mended),
             foreign=tuple(outcome.foreign),
             left=tuple(item for item, _ in outcome.failed),
+            refused=refused,
         )
-        if outcome.failed:
-            raise outcome.failed[0][1]
 
     def _failed(self, exc: AgentError | ToolstackError) -> None:
         if exc.message != self.status.error:

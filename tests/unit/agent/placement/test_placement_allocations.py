@@ -14,6 +14,7 @@ from placement_rig import HOST, OTHER, Node, make_node
 
 from agent import executor
 from agent.placement.allocations import CONSUMER_TYPE, Difference, Kind, compare
+from agent.placement.reconciler import AGAIN_SECONDS
 from agent.resources import Share
 
 A = "aaaaaaaa-0000-4000-8000-000000000000"
@@ -185,12 +186,34 @@ def test_a_change_of_the_consumer_meanwhile_is_met(node: Node) -> None:
 def test_one_that_is_refused_does_not_keep_the_others_from_being_mended(node: Node) -> None:
     big, small = node.rig.create("big", memory_mib=1024), node.rig.create("small")
     node.claims.reserved_mib = 16384 - 512
-    node.made.step()
-    assert node.rows() == {small: row(1, 64)} and "Unable to allocate" in node.made.status.error
+    node.quick()
+    assert node.rows() == {small: row(1, 64)} and "Unable to allocate" in node.made.status.refused
     assert [item.consumer for item in node.made.status.left] == [big]
+    third = node.rig.foreign("third")
+    node.quick()
+    assert set(node.rows()) == {small, third}, "changes of others are told at once"
+    node.rig.toolstack.destroy(third)
     node.claims.reserved_mib = 0
     node.full()
-    assert node.rows() == {big: row(1, 1024), small: row(1, 64)} and node.made.status.left == ()
+    assert node.rows() == {big: row(1, 1024), small: row(1, 64)}
+    assert node.made.status.left == () and node.made.status.refused == ""
+
+
+def test_others_that_are_quicker_each_time_are_met_again_soon(node: Node) -> None:
+    uuid = node.rig.create()
+
+    def meanwhile(method: str, path: str) -> None:
+        if method == "PUT" and path.endswith(uuid):
+            node.server.put(uuid, OTHER, row(1, 64), type=CONSUMER_TYPE, project="reeve")
+            node.server.consumers[uuid].user = "reeve"
+
+    node.server.providers[OTHER] = node.server.providers[HOST]
+    node.server.before = meanwhile
+    node.made._stop.set()  # the client makes no pauses, and one attempt
+    assert node.made.step() == AGAIN_SECONDS and [item.consumer for item in node.made.status.left] == [uuid]
+    node.server.before = None
+    node.made.step()
+    assert node.rows() == {uuid: row(1, 64)} and node.made.status.left == ()
 
 
 def test_with_audit_nothing_is_written(rig: Rig, server: FakePlacement) -> None:
