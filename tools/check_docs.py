@@ -2,7 +2,7 @@
 
 ::
 
-    python tools/check_docs.py [FILE ...]      # default: README.md, CONTRIBUTING.md and docs/
+    python tools/check_docs.py [FILE ...]      # default: README.md, CONTRIBUTING.md, SECURITY.md and docs/
 
 Run it where Reeve is installed (``tox -e docs``). Each problem is one line,
 ``file:line: what``; the exit code is 1 when there is one.
@@ -33,7 +33,7 @@ Problems = Iterator[tuple[int, str]]
 
 
 def documents() -> list[Path]:
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def slug(heading: str) -> str:
