@@ -46,6 +46,7 @@ def make_kit(folder: Path) -> kit.Kit:
             kit.REBOOTS: guest("reboot"),
             kit.CRASHES: guest("crash"),
             kit.ECHOES: guest(),
+            kit.FOLLOWS: guest(),
         },
         line=LINE.encode(),
         memory_mib=16,

@@ -57,6 +57,7 @@ class Domain:
     booted: bool = False
     typed: str = ""
     gone: bool = False
+    shown: int = 0  # bytes of its log that a console that comes now does not get
     weight: int = 256
     cap: int = 0
 
@@ -155,6 +156,7 @@ class FakeXen:
         domain = Domain(domid, config["name"], config["uuid"], config, config["memory"], config.get("vcpus", 1), flags)
         domain.weight, domain.cap = config.get("cpu_weight", 256), config.get("cap", 0)
         self.domains[domid] = domain
+        domain.shown = self.log_size(domain)
         nodes = {
             "name": domain.name,
             "vm": f"/vm/{domain.uuid}",
@@ -177,6 +179,10 @@ class FakeXen:
             client.close()
 
     # guests
+
+    def log_size(self, domain: Domain) -> int:
+        log = self.folder / f"guest-{domain.name}.log"
+        return log.stat().st_size if log.exists() else 0
 
     def print(self, domain: Domain, data: bytes) -> None:
         with (self.folder / f"guest-{domain.name}.log").open("ab") as file:
@@ -245,7 +251,8 @@ class FakeXen:
         self.go(domain)
 
     def do_pause(self, domid: str) -> None:
-        self.domain(domid).flags = "p"
+        domain = self.domain(domid)
+        domain.flags, domain.shown = "p", self.log_size(domain)
 
     def do_shutdown(self, fallback: str, domid: str) -> None:
         assert fallback == "-F"
@@ -254,6 +261,24 @@ class FakeXen:
     def do_reboot(self, fallback: str, domid: str) -> None:
         assert fallback == "-F"
         self.ask(self.domain(domid), 1)
+
+    def do_vcpu_set(self, domid: str, vcpus: str) -> None:
+        domain = self.domain(domid)
+        if int(vcpus) > domain.config.get("maxvcpus", domain.vcpus):
+            raise Complaint(f"libxl: error: libxl_domain.c:1: Requested {vcpus} VCPUs, however maxcpus is smaller")
+        if "deaf" not in domain.words:
+            domain.vcpus = int(vcpus)
+
+    def do_mem_set(self, domid: str, size: str) -> None:
+        domain = self.domain(domid)
+        assert size.endswith("m"), size
+        if "deaf" not in domain.words:
+            domain.memory = int(size[:-1])
+
+    def do_sched_credit2(self, *words: str) -> None:
+        options = dict(zip(words[::2], words[1::2], strict=True))
+        domain = self.domain(options["-d"])
+        domain.weight, domain.cap = int(options["-w"]), int(options["-c"])
 
     def do_destroy(self, domid: str) -> None:
         domain = self.domain(domid)
@@ -269,7 +294,7 @@ class FakeXen:
             domain = self.domain(domid)
             log = self.folder / f"guest-{domain.name}.log"
             log.touch()
-            seen = log.stat().st_size
+            seen = domain.shown  # the console's pty keeps what nobody read; here, since the last pause
         done = threading.Event()
 
         def type_in() -> None:

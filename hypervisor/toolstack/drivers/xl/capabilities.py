@@ -15,6 +15,7 @@ DECLARED = frozenset(
         Capability.CONSOLE,
         Capability.REBOOT,
         Capability.ADOPTION,
+        Capability.RESIZE,
     }
 )
 _NEEDS = {Capability.PV: "pv", Capability.PVH: "hvm", Capability.HVM: "hvm"}

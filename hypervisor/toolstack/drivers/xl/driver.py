@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from hypervisor.errors import DomainNotFound, OperationTimeout, ToolstackError
 from hypervisor.toolstack.api import (
@@ -22,6 +23,7 @@ from hypervisor.toolstack.drivers.xl import capabilities, console
 from hypervisor.toolstack.drivers.xl.events import EVENTS
 from hypervisor.toolstack.drivers.xl.host import Host, Settings, state
 from hypervisor.toolstack.drivers.xl.life import Life
+from hypervisor.toolstack.drivers.xl.sizing import Sizing
 from hypervisor.toolstack.drivers.xl.sweep import sweep
 
 LOG = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class XlToolstack(OptionalVerbs):
     def __init__(self, settings: Settings) -> None:
         self._host = Host(settings)
         self._life = Life(self._host)
+        self._sizing = Sizing(self._host, self._life)
         self._changed = threading.Condition()
         self._changes = 0
         self._capabilities: frozenset[Capability] | None = None
@@ -51,15 +54,15 @@ class XlToolstack(OptionalVerbs):
         return self._capabilities
 
     def host_info(self) -> HostInfo:
-        facts = self._host.facts()
+        rows, facts = self._life.rows(), self._host.facts()
         return HostInfo(
             hostname=facts["host"],
             driver=self.name,
             driver_version=f"Xen {facts['xen_version']}",
             cpus=int(facts["nr_cpus"]),
             memory_total_mib=int(facts["total_memory"]),
-            memory_free_mib=max(0, int(facts["free_memory"]) - int(facts.get("outstanding_claims", "0"))),
-            domains=len(self._life.rows()),
+            memory_free_mib=self._host.free(facts, rows),
+            domains=len(rows),
             capabilities=tuple(sorted(item.value for item in capabilities.here(facts))),
             detail=tuple((key, facts[key]) for key in ("virt_caps", "xen_caps", "xen_version")),
         )
@@ -130,6 +133,26 @@ class XlToolstack(OptionalVerbs):
         """With ``-F``: a guest without the PV interface gets the ACPI button instead."""
         with self._life.acting(uuid, verb) as (row, _):
             self._host.xl.run(verb, "-F", str(row.domid))
+
+    # resize, and looking inside
+
+    def set_vcpus(self, uuid: str, vcpus: int) -> None:
+        self._sizing.set_vcpus(uuid, vcpus)
+
+    def set_memory(self, uuid: str, memory_mib: int) -> None:
+        self._sizing.set_memory(uuid, memory_mib)
+
+    def redefine(self, uuid: str, spec: DomainSpec) -> None:
+        self._sizing.redefine(uuid, spec)
+
+    def set_scheduling(self, uuid: str, weight: int, cap: int) -> None:
+        self._sizing.set_scheduling(uuid, weight, cap)
+
+    def stats(self, uuid: str) -> dict[str, Any]:
+        info = self.get_domain(uuid)
+        devices = [device.to_json() for device in self.list_devices(uuid)]
+        counters = {"cpu_time_ns": info.cpu_time_ns, "vcpus": info.vcpus, "memory_mib": info.memory_mib}
+        return {**counters, "devices": devices}
 
     # console and events
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -60,6 +61,16 @@ class Host:
 
     def facts(self) -> dict[str, str]:
         return parsers.host_facts(self.xl.run("info"))
+
+    def free(self, facts: Mapping[str, str], rows: Iterable[parsers.Row]) -> int:
+        """MiB that nobody has, claims, or was promised: a guest of ours takes what it may have when it likes."""
+        promised = 0
+        for row in rows:
+            with contextlib.suppress(ToolstackError):  # of one that cannot be read nothing is known
+                record = self.records.find(row.uuid)
+                if record is not None and record.made and not set("sd") & set(row.flags):
+                    promised += max(0, record.run.memory_mib - row.memory_mib)
+        return max(0, int(facts["free_memory"]) - int(facts.get("outstanding_claims", "0")) - promised)
 
     def rows(self) -> list[parsers.Row]:
         """Every domain but dom0, once: of one that moves within the host, the half that counts."""

@@ -100,7 +100,7 @@ class Life:
             if split_name(row.name)[0] == spec.name:
                 raise NameInUse(f"name {spec.name!r} is in use by domain {row.uuid}: destroy it or give another")
         check_vcpus(spec, facts)
-        free = int(facts["free_memory"])
+        free = self._host.free(facts, rows)
         if spec.memory_mib > free:
             raise InsufficientMemory(f"{spec.memory_mib} MiB asked for, {free} MiB are free: ask for less")
 
@@ -163,15 +163,18 @@ class Life:
         self._events.publish("rebooted", record.spec.uuid)
 
     def _settle(self, row: parsers.Row) -> bool:
-        """Do what its spec says when a domain of ours has ended; whether it must be looked at again."""
-        if not _has_ended(row) or self._records.find(row.uuid) is None:
+        """Do what its spec says when a domain of ours has ended; whether the host must be looked at again."""
+        if not _has_ended(row):
             return False
-        with self._records.lock(row.uuid):
-            try:
-                now = self._host.row(row.uuid)
-            except DomainNotFound:
-                return True
-            self._settle_held(now)
+        try:
+            if self._records.find(row.uuid) is None:
+                return False
+            with self.locked(row.uuid):
+                self._settle_held(self._host.row(row.uuid))
+        except DomainNotFound:
+            pass  # another did it
+        except ToolstackError as exc:  # one domain's trouble hides no other
+            LOG.warning("domain %s ended, and what its spec says then failed: %s", row.uuid, exc)
         return True
 
     def _settle_held(self, row: parsers.Row) -> bool:

@@ -18,6 +18,7 @@ from hypervisor import errors
 from hypervisor.toolstack.api import DomainState, DomainType, Toolstack
 from hypervisor.toolstack.drivers import xl
 from hypervisor.toolstack.drivers.xl import records, runner
+from hypervisor.toolstack.drivers.xl.sweep import sweep
 
 
 def one_line(error: errors.ToolstackError) -> None:
@@ -256,3 +257,39 @@ def test_what_it_lacks_is_refused_by_name(rig: Rig) -> None:
     with pytest.raises(errors.TemplateNotFound):
         rig.toolstack.template_remove("name")
     assert rig.toolstack.template_list() == rig.toolstack.migration_list() == []
+
+
+def test_shares_reach_xen_and_count_from_the_start(rig: Rig) -> None:
+    info = rig.toolstack.create(rig.spec(weight=512, cap=50))
+    domain = rig.machine.find(info.uuid)
+    assert (domain.weight, domain.cap) == (512, 50)
+    rig.toolstack.set_scheduling(info.uuid, 128, 0)
+    assert (domain.weight, domain.cap) == (128, 0)
+    text = rig.machine.do_info().replace("credit2", "rtds")
+    rig.machine.faults["info"] = lambda _: text
+    with pytest.raises(errors.Unsupported, match="rtds") as caught:
+        rig.toolstack.set_scheduling(info.uuid, 256, 0)
+    one_line(caught.value)
+    assert rig.toolstack.get_spec(info.uuid).weight == 128
+
+
+def test_a_size_that_xl_refuses_is_in_no_spec(rig: Rig) -> None:
+    info = rig.toolstack.create(rig.spec(max_vcpus=2, max_memory_mib=32))
+    for verb in ("vcpu-set", "mem-set"):
+        rig.machine.faults[verb] = says("libxl: error: libxl_mem.c:1: it will not have it")
+    for call in (lambda: rig.toolstack.set_vcpus(info.uuid, 2), lambda: rig.toolstack.set_memory(info.uuid, 32)):
+        with pytest.raises(errors.HostFailure, match="will not have it"):
+            call()
+    spec = rig.toolstack.get_spec(info.uuid)
+    assert (spec.vcpus, spec.memory_mib) == (1, 16)
+
+
+def test_one_that_cannot_start_anew_hides_no_other(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    kept, ended = rig.toolstack._life.create(rig.spec()), rig.toolstack._life.create(rig.spec("reboot"))
+    rig.machine.faults["create"] = says("libxl: error: libxl_dom.c:1: xc_dom_parse_image failed")
+    rig.toolstack.unpause(ended.uuid)
+    assert [info.uuid for info in rig.toolstack.list_domains()] == [kept.uuid]
+    assert rig.toolstack.host_info().domains == 1 and ended.uuid in caplog.text
+    del rig.machine.faults["create"]
+    sweep(rig.toolstack._host, rig.toolstack._life)
+    assert rig.toolstack.get_domain(ended.uuid).state is DomainState.RUNNING
