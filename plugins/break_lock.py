@@ -35,8 +35,13 @@ class BreakLock(Plugin):
         "additionalProperties": False,
         "required": ["domain"],
         "properties": {
-            "domain": {"type": "string", "minLength": 1, "maxLength": 128},
-            "force": {"type": "boolean", "default": False},
+            "domain": {
+                "type": "string",
+                "minLength": 1,
+                "maxLength": 128,
+                "description": "Whose lock: the domain that `locks` shows.",
+            },
+            "force": {"type": "boolean", "default": False, "description": "Also when its holder is at work."},
         },
     }
 

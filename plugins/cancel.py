@@ -61,7 +61,13 @@ class Cancel(Plugin):
         "required": ["id"],
         "properties": {
             "id": UUID_SCHEMA,
-            "wait": {"type": "number", "minimum": 0, "maximum": LONGEST_WAIT, "default": WAIT_SECONDS},
+            "wait": {
+                "type": "number",
+                "minimum": 0,
+                "maximum": LONGEST_WAIT,
+                "default": WAIT_SECONDS,
+                "description": "Seconds that it may take to end.",
+            },
         },
     }
 

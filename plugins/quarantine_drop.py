@@ -36,8 +36,8 @@ class QuarantineDrop(Plugin):
         "type": "object",
         "additionalProperties": False,
         "properties": {
-            "seq": {"type": "integer", "minimum": 1, "maximum": 2**62},
-            "all": {"type": "boolean", "default": False},
+            "seq": {"type": "integer", "minimum": 1, "maximum": 2**62, "description": "Its number in the quarantine."},
+            "all": {"type": "boolean", "default": False, "description": "All of them, instead of one."},
         },
     }
 

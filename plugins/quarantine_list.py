@@ -33,7 +33,9 @@ class QuarantineList(Plugin):
     args_schema: ClassVar[Mapping[str, Any]] = {
         "type": "object",
         "additionalProperties": False,
-        "properties": {"seq": {"type": "integer", "minimum": 1, "maximum": 2**62}},
+        "properties": {
+            "seq": {"type": "integer", "minimum": 1, "maximum": 2**62, "description": "Its number in the quarantine."}
+        },
     }
 
     def plan(self, args: Mapping[str, Any], host: Host) -> Plan:

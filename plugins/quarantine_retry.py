@@ -37,7 +37,9 @@ class QuarantineRetry(Plugin):
         "type": "object",
         "additionalProperties": False,
         "required": ["seq"],
-        "properties": {"seq": {"type": "integer", "minimum": 1, "maximum": 2**62}},
+        "properties": {
+            "seq": {"type": "integer", "minimum": 1, "maximum": 2**62, "description": "Its number in the quarantine."}
+        },
     }
 
     def plan(self, args: Mapping[str, Any], host: Host) -> Plan:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,15 @@ import pytest
 from agent_rig import Rig
 
 from agent.api import InstructionError, Plan, own_domain
+from agent.control import Control
 from hypervisor.errors import NotOurs
+
+
+class Agent(Control):
+    """With a message in its quarantine."""
+
+    def quarantined(self, seq: int | None) -> list[dict[str, Any]]:
+        return [{"seq": seq}]
 
 
 def test_plans_of_every_verb_survive_json(rig: Rig, tmp_path: Path) -> None:
@@ -47,8 +56,11 @@ def test_plans_of_every_verb_survive_json(rig: Rig, tmp_path: Path) -> None:
     # These two need a host that can be reached.
     args |= {"migrate": {"uuid": uuid, "target": "node2"}, "evacuate": {"target": "node2"}}
     rig.toolstack.state_dir = str(tmp_path)
+    args |= {"cancel": {"id": uuid}, "locks": {}, "break_lock": {"domain": uuid}}
+    args |= {"quarantine_drop": {"seq": 1}, "quarantine_list": {}, "quarantine_retry": {"seq": 1}}
+    host = dataclasses.replace(rig.host, control=Agent(rig.journal))
     for name, verb in rig.verbs.items():
-        plan = verb.plugin.plan(args.get(name, {"uuid": uuid}), rig.host)
+        plan = verb.plugin.plan(args.get(name, {"uuid": uuid}), host)
         assert plan.steps
         text = json.dumps(plan.to_json())
         assert Plan.from_json(json.loads(text), verb.plugin.step_kinds) == plan
