@@ -19,7 +19,7 @@ from typing import Any
 
 from oslo_config import cfg
 
-from agent import conf_broker, conf_images, conf_observe, conf_oslo, conf_placement, conf_quarantine, wire
+from agent import conf_broker, conf_images, conf_observe, conf_oslo, conf_placement, conf_quarantine, conf_signing, wire
 from agent.errors import AgentError, ConfigError
 from agent.journal.quarantine import Limits
 from agent.rpc.tls import BrokerTls
@@ -176,6 +176,7 @@ GROUPS: Mapping[str, Sequence[cfg.Opt]] = {
     "reports": REPORTS,
     "placement": conf_placement.OPTIONS,
     "quarantine": conf_quarantine.OPTIONS,
+    "signing": conf_signing.OPTIONS,
     "notifications": conf_observe.NOTIFICATIONS,
     "http": conf_observe.HTTP,
     "log": conf_observe.LOGGING,
@@ -226,6 +227,7 @@ class Settings:
     report_interval: int
     placement: conf_placement.PlacementSettings
     quarantine: Limits
+    signing: conf_signing.SigningSettings
     notifications: conf_observe.NotificationSettings
     http: conf_observe.HttpSettings
     log: conf_observe.LogSettings
@@ -354,6 +356,7 @@ def _settings(values: Mapping[str, Mapping[str, Any]]) -> Settings:
         vcpu_ratio=values["resources"]["vcpu_ratio"],
         reserved_memory_mib=values["resources"]["reserved_memory_mib"],
         report_interval=values["reports"]["interval"],
+        signing=conf_signing.settings(values["signing"], values["journal"]["keep_seconds"]),
         quarantine=conf_quarantine.settings(values["quarantine"], values["limits"]["max_message_bytes"]),
         placement=conf_placement.settings(values["placement"], host),
         notifications=conf_observe.notification_settings(values["notifications"]),

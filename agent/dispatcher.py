@@ -20,6 +20,7 @@ from agent.heartbeats import Heartbeats
 from agent.journal import Accepted, Journal, Phase, Refused
 from agent.loader import Verb
 from agent.locks import Job, Queues
+from agent.signing import Signer
 
 LOG = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Dispatcher:
     :param oslo_service: what methods are there for senders of oslo.messaging's form.
     :param heartbeats: is told which callers want to hear from their calls.
     :ivar interrupted: something that ran was stopped before its end.
+    :param signer: only messages that it has signed are taken.
     :param count: is told what became of each message, and of a refused one the error's code.
     """
 
@@ -54,7 +56,9 @@ class Dispatcher:
         oslo_service: oslo.Service = oslo.SERVICE,
         heartbeats: Heartbeats | None = None,
         count: Callable[[str, str], None] = lambda outcome, code: None,
+        signer: Signer | None = None,
     ) -> None:
+        self._signer = signer
         self._count = count
         self._host = host
         self._journal = journal
@@ -185,7 +189,7 @@ class Dispatcher:
         :raises MessageError: it is still refused, and stays. :raises KeyError: it is not there any more.
         """
         try:
-            item = dialects.decode(raw, self._host, self._max_message_bytes, self._oslo_service, came)
+            item = self._checked(raw, came)
             outcome = self._journal.release(seq, item)
             if outcome is Accepted.REUSED and isinstance(item, wire.Instruction):
                 raise _reused(item)
@@ -209,9 +213,15 @@ class Dispatcher:
 
     def _decode(self, raw: wire.Raw) -> wire.Instruction | wire.Outgoing | Refused | None:
         try:
-            return dialects.decode(raw, self._host, self._max_message_bytes, self._oslo_service, time.time())
+            return self._checked(raw, time.time())
         except MessageError as exc:
             return self._refused(raw, exc)
+
+    def _checked(self, raw: wire.Raw, now: float) -> wire.Instruction | wire.Outgoing | None:
+        """:raises MessageError: with the code that names what is wrong."""
+        if self._signer is not None and raw.size == len(raw.body):  # what was cut is refused for its size
+            self._signer.check(raw, now)
+        return dialects.decode(raw, self._host, self._max_message_bytes, self._oslo_service, now)
 
     def _refused(self, raw: wire.Raw, why: MessageError) -> Refused:
         LOG.warning("message refused (%s): %s", why.code, why.message)

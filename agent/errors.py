@@ -6,7 +6,7 @@
      ├─ MessageError                   a message that is no usable instruction; quarantined, answered where possible
      │    message.too_large, message.too_deep, message.not_json, message.duplicate_key, message.bad_number,
      │    message.missing_field, message.unknown_field, message.bad_field, message.unsupported_version,
-     │    message.unsupported_encoding, message.wrong_host
+     │    message.unsupported_encoding, message.wrong_host, message.unsigned, message.bad_signature, message.stale
      ├─ InstructionError               the instruction was understood and cannot be carried out
      │    instruction.unknown_verb, instruction.bad_args, instruction.expired, instruction.deadline_exceeded,
      │    instruction.id_reused, instruction.outcome_unknown, plugin.failed, plugin.no_agent,

@@ -91,6 +91,7 @@ class Service:
     def _start(self) -> None:
         settings = self.settings
         broker.connect(settings.broker_url, tls=settings.broker_tls)  # what is not usable is said now, not by a thread
+        self.signer = settings.signing.signer()
         if settings.broker_tls.insecure:
             LOG.warning("%s", settings.broker_tls.warning)
         self._closers.append(lock_folder(settings.state_dir / "agent").close)
@@ -155,6 +156,7 @@ class Service:
                 poll_seconds=settings.poll_seconds,
                 max_message_bytes=settings.max_message_bytes,
                 tls=settings.broker_tls,
+                signer=self.signer,
             ),
             sources=self.sources,
             control=self.control,
@@ -197,6 +199,7 @@ class Service:
             ),
             heartbeats=heartbeats,
             count=metrics.message,
+            signer=self.signer,
         )
         self.control.dispatcher = self.dispatcher
         self.publisher = Publisher(
@@ -206,6 +209,7 @@ class Service:
             heartbeats=heartbeats,
             prepare=prepare,
             tls=settings.broker_tls,
+            signer=self.signer,
         )
         self.lifecycle = Lifecycle(self.toolstack, self.journal, notices, self.publisher.wake)
         self.consumer = self._consumer()

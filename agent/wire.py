@@ -177,6 +177,7 @@ class Outgoing:
     body: bytes
     correlation_id: str = ""
     content_type: str = CONTENT_TYPE
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def encode_instruction(instruction: Instruction) -> bytes:

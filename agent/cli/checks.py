@@ -272,7 +272,9 @@ def agent(connection: Connection, broker_finding: Finding) -> Finding:
 
     began = time.monotonic()
     try:
-        with Client(connection.broker_url, connection.host, tls=connection.broker_tls) as client:
+        with Client(
+            connection.broker_url, connection.host, tls=connection.broker_tls, signer=connection.signer
+        ) as client:
             reply = client.call("list", {}, timeout=AGENT_SECONDS)
     except (AgentError, OSError) as exc:
         return Finding("agent", Status.WARN, _line(exc), "start reeve-agent")

@@ -138,6 +138,9 @@ def _check_folders(settings: conf.Settings) -> Iterator[Problem]:
             broker.connect(settings.broker_url, tls=settings.broker_tls)  # which opens nothing
         except AgentError as exc:
             yield error("[broker] url", *_split(exc.message))
+        if settings.signing.key_file and settings.oslo.enabled:
+            what = "calls from oslo.messaging are not signed, so they are refused"
+            yield warning("[signing] key_file", what, "set [oslo] enabled = false")
         if settings.broker_tls.insecure:
             yield warning("[broker] tls_insecure", "whoever answers is taken for the broker", "take it out")
     folders |= {
@@ -158,6 +161,10 @@ def _check_folders(settings: conf.Settings) -> Iterator[Problem]:
 
 
 def _check_files(settings: conf.Settings) -> Iterator[Problem]:
+    try:
+        settings.signing.signer()
+    except AgentError as exc:
+        yield error("[signing] key_file", *_split(exc.message))
     for where, file in {"[images] grub_x86_64": settings.grub_x86_64, "[images] grub_i386": settings.grub_i386}.items():
         if not os.access(file, os.R_OK):
             yield warning(where, f"there is no file {file} to read", "apt-get install grub-xen-host, or name it")

@@ -101,6 +101,11 @@ class Connection:
             LOG.warning("%s", tls.warning)
         return tls
 
+    @functools.cached_property
+    def signer(self) -> Any:
+        """An `agent.signing.Signer`, or None."""
+        return self._conf.signing.signer()
+
     @property
     def host(self) -> str:
         return str(self._conf.host)

@@ -23,6 +23,7 @@ from agent import trace, wire
 from agent.errors import BrokerError, MessageError, ReplyTimeout
 from agent.rpc import connection as broker
 from agent.rpc.tls import VERIFIED, BrokerTls, explain
+from agent.signing import Signer
 
 LOG = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Client:
 
     :param broker_url: ``amqp://…`` or ``filesystem:///folder``.
     :param host: the host whose agent is addressed. :param tls: for ``amqps`` URLs.
+    :param signer: signs what is sent.
     :raises ConfigError: the URL is not usable.
     :raises BrokerError: the broker cannot be reached.
     """
@@ -47,7 +49,9 @@ class Client:
         poll_seconds: float = broker.POLL_SECONDS,
         max_message_bytes: int = wire.MAX_BYTES,
         tls: BrokerTls = VERIFIED,
+        signer: Signer | None = None,
     ) -> None:
+        self._signer = signer
         self.host = wire.check_host_name(host)
         self.reply_to = f"{broker.REPLY_PREFIX}{uuid.uuid4().hex}"
         self._max_message_bytes = max_message_bytes
@@ -120,7 +124,7 @@ class Client:
                 delivery_mode=2,
                 reply_to=self.reply_to,
                 correlation_id=correlation_id or None,
-                headers=dict(headers or {}),
+                headers={**(self._signer.headers(body) if self._signer else {}), **(headers or {})},
                 timeout=SEND_SECONDS,
             )
         except self._errors as exc:

@@ -20,6 +20,7 @@ from agent.errors import AgentError, BrokerError, InstructionError, ReplyTimeout
 from agent.rpc import connection as broker
 from agent.rpc.client import Client
 from agent.rpc.tls import VERIFIED, BrokerTls
+from agent.signing import Signer
 
 LOG = logging.getLogger(__name__)
 
@@ -48,7 +49,9 @@ class BrokerPeers:
         max_message_bytes: int = wire.MAX_BYTES,
         ask_again_seconds: float = ASK_AGAIN_SECONDS,
         tls: BrokerTls = VERIFIED,
+        signer: Signer | None = None,
     ) -> None:
+        self._signer = signer
         self._tls = tls
         self._url = url
         self._stopping = stopping
@@ -156,6 +159,7 @@ class BrokerPeers:
                 poll_seconds=self._poll_seconds,
                 max_message_bytes=self._max_message_bytes,
                 tls=self._tls,
+                signer=self._signer,
             )
         except BrokerError:
             raise

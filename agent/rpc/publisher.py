@@ -25,6 +25,7 @@ from agent.journal import Journal, OutboxRow
 from agent.rpc import connection as broker
 from agent.rpc.sender import AmqpSender, FolderSender
 from agent.rpc.tls import VERIFIED, BrokerTls, explain
+from agent.signing import Signer
 
 LOG = logging.getLogger(__name__)
 
@@ -53,7 +54,9 @@ class Publisher:
         heartbeats: Heartbeats | None = None,
         prepare: Callable[[kombu.Connection], None] = lambda connection: None,
         tls: BrokerTls = VERIFIED,
+        signer: Signer | None = None,
     ) -> None:
+        self._signer = signer
         self._tls = tls
         self._prepare = prepare
         self._url = url
@@ -165,7 +168,9 @@ class Publisher:
         self._gone = {queue: until for queue, until in self._gone.items() if 0 < until - now <= self.reply_seconds}
         known = [row for row in rows if row.routing_key not in self._gone]
         messages = [
-            wire.Outgoing(row.exchange, row.routing_key, row.body, row.correlation_id, row.content_type)
+            wire.Outgoing(
+                row.exchange, row.routing_key, row.body, row.correlation_id, row.content_type, self._headers(row)
+            )
             for row in known
         ]
         boundary("publisher:before")
@@ -187,6 +192,13 @@ class Publisher:
                     self._gone[row.routing_key] = now + self.reply_seconds
         self._journal.published(*settled)
         self._journal.postpone(RETURNED_PAUSE, *again)
+
+    def _headers(self, row: OutboxRow) -> dict[str, str]:
+        """Instructions to other agents are signed when they are sent, however long they have waited."""
+        instruction = not row.exchange and row.routing_key.startswith(wire.queue_name(""))
+        if self._signer is None or not instruction or row.routing_key.startswith(broker.REPLY_PREFIX):
+            return {}
+        return self._signer.headers(row.body)
 
     def _keep_alive(self, connection: kombu.Connection) -> None:
         if broker.is_filesystem(self._url):

@@ -39,6 +39,7 @@ class FolderSender:
                 content_encoding="utf-8",
                 correlation_id=message.correlation_id or None,
                 delivery_mode=2,
+                headers=dict(message.headers),
             )
         return [True] * len(messages)
 
@@ -112,6 +113,7 @@ class AmqpSender:
                 priority=0,
                 content_type=message.content_type,
                 content_encoding="utf-8",
+                headers=dict(message.headers),
                 properties=properties,
             ),
             exchange=message.exchange,
