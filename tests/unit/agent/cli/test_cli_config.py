@@ -76,13 +76,13 @@ def test_what_the_values_name(tmp_path: Path) -> None:
     path = tmp_path / "agent.conf"
     path.write_text(
         f"[agent]\nstate_dir = {tmp_path}/file/x\nallowed_verbs = list,frobnicate\n[broker]\nurl = http://u:pw@h/\n"
-        f"[driver]\nname = xl\n[images]\ngrub_i386 = {tmp_path}/none\n[log]\nfile = {tmp_path}/no/log\n"
+        f"[driver]\nname = vmware\n[images]\ngrub_i386 = {tmp_path}/none\n[log]\nfile = {tmp_path}/no/log\n"
     )
     problems = {item.where: item for item in check([path], [], {})}
     assert "is no folder" in problems["[agent] state_dir"].what
     assert "frobnicate" in problems["[agent] allowed_verbs"].what
     assert "pw" not in str(problems["[broker] url"]) and problems["[broker] url"].cure.startswith("give amqp")
-    assert "'xl'" in problems["[driver] name"].what and "embedded" in problems["[driver] name"].cure
+    assert "'vmware'" in problems["[driver] name"].what and "embedded" in problems["[driver] name"].cure
     assert problems["[images] grub_i386"].severity == "warning"
     assert problems["[log] file"].severity == "error"
     assert not (tmp_path / "no").exists(), "it makes nothing"
