@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from agent.cli import checks
+from agent.cli import checks, xen_checks
 from agent.cli.base import EXIT_FAILED, List, progress
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(checks.Finding))
@@ -35,6 +35,8 @@ class Doctor(List):
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
         with progress("looking at this host"):
             findings = checks.run_all(self.connection)
+            if self.connection.driver == "xl":
+                findings += xen_checks.run_all(self.connection.settings)
         bad = {checks.Status.MISSING} | ({checks.Status.WARN} if parsed_args.strict else set())
         self.bad = any(finding.status in bad for finding in findings)
         return COLUMNS, [(f.check, f.status.value, f.detail, f.cure) for f in findings]
