@@ -219,9 +219,13 @@ class Node:
             raise BenchFailed(f"the host process has {len(zygotes)} children where its zygote alone should be")
         return {name: process.pid for name, process in self._daemons.items()} | {"zygote": zygotes[0]}
 
+    def processes(self) -> list[int]:
+        """The host process and all that it has started, domains and drivers included."""
+        return descendants(self._daemons["hypervisor"].pid)
+
     def meter(self) -> Meter:
-        """Of the host process and all that it has started, domains and drivers included."""
-        return Meter(lambda: descendants(self._daemons["hypervisor"].pid))
+        """Of `processes`."""
+        return Meter(self.processes)
 
     def domain_pids(self) -> list[int]:
         """The domain processes: the zygote's children."""
