@@ -107,6 +107,7 @@ class Served(GrantRig):
         while len(self.links) and time.monotonic() < deadline:
             time.sleep(0.005)
         assert not len(self.links)
+        self.in_poller(lambda: None)  # which takes a link out before it says what is to be given back
         self.in_run_loop(lambda: None)
         assert not len(self.domain.grants.own)
 
