@@ -38,8 +38,9 @@ class Life:
     # looking: what has ended is dealt with before it is shown
 
     def rows(self) -> list[parsers.Row]:
+        known = set(self._records.uuids())  # first: a record goes with its domain, which may be in the rows still
         rows = self._host.rows()
-        if any([self._settle(row) for row in rows]):
+        if any([self._settle(row) for row in rows if row.uuid in known]):
             rows = self._host.rows()
         return rows
 
@@ -167,8 +168,6 @@ class Life:
         if not _has_ended(row):
             return False
         try:
-            if self._records.find(row.uuid) is None:
-                return False
             with self.locked(row.uuid):
                 self._settle_held(self._host.row(row.uuid))
         except DomainNotFound:

@@ -65,6 +65,25 @@ def test_what_others_made_is_listed_and_left_alone(rig: Rig) -> None:
     assert not rig.machine.find(spec.uuid).gone
 
 
+def test_one_that_another_thread_of_ours_has_just_dealt_with(rig: Rig) -> None:
+    """Looked at before, with its record gone since: it is not shown as it was."""
+    info = rig.toolstack.create(rig.spec())
+    machine = rig.machine
+
+    def listed(args: list[str]) -> str:
+        del machine.faults["list"]
+        with machine.changed:
+            machine.end(machine.domains[info.domid], 3)
+            text = machine.do_list(*args)
+            machine.do_destroy(str(info.domid))
+        rig.toolstack._host.records.delete(info.uuid)
+        return text
+
+    machine.faults["list"] = listed
+    with pytest.raises(errors.DomainNotFound):
+        rig.toolstack.get_domain(info.uuid)
+
+
 def test_a_record_alone_is_no_proof(rig: Rig) -> None:
     """Somebody destroyed our domain and made another one with its UUID."""
     spec = rig.spec()
