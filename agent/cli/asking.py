@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from agent.cli.base import UsageError
+from agent.cli.base import Common, UsageError
+from agent.cli.fetched import json_argument
 from agent.cli.settings import Connection
 from agent.errors import AgentError
+
+SECONDS = 30.0
+"""For an answer that the agent has at once."""
 
 
 class InstructionFailed(AgentError):
@@ -54,3 +59,13 @@ def failure(error: Mapping[str, Any]) -> InstructionFailed:
         code=str(error.get("code", "instruction.failed")),
         retryable=bool(error.get("retryable", False)),
     )
+
+
+class AgentCommand(Common):
+    """A command about what the agent is doing, or has refused to do."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        json_argument(parser)
+
+    def ask(self, verb: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        return ask(self.connection, verb, args, SECONDS)

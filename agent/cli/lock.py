@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from agent.cli.asking import ask
-from agent.cli.base import Common, List, Seconds, Show, Table
+from agent.cli.asking import AgentCommand
+from agent.cli.base import List, Seconds, Show, Table
 from agent.cli.values import seconds
 
 COLUMNS = ("domain", "instruction", "verb", "step", "state", "since", "seconds", "waiting")
-SECONDS = 30.0
-
-
-class AgentCommand(Common):
-    """A command about what the agent is doing."""
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--json", dest="formatter", action="store_const", const="json", help="the same as -f json")
-
-    def ask(self, verb: str, args: dict[str, Any]) -> dict[str, Any]:
-        return ask(self.connection, verb, args, SECONDS)
 
 
 class LockList(AgentCommand, List):

@@ -88,7 +88,7 @@ class HostEvacuate(List):
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
         args = {"target": parsed_args.target, "at_once": parsed_args.at_once, **_asked(parsed_args)}
         with _bar(f"domains to {parsed_args.target}") as tell:
-            result = ask(self.connection, "evacuate", args, parsed_args.timeout, tell, str(uuid.uuid4()))
+            result = ask(self.connection, "evacuate", args, parsed_args.timeout, tell)
         if left := result["failed"] + result["not_begun"]:
             text = (
                 f"{left} of {len(result['domains'])} domains are still here, {result['moved']} have moved: run it again"
@@ -187,9 +187,7 @@ class MigrationResolve(Show):
         if parsed_args.peer:
             args["peer"] = parsed_args.peer
         with progress("asking the other host"):
-            found = ask(
-                self.connection, "resolve_migration", args, parsed_args.timeout, lambda data: None, str(uuid.uuid4())
-            )["migration"]
+            found = ask(self.connection, "resolve_migration", args, parsed_args.timeout)["migration"]
         found.pop("resolve", None)
         return _shown(MigrationStatus.from_json(found))
 

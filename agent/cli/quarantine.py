@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from agent.cli.asking import ask
-from agent.cli.base import Common, List, Seconds, Show, Table, UsageError
+from agent.cli.asking import AgentCommand
+from agent.cli.base import List, Seconds, Show, Table, UsageError
 
 COLUMNS = ("seq", "received", "code", "size", "dialect", "reply_to", "whole", "reason")
-SECONDS = 30.0
 
 
-class QuarantineCommand(Common):
-    """A command about refused messages."""
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--json", dest="formatter", action="store_const", const="json", help="the same as -f json")
-
-    def ask(self, verb: str, args: dict[str, Any]) -> dict[str, Any]:
-        return ask(self.connection, verb, args, SECONDS)
-
-
-class OneMessage(QuarantineCommand, Show):
+class OneMessage(AgentCommand, Show):
     """A command about one of them."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -30,7 +18,7 @@ class OneMessage(QuarantineCommand, Show):
         parser.add_argument("seq", type=int, metavar="NUMBER", help="as `reeve quarantine list` shows it")
 
 
-class QuarantineList(QuarantineCommand, List):
+class QuarantineList(AgentCommand, List):
     """List the messages that the agent refused, oldest first."""
 
     examples = (
@@ -72,7 +60,7 @@ class QuarantineRetry(OneMessage):
         return tuple(data), tuple(data.values())
 
 
-class QuarantineDrop(QuarantineCommand, Show):
+class QuarantineDrop(AgentCommand, Show):
     """Forget a refused message, or all of them."""
 
     examples = (
