@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import socket
@@ -18,6 +17,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from agent.images.remote.source import public_url
+from agent.images.remote.transport import user_agent
 from agent.placement.errors import PlacementError
 
 MAX_BYTES = 16 << 20
@@ -39,7 +39,7 @@ class Http:
         self._brake: socket.socket | None = None
         self._late = False
         self._session = requests.Session()
-        self._session.headers["User-Agent"] = f"reeve/{importlib.metadata.version('reeve')}"
+        self._session.headers["User-Agent"] = user_agent()
         self._session.trust_env = False  # no proxies, certificates or passwords of the environment
         if ca_file:
             self._session.verify = ca_file
