@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from hypervisor.devices.driver import Opened
-from hypervisor.errors import DomainExists, DomainNotFound, NameInUse, OperationTimeout, ToolstackError
+from hypervisor.errors import DomainExists, DomainNotFound, NameInUse, ToolstackError
 from hypervisor.host.consoles import ConsoleHub
 from hypervisor.host.ledger import PAGES_PER_MIB
 from hypervisor.host.process import ProcessHold
 from hypervisor.host.records import DomainRecord, Phase
 from hypervisor.toolstack.api import DomainEvent, DomainInfo, DomainSpec, DomainState
 from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec
+from hypervisor.toolstack.info import still
 
 LOG = logging.getLogger(__name__)
 
@@ -281,11 +282,7 @@ class DomainTable:
                 return domain
             left = deadline - time.monotonic()
             if left <= 0:
-                wanted = " or ".join(sorted(states)) or "gone"
-                raise OperationTimeout(
-                    f"domain {uuid} is still {domain.state} after {timeout:g} s, not {wanted}: "
-                    "wait longer or look at its console log"
-                )
+                raise still(uuid, domain.state, states, timeout)
             try:
                 await asyncio.wait_for(changed.wait(), left)
             except TimeoutError:

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 from typing import Any, Protocol
 
+from hypervisor.errors import OperationTimeout
 from hypervisor.toolstack.spec import DomainType
 
 
@@ -16,6 +17,15 @@ class DomainState(enum.StrEnum):
     CRASHED = "crashed"  # ended by a fault of its own, likewise
     DYING = "dying"
     UNKNOWN = "unknown"  # exists, but cannot be read just now
+
+
+def still(uuid: str, state: DomainState, wanted: frozenset[DomainState], timeout: float) -> OperationTimeout:
+    """Of a `Toolstack.wait` that took `timeout` seconds: its domain is in `state` still."""
+    states = " or ".join(sorted(wanted)) or "gone"
+    return OperationTimeout(
+        f"domain {uuid} is still {state.value} after {timeout:g} s, not {states}: wait longer or look at its console"
+        " log"
+    )
 
 
 class ShutdownReason(enum.StrEnum):

@@ -26,7 +26,6 @@ from hypervisor.errors import (
     InsufficientMemory,
     InsufficientVcpus,
     NameInUse,
-    OperationTimeout,
     SpecInvalid,
     ToolstackError,
     Unsupported,
@@ -49,6 +48,7 @@ from hypervisor.toolstack.drivers._fake_console import FakeConsole, follow_event
 from hypervisor.toolstack.drivers._fake_moving import MovingVerbs
 from hypervisor.toolstack.drivers._fake_store import FakeDomain, Store
 from hypervisor.toolstack.drivers._files import check_files
+from hypervisor.toolstack.info import still
 
 DRIVER_VERSION = "1"
 CAPABILITIES = frozenset(
@@ -220,11 +220,7 @@ class FakeToolstack(MovingVerbs):
                     return info
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    wanted = " or ".join(sorted(states)) or "gone"
-                    raise OperationTimeout(
-                        f"domain {uuid} is still {info.state.value} after {timeout:g} s, not {wanted}: wait longer"
-                        " or look at its console log"
-                    )
+                    raise still(uuid, info.state, states, timeout)
                 self.store.wait_change(left)
 
     # console and events

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hypervisor.errors import DomainNotFound, OperationTimeout, ToolstackError
+from hypervisor.errors import DomainNotFound, ToolstackError
 from hypervisor.toolstack.api import (
     Capability,
     Console,
@@ -25,6 +25,7 @@ from hypervisor.toolstack.drivers.xl.host import Host, Settings, state
 from hypervisor.toolstack.drivers.xl.life import Life
 from hypervisor.toolstack.drivers.xl.sizing import Sizing
 from hypervisor.toolstack.drivers.xl.sweep import sweep
+from hypervisor.toolstack.info import still
 
 LOG = logging.getLogger(__name__)
 
@@ -114,11 +115,7 @@ class XlToolstack(OptionalVerbs):
                 return info
             left = deadline - time.monotonic()
             if left <= 0:
-                wanted = " or ".join(sorted(states)) or "gone"
-                raise OperationTimeout(
-                    f"domain {uuid} is still {info.state.value} after {timeout:g} s, not {wanted}: wait longer or look"
-                    " at its console log"
-                )
+                raise still(uuid, info.state, states, timeout)
             with self._changed:
                 self._changed.wait_for(lambda seen=before: self._changes != seen, min(left, LOOK_AGAIN))  # type: ignore[misc]
 
