@@ -238,8 +238,8 @@ def test_a_host_killed_in_the_middle_of_a_create_cleans_up(rig: HostRig, toolsta
     worker = rig.connect()
     thread = threading.Thread(target=lambda: _ignore(worker, spec), daemon=True)
     thread.start()
-    until(lambda: Path(f"{spec.boot.kernel}.hangs").exists(), "the build to hang")
-    pid = int(Path(f"{spec.boot.kernel}.hangs").read_text())
+    hangs = Path(f"{spec.boot.kernel}.hangs")  # made first, written then
+    pid = int(until(lambda: hangs.exists() and hangs.read_text(), "the build to hang"))
     rig.restart()
     thread.join(20)
     assert not thread.is_alive()
