@@ -388,7 +388,9 @@ class Outgoing:
         return self._process
 
     def _check_there(self) -> None:
-        """:raises WrongState: it is not the domain any more that was to be moved."""
+        """:raises WrongState: it is not the domain any more that was to be moved. :raises ToolstackError: cancelled."""
+        if self._why is not None:
+            raise self._why  # a task's cancellation is lost if what it waits for comes then (wait_for before 3.12)
         domain = self.domain
         same = domain.process is self._process and self._process is not None and self._process.alive
         if not same or domain.record.ended or domain.dying or self._host.life.table.find(domain.uuid) is not domain:
