@@ -52,6 +52,8 @@ from hypervisor.toolstack.api import Toolstack
 
 LOG = logging.getLogger(__name__)
 
+SIGNAL_SECONDS = 1.0
+"""Longest wait of the main thread: a signal that comes just before a wait does not end it."""
 HOUSEKEEPING_SECONDS = 60.0
 FLUSH_SECONDS = 5.0
 GIVE_WAY_SECONDS = 5.0
@@ -275,7 +277,7 @@ class Service:
         """Keep house until `stop`. :raises Exception: what made going on impossible."""
         due = time.monotonic() + HOUSEKEEPING_SECONDS
         while True:
-            self._wake.wait(max(0.0, due - time.monotonic()))
+            self._wake.wait(min(SIGNAL_SECONDS, max(0.0, due - time.monotonic())))
             self._wake.clear()
             if self.ended.is_set():
                 break
