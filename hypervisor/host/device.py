@@ -265,6 +265,7 @@ class Device:
             why, self._reported = self._reported, ""
             await self._disconnect()
             self._refuse(why)
+            self._wake.set()  # what the front end has done meanwhile is still to be looked at
         elif front in _WANTS:
             await self._keep(front)
         elif front is XenbusState.INITIALISING:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hypervisor.devices.driver import DeviceBroken, Opened
@@ -302,6 +302,7 @@ EVENTS = st.one_of(
 
 
 @settings(max_examples=150, deadline=None)
+@example([("front", "3", "9"), ("settle",), ("report",)])
 @given(st.lists(EVENTS, max_size=25))
 def test_whatever_happened_a_well_behaved_front_end_gets_its_disk(events: list[tuple[Any, ...]]) -> None:
     async def test() -> None:
