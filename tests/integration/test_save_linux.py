@@ -42,7 +42,7 @@ while true; do
         dd if=/tmp/data of=/dev/xvda bs=64k seek=64 conv=fsync 2>/dev/null || echo WORK-BAD write >/dev/hvc0
     fi
     n=$((n + 1))
-    echo $n >/tmp/rounds
+    echo $n >/tmp/rounds.new && mv /tmp/rounds.new /tmp/rounds
 done
 """
 

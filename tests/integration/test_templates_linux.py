@@ -43,7 +43,7 @@ while true; do
     [ "$(dd if=/dev/xvda bs=64k count=16 2>/dev/null | sha256sum)" = "$sum" ] || echo WORK-BAD disk >/dev/hvc0
     dd if=/tmp/data of=/dev/xvda bs=64k seek=16 conv=fsync 2>/dev/null || echo WORK-BAD write >/dev/hvc0
     n=$((n + 1))
-    echo $n >/tmp/rounds
+    echo $n >/tmp/rounds.new && mv /tmp/rounds.new /tmp/rounds
 done
 """
 
