@@ -31,6 +31,7 @@ from hypervisor.host.process import KILL_TIMEOUT, ProcessHold
 from hypervisor.host.records import DomainRecord, Phase
 from hypervisor.host.table import Domain
 from hypervisor.toolstack.api import DomainState
+from hypervisor.waiting import within
 
 LOG = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class Adoption:
             if found is None:
                 continue
             try:
-                message, fds = await asyncio.wait_for(_receive(Channel(found.sock)), IDENTITY_TIMEOUT)
+                message, fds = await within(_receive(Channel(found.sock)), IDENTITY_TIMEOUT)
             except (ChannelClosed, BadMessage, TimeoutError):
                 found.close()
                 continue

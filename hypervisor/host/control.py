@@ -15,6 +15,7 @@ from hypervisor.host import channel as channels
 from hypervisor.host import protocol
 from hypervisor.host.protocol import Request
 from hypervisor.toolstack.api import DomainEvent
+from hypervisor.waiting import within
 
 LOG = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class _Client:
     async def serve(self) -> None:
         self.write({"hello": {"protocol": list(protocol.VERSION), "version": protocol.version()}})
         try:
-            request = await asyncio.wait_for(self._next(), HELLO_TIMEOUT)
+            request = await within(self._next(), HELLO_TIMEOUT)
         except TimeoutError:
             return
         if request is None or not self._hello(request):

@@ -31,6 +31,7 @@ from hypervisor.host.together import all_of
 from hypervisor.host.zygote_client import ZygoteClient
 from hypervisor.toolstack.api import DomainSpec
 from hypervisor.toolstack.devices import MAX_DISK_BYTES, SECTOR, DeviceInfo, NicSpec, check_devices
+from hypervisor.waiting import within
 from hypervisor.xenstore.errors import XenstoreError
 from hypervisor.xenstore.handle import Handle
 
@@ -265,7 +266,7 @@ class DomainDevices:
             return
         device.leave()
         try:
-            await asyncio.wait_for(device.closed.wait(), timeout)
+            await within(device.closed.wait(), timeout)
         except TimeoutError:
             if not force:
                 raise OperationTimeout(
@@ -274,7 +275,7 @@ class DomainDevices:
                 ) from None
             device.force()
             try:
-                await asyncio.wait_for(device.closed.wait(), FORCE_TIMEOUT)
+                await within(device.closed.wait(), FORCE_TIMEOUT)
             except TimeoutError:
                 raise HostUnavailable(f"{kind} {ident}: its driver does not end: try again") from None
 

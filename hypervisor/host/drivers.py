@@ -23,6 +23,7 @@ from hypervisor.host.driver_process import STATS_BYTES, DriverOrder, log_name, s
 from hypervisor.host.link import Link
 from hypervisor.host.process import describe_exit, reap
 from hypervisor.host.zygote_client import ZygoteClient
+from hypervisor.waiting import within
 
 LOG = logging.getLogger(__name__)
 
@@ -211,7 +212,7 @@ class DriverHold:
         running = self._hold(pid, pidfd, ours)
         self.generation += 1
         try:
-            await asyncio.wait_for(asyncio.shield(running.ready), START_TIMEOUT)
+            await within(asyncio.shield(running.ready), START_TIMEOUT)
         except TimeoutError:
             raise HostFailure(f"driver process {pid} did not start: see {log_name(self.order.kind)}") from None
 
@@ -259,7 +260,7 @@ class DriverHold:
             return
         _signal(running.pidfd)
         try:
-            await asyncio.wait_for(running.gone.wait(), KILL_TIMEOUT)
+            await within(running.gone.wait(), KILL_TIMEOUT)
         except TimeoutError:
             self._running = running
             raise HostFailure(f"driver process {running.pid} does not end: it hangs in the host's kernel") from None

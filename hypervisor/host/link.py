@@ -12,6 +12,7 @@ from typing import Any
 from hypervisor.errors import HostFailure, HostUnavailable, from_json
 from hypervisor.host import channel as channels
 from hypervisor.host.channel import BadMessage, Channel, ChannelClosed, Message
+from hypervisor.waiting import within
 
 LOG = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Link:
         self._waiting[number] = future
         try:
             self.send({**(fields or {}), "op": op, "id": number}, fds)
-            return await asyncio.wait_for(future, timeout)
+            return await within(future, timeout)
         except TimeoutError:
             raise HostUnavailable(f"the process did not answer {op!r} within {timeout:g} s: try again") from None
         finally:

@@ -16,6 +16,7 @@ from hypervisor.host.channel import Channel, Message
 from hypervisor.host.handles import Handles, answer, ring
 from hypervisor.host.link import Link
 from hypervisor.host.zygote_client import ZygoteClient
+from hypervisor.waiting import within
 
 LOG = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class ProcessHold:
     async def gone(self, timeout: float) -> bool:
         """Whether the process is gone, or goes within `timeout` seconds."""
         try:
-            await asyncio.wait_for(self._exited.wait(), timeout)
+            await within(self._exited.wait(), timeout)
         except TimeoutError:
             return False
         return True

@@ -27,6 +27,7 @@ from hypervisor.toolstack.stream import config, envelope, libxc
 from hypervisor.toolstack.stream.config import SavedConfig
 from hypervisor.toolstack.stream.records import PvInfo
 from hypervisor.toolstack.stream.source import Source
+from hypervisor.waiting import within
 
 LOG = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class Saving:
         domain.suspension = asyncio.get_running_loop().create_future()
         try:
             attachment.request_shutdown("suspend")
-            await asyncio.wait_for(domain.suspension, timeout)
+            await within(domain.suspension, timeout)
         except WrongState:
             record.suspending = False
             raise

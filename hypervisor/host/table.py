@@ -19,6 +19,7 @@ from hypervisor.host.records import DomainRecord, Phase
 from hypervisor.toolstack.api import DomainEvent, DomainInfo, DomainSpec, DomainState
 from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec
 from hypervisor.toolstack.info import still
+from hypervisor.waiting import within
 
 LOG = logging.getLogger(__name__)
 
@@ -284,6 +285,6 @@ class DomainTable:
             if left <= 0:
                 raise still(uuid, domain.state, states, timeout)
             try:
-                await asyncio.wait_for(changed.wait(), left)
+                await within(changed.wait(), left)
             except TimeoutError:
                 continue

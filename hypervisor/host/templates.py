@@ -42,6 +42,7 @@ from hypervisor.host.table import Domain
 from hypervisor.toolstack.api import DomainSpec, TemplateInfo
 from hypervisor.toolstack.template import check_begins, check_template_ident, check_template_name
 from hypervisor.types import PAGE_SIZE
+from hypervisor.waiting import within
 
 LOG = logging.getLogger(__name__)
 
@@ -252,7 +253,7 @@ class _Layer:
                 *command, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe, pass_fds=fds
             )
         try:
-            ready = await asyncio.wait_for(self._child.stdout.readline(), START_TIMEOUT)
+            ready = await within(self._child.stdout.readline(), START_TIMEOUT)
         except BaseException:
             await self._end()
             raise
@@ -278,7 +279,7 @@ class _Layer:
         except HostFailure:
             # As long as the pipe is open it ends only if it fails, and then it knows better why.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._child.wait(), END_TIMEOUT)
+                await within(self._child.wait(), END_TIMEOUT)
                 await self.done()
             raise
 
@@ -286,7 +287,7 @@ class _Layer:
         """What it says of the guest, after the files are on the disk. :raises HostFailure: why they are of no use."""
         self._close()
         try:
-            out, error = await asyncio.wait_for(self._child.communicate(), STREAM_TIMEOUT)
+            out, error = await within(self._child.communicate(), STREAM_TIMEOUT)
         except TimeoutError:
             raise HostFailure(f"template {self._name} was not written within {STREAM_TIMEOUT:g} s: try again") from None
         try:

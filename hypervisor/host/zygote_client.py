@@ -17,6 +17,7 @@ from hypervisor.host import channel as channels
 from hypervisor.host.channel import Message
 from hypervisor.host.link import Link
 from hypervisor.host.runtime import RuntimeFacts
+from hypervisor.waiting import within
 
 LOG = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class ZygoteClient:
         running.spawns[number] = future
         try:
             running.link.send({"op": "spawn", **message, "id": number}, fds)
-            return await asyncio.wait_for(future, SPAWN_TIMEOUT)
+            return await within(future, SPAWN_TIMEOUT)
         except TimeoutError:
             raise HostUnavailable(f"the zygote did not fork within {SPAWN_TIMEOUT:g} s: try again") from None
         finally:
@@ -85,7 +86,7 @@ class ZygoteClient:
         if future is None:
             return None
         try:
-            return await asyncio.wait_for(asyncio.shield(future), timeout)
+            return await within(asyncio.shield(future), timeout)
         except TimeoutError:
             return None
         finally:
@@ -124,7 +125,7 @@ class ZygoteClient:
             ready,
         )
         try:
-            self.facts = await asyncio.wait_for(ready, START_TIMEOUT)
+            self.facts = await within(ready, START_TIMEOUT)
         except (TimeoutError, HostFailure) as exc:
             running.link.close()
             process.kill()

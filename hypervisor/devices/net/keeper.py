@@ -24,6 +24,7 @@ from hypervisor.devices.net.networks import NetworkConfig
 from hypervisor.devices.net.switchboard import MAX_MESSAGE
 from hypervisor.devices.net.uplinks import Uplink, connect_path, open_uplink
 from hypervisor.errors import HostFailure, HostUnavailable, ToolstackError
+from hypervisor.waiting import within
 
 LOG = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class SwitchKeeper:
         self._answers[number] = future
         try:
             self._send({"op": "stats", "id": number})
-            return await asyncio.wait_for(future, ANSWER_TIMEOUT)
+            return await within(future, ANSWER_TIMEOUT)
         except TimeoutError:
             raise HostUnavailable("the switch does not answer: try again") from None
         finally:
@@ -175,7 +176,7 @@ class SwitchKeeper:
             self._lifeline = os.pipe()
         running = self._launch()
         try:
-            await asyncio.wait_for(asyncio.shield(running.ready), START_TIMEOUT)
+            await within(asyncio.shield(running.ready), START_TIMEOUT)
         except (TimeoutError, HostFailure) as exc:
             running.process.kill()
             self._forget(running)

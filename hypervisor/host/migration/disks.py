@@ -20,6 +20,7 @@ from hypervisor.host.mover.client import Mover
 from hypervisor.host.records import DomainRecord
 from hypervisor.host.settings import HostSettings
 from hypervisor.toolstack.api import DomainSpec, MigrationOptions, MigrationTicket
+from hypervisor.waiting import within
 
 ANSWERS = "disks"
 LITTLE = 1 << 20
@@ -44,7 +45,7 @@ class Talk:
         """As `Mover.receive`. :raises TimeoutError."""
         if self._task.done() and self._rest.empty():
             return CLOSED, b""
-        return await asyncio.wait_for(self._rest.get(), timeout)
+        return await within(self._rest.get(), timeout)
 
     @property
     def why(self) -> str:

@@ -41,6 +41,7 @@ from hypervisor.host.mover import PagesSent, Sender
 from hypervisor.host.process import ProcessHold
 from hypervisor.host.table import Domain
 from hypervisor.toolstack.api import DomainState, MigrationOptions, MigrationPhase, MigrationTicket
+from hypervisor.waiting import within
 from hypervisor.xenstore import moving
 
 LOG = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class Outgoing:
         # Without this word a half that is not complete drops itself, too: when the connection ends.
         with contextlib.suppress(ToolstackError, TimeoutError):
             if self._sender is not None and self._sender.free:
-                await asyncio.wait_for(self._sender.blob(KEPT, b""), LAST_WORDS)
+                await within(self._sender.blob(KEPT, b""), LAST_WORDS)
 
     async def resolve(self, *, keep: bool) -> None:
         """Of one in phase UNRESOLVED. :raises MigrationUnresolved: it still cannot go on here."""

@@ -46,6 +46,7 @@ from hypervisor.host.records import DomainRecord
 from hypervisor.host.table import Domain
 from hypervisor.toolstack.api import DomainState, MigrationOffer, MigrationPhase, MigrationTicket
 from hypervisor.toolstack.migration import WAIT_SECONDS
+from hypervisor.waiting import within
 from hypervisor.xenstore import moving
 from hypervisor.xenstore.domain_nodes import OWNER_NODE
 from hypervisor.xenstore.errors import XenstoreError
@@ -189,7 +190,7 @@ class Incoming:
         receiver = self._receiver
         if receiver is not None and receiver.free and move.phase is not MigrationPhase.COMPLETE:
             with contextlib.suppress(ToolstackError, TimeoutError):
-                await asyncio.wait_for(receiver.blob(FAILED, json.dumps(why.to_json()).encode()), LAST_WORDS)
+                await within(receiver.blob(FAILED, json.dumps(why.to_json()).encode()), LAST_WORDS)
         await self.hang_up()
         if self._disks is not None:
             await self._disks.drop()
@@ -231,8 +232,7 @@ class Incoming:
 
     def _settle(self) -> None:
         """What need not be done at once."""
-        domain, life = self.domain, self._host.life
-        process = domain.process
+        domain, life, process = self.domain, self._host.life, self.domain.process
         self.move.images = []
         self.move.end(MigrationPhase.RUNNING)
         self._host.write(self.move, MigrationPhase.RUNNING)

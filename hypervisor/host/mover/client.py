@@ -23,6 +23,7 @@ from hypervisor.host.mover.spool import SPOOL_BYTES
 from hypervisor.host.mover.wire import MAX_BLOB, MAX_NAME
 from hypervisor.host.process import reap
 from hypervisor.host.zygote_client import ZygoteClient
+from hypervisor.waiting import within
 
 LOG = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class Mover:
         """
         if self._over and self._blobs.empty():
             return CLOSED, b""
-        return await asyncio.wait_for(self._blobs.get(), timeout)
+        return await within(self._blobs.get(), timeout)
 
     @property
     def free(self) -> bool:
@@ -121,7 +122,7 @@ class Mover:
                 link.send({"op": "close", "id": 0})
             if self._pidfd >= 0:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._gone.wait(), CLOSE_TIMEOUT)
+                    await within(self._gone.wait(), CLOSE_TIMEOUT)
             link.close()
         self._end("closed by this host")
         if self._pidfd >= 0:
@@ -161,7 +162,7 @@ class Mover:
 
     async def _in_time(self, future: asyncio.Future[None], timeout: float, what: str) -> None:
         try:
-            await asyncio.wait_for(asyncio.shield(future), timeout)
+            await within(asyncio.shield(future), timeout)
         except TimeoutError:
             raise HostUnavailable(f"{what} within {timeout:g} s: try again") from None
 

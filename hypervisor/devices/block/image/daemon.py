@@ -29,6 +29,7 @@ from hypervisor.devices.block.image.files import ImageFile
 from hypervisor.devices.block.image.handshake import ALLOCATION_DEPTH, Export, HandshakeFailed
 from hypervisor.devices.block.image.qmp import Qmp, QmpError
 from hypervisor.errors import HostFailure, ImageInvalid
+from hypervisor.waiting import within
 
 LOG = logging.getLogger(__name__)
 
@@ -166,13 +167,13 @@ class StorageDaemon:
         with contextlib.suppress(QmpError):
             await self._qmp.command("quit")
         try:
-            await asyncio.wait_for(self._ended.wait(), END_TIMEOUT)
+            await within(self._ended.wait(), END_TIMEOUT)
         except TimeoutError:
             LOG.warning("storage daemon of %s does not end, and is killed", self._folder)
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), END_TIMEOUT)
+                await within(self._ended.wait(), END_TIMEOUT)
 
     def kill(self) -> None:
         """It is of no use any more; `on_exit` is called."""

@@ -22,6 +22,7 @@ from hypervisor.devices.block.mirror.wire import BadMessage, Kind
 from hypervisor.devices.block.written import Written
 from hypervisor.devices.rate import Bucket
 from hypervisor.errors import HostFailure, HostUnavailable, MigrationFailed, ToolstackError, from_json
+from hypervisor.waiting import within
 
 LOG = logging.getLogger(__name__)
 
@@ -181,16 +182,16 @@ class MirrorSource:
             while self._bucket is not None and (delay := self._bucket.delay()) > 0 and self._failure is None:
                 await asyncio.sleep(min(delay, 1.0))
 
-    async def _until(self, ready: Callable[[], bool], what: str, within: float = SILENCE) -> None:
+    async def _until(self, ready: Callable[[], bool], what: str, seconds: float = SILENCE) -> None:
         """:raises ToolstackError: it failed, or the target does nothing any more."""
         while not ready():
             if self._failure is not None:
                 raise self._failure
             self._news.clear()
             try:
-                await asyncio.wait_for(self._news.wait(), within)
+                await within(self._news.wait(), seconds)
             except TimeoutError:
-                raise MigrationFailed(f"the target did not {what} within {within:g} s: look at its disks") from None
+                raise MigrationFailed(f"the target did not {what} within {seconds:g} s: look at its disks") from None
         if self._failure is not None:
             raise self._failure
 
