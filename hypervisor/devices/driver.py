@@ -106,7 +106,8 @@ class GuestLink(Protocol):
         :raises LinkError: it does not wait for domain 0. :raises LinkClosed.
         """
 
-    def unbind(self, event: EventPort) -> None: ...
+    def unbind(self, event: EventPort) -> None:
+        """No effect if the guest has closed it already. :raises LinkClosed."""
 
 
 class Loop(Protocol):

@@ -233,7 +233,12 @@ class ProcessLink:
         if event in self._ports:
             self._ports.remove(event)
             event.close()
-            self._call(wire.UNBIND, [(event.port,)])
+            try:
+                self._call(wire.UNBIND, [(event.port,)])
+            except LinkClosed:
+                raise
+            except LinkError as exc:
+                LOG.debug("port %d: the guest has closed it: %s", event.port, exc)
 
     # -- the socket
 

@@ -245,6 +245,7 @@ class Device:
                 self._wake.set()
             except Exception:
                 LOG.exception("%s %s", self.kind, self._bus.paths.backend)
+                self._wake.set()
             await asyncio.sleep(retry)
             retry = min(LONGEST_RETRY, retry * 2)
 

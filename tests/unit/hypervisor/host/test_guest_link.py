@@ -168,8 +168,8 @@ def test_a_port_that_the_guest_closes_is_gone(rig):
     event.notify()  # must not reach the new channel
     rig.in_poller(lambda: None)
     assert not rig.in_run_loop(lambda: rig.domain.events.is_pending(port))
-    with pytest.raises(LinkError, match="EINVAL"):
-        link.unbind(event)
+    link.unbind(event)
+    assert rig.in_run_loop(lambda: rig.domain.events.status(port)).state is ChannelState.UNBOUND
     assert link.bind(port).answer()
     link.close()
 

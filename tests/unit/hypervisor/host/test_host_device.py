@@ -251,6 +251,27 @@ def test_a_broken_one_stays_closed_until_it_begins_anew() -> None:
     in_loop(test)
 
 
+def test_a_bug_of_ours_is_survived() -> None:
+    """Or the guest's disk would stand still for ever, as nothing wakes the device again."""
+
+    async def test() -> None:
+        world = await World().begin()
+        right, bugs = world.backend.frontend, [ZeroDivisionError()]
+
+        def frontend(read: Callable[[str], str | None]) -> dict[str, Any]:
+            if bugs:
+                raise bugs.pop()
+            return right(read)
+
+        world.backend.frontend = frontend  # type: ignore[method-assign]
+        world.front(3, "9")
+        await world.settle()
+        assert world.device.state is DeviceState.CONNECTED
+        await world.device.end()
+
+    in_loop(test)
+
+
 def test_leaving() -> None:
     async def test() -> None:
         world = await World().begin()
