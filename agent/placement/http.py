@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import requests
 import urllib3
-from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.connection import HTTPConnection
 
+from agent import connections
 from agent.images.remote.source import public_url
-from agent.images.remote.transport import user_agent
 from agent.placement.errors import PlacementError
 
 MAX_BYTES = 16 << 20
@@ -35,17 +31,9 @@ class Http:
     def __init__(self, *, seconds: float = 10.0, ca_file: str = "", max_bytes: int = MAX_BYTES) -> None:
         self._seconds = seconds
         self._max_bytes = max_bytes
-        self._lock = threading.Lock()
-        self._brake: socket.socket | None = None
+        self._brake = connections.Brake()
         self._late = False
-        self._session = requests.Session()
-        self._session.headers["User-Agent"] = user_agent()
-        self._session.trust_env = False  # no proxies, certificates or passwords of the environment
-        if ca_file:
-            self._session.verify = ca_file
-        adapter = _Adapter(self)
-        self._session.mount("http://", adapter)
-        self._session.mount("https://", adapter)
+        self._session = connections.session(self._connect, ca_file=ca_file)
 
     def ask(
         self, method: str, url: str, headers: Mapping[str, str] | None = None, body: object = None
@@ -84,27 +72,17 @@ class Http:
 
     def cut(self) -> None:
         """End the connection that is open."""
-        with self._lock:
-            self._late = True
-            if self._brake is not None:
-                with contextlib.suppress(OSError):
-                    self._brake.shutdown(socket.SHUT_RDWR)
+        self._late = True
+        self._brake.cut()
 
     def close(self) -> None:
         self._session.close()
-        with self._lock:
-            if self._brake is not None:
-                self._brake.close()
-                self._brake = None
+        self._brake.close()
 
-    def keep(self, sock: socket.socket) -> None:
-        """A connection has come about."""
-        # Another descriptor of the same connection: TLS takes the first one over.
-        brake = socket.socket(fileno=os.dup(sock.fileno()))
-        with self._lock:
-            if self._brake is not None:
-                self._brake.close()
-            self._brake = brake
+    def _connect(self, connection: HTTPConnection, usual: Callable[[], socket.socket]) -> socket.socket:
+        sock = usual()
+        self._brake.keep(sock)
+        return sock
 
     def _read(self, answer: requests.Response) -> bytes:
         found = bytearray()
@@ -127,37 +105,3 @@ class Http:
         else:
             cause = "no answer: is it running, and is the URL right?"
         return PlacementError("placement.unreachable", f"{public_url(url)}: {cause}", retryable=True)
-
-
-class _Adapter(HTTPAdapter):
-    """Tells its owner of each connection."""
-
-    def __init__(self, owner: Http) -> None:
-        self._owner = owner
-        super().__init__(pool_connections=2, pool_maxsize=1, max_retries=0)
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = _pools(self._owner)
-
-
-def _pools(owner: Http) -> dict[str, type[HTTPConnectionPool]]:
-    class Plain(HTTPConnection):
-        def _new_conn(self) -> socket.socket:
-            sock = super()._new_conn()
-            owner.keep(sock)
-            return sock
-
-    class Tls(HTTPSConnection):
-        def _new_conn(self) -> socket.socket:
-            sock = super()._new_conn()
-            owner.keep(sock)
-            return sock
-
-    class PlainPool(HTTPConnectionPool):
-        ConnectionCls = Plain
-
-    class TlsPool(HTTPSConnectionPool):
-        ConnectionCls = Tls
-
-    return {"http": PlainPool, "https": TlsPool}

@@ -6,24 +6,19 @@ which answers differently the second time changes nothing. A connection can be c
 
 from __future__ import annotations
 
-import contextlib
 import http.client
-import importlib.metadata
 import json
-import os
 import socket
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urljoin
 
 import requests
 import urllib3
-from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.connection import HTTPConnection
 
+from agent import connections
 from agent.conf_images import ImageSettings
 from agent.errors import InstructionError
 from agent.images.remote.policy import Policy, origin, refused
@@ -45,22 +40,12 @@ class Transport:
     def __init__(self, settings: ImageSettings, policy: Policy) -> None:
         self._settings = settings
         self._policy = policy
-        self._lock = threading.Lock()
-        self._brake: socket.socket | None = None
+        self._brake = connections.Brake()
         self._cut = False
         self.broken = False  # the last connection was cut
         self._headers_until = 0.0
         self._proxy = origin_of_proxy(settings.proxy)
-        self._session = requests.Session()
-        self._session.headers["User-Agent"] = user_agent()
-        self._session.trust_env = False  # no proxies, certificates or passwords of the environment
-        if settings.ca_file:
-            self._session.verify = settings.ca_file
-        if settings.proxy:
-            self._session.proxies = {"http": settings.proxy, "https": settings.proxy}
-        adapter = _Adapter(self)
-        self._session.mount("http://", adapter)
-        self._session.mount("https://", adapter)
+        self._session = connections.session(self._connected, ca_file=settings.ca_file, proxy=settings.proxy)
 
     def open(self, url: str, headers: Mapping[str, str] | None = None) -> requests.Response:
         """GET, with redirects followed; the body is still to be read. The caller closes it.
@@ -116,19 +101,13 @@ class Transport:
 
     def cut(self, *, forever: bool = False) -> None:
         """End the connection that is open; from any thread. :param forever: let none come about any more."""
-        with self._lock:
-            self._cut = self._cut or forever
-            self.broken = True
-            if self._brake is not None:
-                with contextlib.suppress(OSError):
-                    self._brake.shutdown(socket.SHUT_RDWR)
+        self._cut = self._cut or forever  # before the brake: a connection that comes about now sees it
+        self.broken = True
+        self._brake.cut()
 
     def close(self) -> None:
         self._session.close()
-        with self._lock:
-            if self._brake is not None:
-                self._brake.close()
-                self._brake = None
+        self._brake.close()
 
     def _send(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None) -> requests.Response:
         limits = (self._settings.connect_seconds, min(self._settings.answer_seconds, self._settings.stall_seconds))
@@ -163,17 +142,22 @@ class Transport:
         raise error
 
     def _keep(self, sock: socket.socket) -> None:
-        # Another descriptor of the same connection: TLS takes the first one over.
-        brake = socket.socket(fileno=os.dup(sock.fileno()))
-        with self._lock:
-            if self._brake is not None:
-                self._brake.close()
-            self._brake = brake
-            self.broken = False
-            if self._headers_until:
-                self._headers_until = time.monotonic() + self._settings.answer_seconds
-            if self._cut:
-                raise ConnectionAbortedError("given up")
+        self.broken = False  # before it can be cut
+        self._brake.keep(sock)
+        if self._headers_until:
+            self._headers_until = time.monotonic() + self._settings.answer_seconds
+        if self._cut:
+            raise ConnectionAbortedError("given up")
+
+    def _connected(self, connection: HTTPConnection, usual: Callable[[], socket.socket]) -> socket.socket:
+        """Not the usual way: to the addresses that were looked at."""
+        timeout = connection.timeout
+        try:
+            return self.connect(connection.host, connection.port, timeout if isinstance(timeout, float | int) else None)
+        except TimeoutError as exc:
+            raise urllib3.exceptions.ConnectTimeoutError(connection, "no connection in time") from exc
+        except OSError as exc:
+            raise urllib3.exceptions.NewConnectionError(connection, exc.strerror or f"{exc}") from exc
 
 
 def failed(url: str, exc: BaseException) -> InstructionError:
@@ -208,54 +192,3 @@ def _short(exc: BaseException) -> str:
     if isinstance(seen, urllib3.exceptions.NewConnectionError | requests.ConnectionError):
         return "no connection"
     return " ".join(f"{seen}".split())[:160] or type(seen).__name__
-
-
-class _Adapter(HTTPAdapter):
-    """Connections by `Transport.connect`."""
-
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-        super().__init__(pool_connections=2, pool_maxsize=1, max_retries=0)
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = _pools(self._transport)
-
-    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
-        manager = super().proxy_manager_for(*args, **kwargs)
-        manager.pool_classes_by_scheme = _pools(self._transport)
-        return manager
-
-
-def _pools(transport: Transport) -> dict[str, type[HTTPConnectionPool]]:
-    class Plain(HTTPConnection):
-        def _new_conn(self) -> socket.socket:
-            return _connected(transport, self)
-
-    class Tls(HTTPSConnection):
-        def _new_conn(self) -> socket.socket:
-            return _connected(transport, self)
-
-    class PlainPool(HTTPConnectionPool):
-        ConnectionCls = Plain
-
-    class TlsPool(HTTPSConnectionPool):
-        ConnectionCls = Tls
-
-    return {"http": PlainPool, "https": TlsPool}
-
-
-def _connected(transport: Transport, connection: Any) -> socket.socket:
-    timeout = connection.timeout
-    try:
-        return transport.connect(
-            connection.host, connection.port, timeout if isinstance(timeout, float | int) else None
-        )
-    except TimeoutError as exc:
-        raise urllib3.exceptions.ConnectTimeoutError(connection, "no connection in time") from exc
-    except OSError as exc:
-        raise urllib3.exceptions.NewConnectionError(connection, exc.strerror or f"{exc}") from exc
-
-
-def user_agent() -> str:
-    return f"reeve/{importlib.metadata.version('reeve')}"
