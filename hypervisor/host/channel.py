@@ -15,10 +15,12 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from hypervisor.socket_path import short_path
 
 MAX_MESSAGE = 128 * 1024
 MAX_FDS = 16
@@ -143,21 +145,12 @@ def close_all(fds: Sequence[int]) -> None:
             os.close(fd)
 
 
-@contextmanager
-def _short(path: Path) -> Iterator[str]:
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{directory}/{path.name}"
-    finally:
-        os.close(directory)
-
-
 def listen(path: Path, kind: int, *, backlog: int = 16) -> socket.socket:
     """A listening UNIX socket at `path` with mode 0600; a stale one is replaced."""
     path.unlink(missing_ok=True)
     sock = socket.socket(socket.AF_UNIX, kind)
     try:
-        with _short(path) as address:
+        with short_path(path) as address:
             # The socket is created with its final mode: there is no moment in which others may connect.
             before = os.umask(0o177)
             try:
@@ -176,7 +169,7 @@ def connect(path: Path, kind: int, timeout: float | None = None) -> socket.socke
     sock = socket.socket(socket.AF_UNIX, kind)
     try:
         sock.settimeout(timeout)
-        with _short(path) as address:
+        with short_path(path) as address:
             sock.connect(address)
     except BaseException:
         sock.close()

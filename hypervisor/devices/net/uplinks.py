@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hypervisor.devices.net.networks import TAP, USER, Forward, NetworkConfig
 from hypervisor.errors import HostFailure, NetworkUnknown
+from hypervisor.socket_path import short_path
 
 LOG = logging.getLogger(__name__)
 
@@ -221,11 +222,8 @@ async def _connect(uplink: Uplink, path: Path, kind: int) -> int:
 
 def connect_path(sock: socket.socket, path: Path) -> None:
     """Whatever the path's length: sun_path has 107 bytes."""
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sock.connect(f"/proc/self/fd/{directory}/{path.name}")
-    finally:
-        os.close(directory)
+    with short_path(path) as address:
+        sock.connect(address)
 
 
 async def _forward(network: NetworkConfig, uplink: Uplink, api: Path, forward: Forward) -> None:

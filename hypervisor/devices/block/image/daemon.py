@@ -29,6 +29,7 @@ from hypervisor.devices.block.image.files import ImageFile
 from hypervisor.devices.block.image.handshake import ALLOCATION_DEPTH, Export, HandshakeFailed
 from hypervisor.devices.block.image.qmp import Qmp, QmpError
 from hypervisor.errors import HostFailure, ImageInvalid
+from hypervisor.socket_path import short_path
 from hypervisor.waiting import within
 
 LOG = logging.getLogger(__name__)
@@ -275,11 +276,8 @@ def _spawn(program: str, folder: Path, images: Sequence[int]) -> int:
 def _listen(folder: Path, name: str) -> int:
     (folder / name).unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        directory = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            sock.bind(f"/proc/self/fd/{directory}/{name}")
-        finally:
-            os.close(directory)
+        with short_path(folder / name) as address:
+            sock.bind(address)
         os.chmod(folder / name, 0o600)
         sock.listen(4)
         return sock.detach()

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 import socket
 import struct
+from pathlib import Path
+
+from hypervisor.socket_path import short_path
 
 _MAGIC = b"NBDMAGIC"
 _OPTION = b"IHAVEOPT"
@@ -49,12 +51,8 @@ async def connect(directory: str, name: str, export: str, context: str = "") -> 
     loop = asyncio.get_running_loop()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
-        # A socket's path has 107 bytes at most; the folder's may be longer.
-        folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            await loop.sock_connect(sock, f"/proc/self/fd/{folder}/{name}")
-        finally:
-            os.close(folder)
+        with short_path(Path(directory, name)) as address:
+            await loop.sock_connect(sock, address)
         await _greet(loop, sock)
         number = await _meta_context(loop, sock, export.encode(), context) if context else 0
         size, flags = await _go(loop, sock, export.encode())

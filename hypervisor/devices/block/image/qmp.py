@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
 import socket
+from pathlib import Path
 from typing import Any
+
+from hypervisor.socket_path import short_path
 
 _MAX_LINE = 1 << 20
 TIMEOUT = 30.0
@@ -33,11 +35,8 @@ class Qmp:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         qmp = cls(sock)
         try:
-            folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                await asyncio.get_running_loop().sock_connect(sock, f"/proc/self/fd/{folder}/{name}")
-            finally:
-                os.close(folder)
+            with short_path(Path(directory, name)) as address:
+                await asyncio.get_running_loop().sock_connect(sock, address)
             async with asyncio.timeout(TIMEOUT):
                 if "QMP" not in await qmp._line():
                     raise QmpError("it does not greet as QMP does")
