@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
 from agent.configdrive.iso import maker_of, write_iso
+from agent.durable import private
 from agent.errors import ConfigError, InstructionError
 from hypervisor.errors import DomainNotFound
 from hypervisor.toolstack.api import Toolstack
@@ -71,7 +72,7 @@ class Drives:
             return
         note = self.path(domain).with_suffix(_KEEP)
         try:
-            with open(note, "a", encoding="utf-8", opener=_private) as file:
+            with open(note, "a", encoding="utf-8", opener=private) as file:
                 file.write(json.dumps(saved) + "\n")
         except OSError as exc:
             raise InstructionError(
@@ -146,10 +147,6 @@ def wanted_drives(toolstack: Toolstack, domains: Set[str]) -> set[str]:
         with contextlib.suppress(DomainNotFound):
             paths |= {disk.path for disk in toolstack.get_spec(domain.uuid).disks}
     return paths | domains
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def _saved(line: str) -> str:

@@ -33,6 +33,8 @@ from typing import Any
 from kombu.exceptions import ChannelError
 from kombu.transport import filesystem, virtual
 
+from agent.durable import sync
+
 LOG = logging.getLogger(__name__)
 
 QUEUE_RE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
@@ -106,7 +108,7 @@ class Channel(filesystem.Channel):  # type: ignore[misc]
                 file.flush()
                 os.fsync(file.fileno())
             os.rename(hidden, self._data / name)
-            _fsync_folder(self._data)
+            sync(self._data)
         except OSError as exc:
             hidden.unlink(missing_ok=True)
             raise ChannelError(f"cannot write to the message folder {self._data}: {exc.strerror}") from exc
@@ -288,14 +290,6 @@ def _open_own(path: Path) -> int:
 def _check_queue(queue: Any) -> None:
     if not isinstance(queue, str) or not QUEUE_RE.fullmatch(queue):
         raise ChannelError(f"queue name {queue!r} is not usable: give letters, digits, '.', '_' or '-'")
-
-
-def _fsync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _head(path: Path) -> bytes:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from agent.durable import private, sync
 from agent.errors import ConfigError, InstructionError
 from agent.images.remote.download import discard
 
@@ -147,7 +148,7 @@ class Cache:
             os.chmod(part, 0o400)
             self._write(entry)
             os.rename(part, path)
-            _sync(self.folder)
+            sync(self.folder)
             discard(part)
         return entry
 
@@ -235,7 +236,7 @@ class Cache:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Alone with the folder, for a moment. Not for one thread twice."""
-        with open(self.folder / "lock", "a", opener=_private) as file:
+        with open(self.folder / "lock", "a", opener=private) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -279,7 +280,7 @@ class Cache:
     def _write(self, entry: Entry) -> None:
         path = self._state(entry.key)
         work = path.with_suffix(".new")
-        with open(work, "w", encoding="utf-8", opener=_private) as file:
+        with open(work, "w", encoding="utf-8", opener=private) as file:
             json.dump(entry.to_json(), file)
             file.flush()
             os.fsync(file.fileno())
@@ -308,7 +309,7 @@ class Cache:
 
     def try_download(self, identity: str) -> Any:
         """The lock of a download, across processes; None while another has it. Closing it frees it."""
-        file = open(self.partial / f"lock-{identity[:3]}", "a", opener=_private)  # noqa: SIM115 - held by the caller
+        file = open(self.partial / f"lock-{identity[:3]}", "a", opener=private)  # noqa: SIM115 - held by the caller
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -322,15 +323,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

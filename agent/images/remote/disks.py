@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from agent.durable import private, sync
 from agent.errors import ConfigError, InstructionError
 
 PROGRAM = "qemu-img"
@@ -112,7 +113,7 @@ class Disks:
             # In this order: a file without its note would be nobody's.
             self._write_note(place, Note(instruction, path.name, image.name, place.delete_on_destroy))
             os.link(work, path)
-            _sync(self.folder)
+            sync(self.folder)
         except FileExistsError:
             self._note_path(place.domain, place.what).unlink(missing_ok=True)  # what is there is not ours
             raise InstructionError("image.in_use", f"{path} has just been made by somebody else: remove it") from None
@@ -195,7 +196,7 @@ class Disks:
     def _write_note(self, place: Place, note: Note) -> None:
         path = self._note_path(place.domain, place.what)
         work = path.with_suffix(".new")
-        with open(work, "w", encoding="utf-8", opener=_private) as file:
+        with open(work, "w", encoding="utf-8", opener=private) as file:
             json.dump(dataclasses.asdict(note), file)
             file.flush()
             os.fsync(file.fileno())
@@ -216,19 +217,19 @@ def _fill(work: Path, image: Path, place: Place) -> None:
         options = ["-u", "-o", f"backing_fmt={place.base_format or image.suffix[1:]}", "-b", base]
         _qemu_img("create", "-q", "-f", "qcow2", *options, str(work), str(place.size))
         os.chmod(work, 0o600)
-        _sync(work)
+        sync(work)
     else:
         _copy(image, work)
         if place.format == "raw" and place.size:
             os.truncate(work, max(place.size, work.stat().st_size))
         elif place.size:
             _qemu_img("resize", "-q", "-f", "qcow2", str(work), str(place.size))
-        _sync(work)
+        sync(work)
 
 
 def _copy(image: Path, work: Path) -> None:
     """By sharing the blocks where the file system can, else with its holes."""
-    with open(image, "rb") as source, open(work, "xb", opener=_private) as target:
+    with open(image, "rb") as source, open(work, "xb", opener=private) as target:
         size = os.fstat(source.fileno()).st_size
         try:
             fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
@@ -282,15 +283,3 @@ def _backing(path: Path) -> str:
 def _untold(path: Path, exc: OSError) -> InstructionError:
     text = f"{path} cannot be read ({exc.strerror}), so nobody can tell which images are in use: correct its rights"
     return InstructionError("image.in_use", text)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
