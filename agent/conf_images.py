@@ -7,10 +7,10 @@ import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from oslo_config import cfg
 
+from agent import conf_keystone
 from agent.errors import ConfigError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -101,23 +101,12 @@ OPTIONS = (
         help="Glance, without /v2: https://glance:9292. Default: what Keystone's catalogue says; without both "
         "there is no Glance.",
     ),
-    cfg.StrOpt("auth-url", default="", help="Keystone, with or without /v3; empty: Glance is asked without a token."),
-    cfg.StrOpt("username", default="", help="For a token by password."),
-    cfg.StrOpt("password", default="", secret=True, help="The same."),
-    cfg.StrOpt("user-domain-name", default="Default", help="The same."),
-    cfg.StrOpt("project-name", default="", help="The same: what the token is for."),
-    cfg.StrOpt("project-domain-name", default="Default", help="The same."),
-    cfg.StrOpt("application-credential-id", default="", help="For a token by an application credential, instead."),
-    cfg.StrOpt("application-credential-secret", default="", secret=True, help="The same."),
-    cfg.StrOpt("region", default="", help="Region of Glance in the catalogue; empty: the first."),
-    cfg.StrOpt(
-        "interface", default="internal", choices=("public", "internal", "admin"), help="Glance's interface there."
-    ),
+    *conf_keystone.options("Glance", project_name="", without="Glance is asked without a token"),
 )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ImageSettings:
+class ImageSettings(conf_keystone.KeystoneSettings):
     """The part of the group ``[images]`` about fetched images. Times in seconds, sizes in MiB."""
 
     cache_dir: Path
@@ -143,16 +132,6 @@ class ImageSettings:
     proxy: str = dataclasses.field(default="", repr=False)
     ca_file: str = ""
     glance_url: str = ""
-    auth_url: str = ""
-    username: str = ""
-    password: str = dataclasses.field(default="", repr=False)
-    user_domain_name: str = "Default"
-    project_name: str = ""
-    project_domain_name: str = "Default"
-    application_credential_id: str = ""
-    application_credential_secret: str = dataclasses.field(default="", repr=False)
-    region: str = ""
-    interface: str = "internal"
 
 
 def settings(values: Mapping[str, Any], state_dir: Path) -> ImageSettings:
@@ -169,19 +148,10 @@ def settings(values: Mapping[str, Any], state_dir: Path) -> ImageSettings:
     except ValueError as exc:
         raise ConfigError(f"[images] allowed_networks: {exc}: give networks like 127.0.0.1/32") from exc
     for name in ("proxy", "glance_url", "auth_url"):
-        _check_url(name, values[name])
+        conf_keystone.check_url("images", name, values[name])
     if values["ca_file"] and not Path(values["ca_file"]).is_file():
         raise ConfigError(f"[images] ca_file {values['ca_file']} is not there: give a PEM file")
-    if values["auth_url"] and not (values["application_credential_id"] or values["username"]):
+    found = ImageSettings(**made)
+    if found.auth_url and not found.credential:
         raise ConfigError("[images] auth_url is given and no credential: give username or application_credential_id")
-    return ImageSettings(**made)
-
-
-def _check_url(name: str, url: str) -> None:
-    try:
-        parts = urlsplit(url)
-        fits = not url or (parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0)
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ConfigError(f"[images] {name} is no URL: give https://HOST[:PORT]")
+    return found

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from oslo_config import cfg
 
+from agent import conf_keystone
 from agent.errors import ConfigError
 
 OPTIONS = (
@@ -77,24 +77,13 @@ OPTIONS = (
     cfg.StrOpt(
         "ca-file", default="", help="Certificates of authorities to trust instead of the usual ones, a PEM file."
     ),
-    cfg.StrOpt("auth-url", default="", help="Keystone, with or without /v3."),
-    cfg.StrOpt("username", default="", help="For a token by password."),
-    cfg.StrOpt("password", default="", secret=True, help="The same."),
-    cfg.StrOpt("user-domain-name", default="Default", help="The same."),
-    cfg.StrOpt("project-name", default="service", help="The same: what the token is for."),
-    cfg.StrOpt("project-domain-name", default="Default", help="The same."),
-    cfg.StrOpt("application-credential-id", default="", help="For a token by an application credential, instead."),
-    cfg.StrOpt("application-credential-secret", default="", secret=True, help="The same."),
-    cfg.StrOpt("region", default="", help="Region of Placement in the catalogue; empty: the first."),
-    cfg.StrOpt(
-        "interface", default="internal", choices=("public", "internal", "admin"), help="Placement's interface there."
-    ),
+    *conf_keystone.options("Placement", project_name="service"),
 )
 _UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class PlacementSettings:
+class PlacementSettings(conf_keystone.KeystoneSettings):
     """The group ``[placement]``. Times in seconds."""
 
     enabled: bool = False
@@ -110,16 +99,7 @@ class PlacementSettings:
     interval: int = 60
     timeout: float = 10.0
     ca_file: str = ""
-    auth_url: str = ""
-    username: str = ""
-    password: str = dataclasses.field(default="", repr=False)
-    user_domain_name: str = "Default"
     project_name: str = "service"
-    project_domain_name: str = "Default"
-    application_credential_id: str = ""
-    application_credential_secret: str = dataclasses.field(default="", repr=False)
-    region: str = ""
-    interface: str = "internal"
 
 
 def settings(values: Mapping[str, Any], host: str) -> PlacementSettings:
@@ -137,7 +117,7 @@ def settings(values: Mapping[str, Any], host: str) -> PlacementSettings:
         if not 1 <= len(text) <= 200 or not text.isprintable():
             raise ConfigError(f"[placement] {name} is not usable: give 1 to 200 printable characters")
     for name in ("endpoint", "auth_url"):
-        _check_url(name, getattr(found, name))
+        conf_keystone.check_url("placement", name, getattr(found, name))
     if found.enabled:
         _check_complete(found)
     return found
@@ -152,17 +132,7 @@ def _check_complete(found: PlacementSettings) -> None:
     if found.auth == "keystone":
         if not found.auth_url:
             raise ConfigError("[placement] auth is keystone and auth_url is not given: give Keystone's URL")
-        if not (found.application_credential_id or found.username):
+        if not found.credential:
             raise ConfigError("[placement] there is no credential: give username or application_credential_id")
     elif not found.endpoint:
         raise ConfigError("[placement] endpoint is not given: give Placement's URL, or auth = keystone")
-
-
-def _check_url(name: str, url: str) -> None:
-    try:
-        parts = urlsplit(url)
-        fits = not url or (parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0)
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ConfigError(f"[placement] {name} is no URL: give https://HOST[:PORT]")

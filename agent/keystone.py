@@ -12,37 +12,13 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from agent.conf_keystone import KeystoneSettings
 from agent.errors import InstructionError
 from agent.images.remote.source import public_url
 
 EARLY_SECONDS = 60.0
 """A token that ends so soon is not used any more."""
 _MAX_TOKEN = 16384
-
-
-class Credentials(Protocol):
-    """Who we are, and which endpoint of the catalogue is wanted: options of several groups have these names."""
-
-    @property
-    def auth_url(self) -> str: ...
-    @property
-    def username(self) -> str: ...
-    @property
-    def password(self) -> str: ...
-    @property
-    def user_domain_name(self) -> str: ...
-    @property
-    def project_name(self) -> str: ...
-    @property
-    def project_domain_name(self) -> str: ...
-    @property
-    def application_credential_id(self) -> str: ...
-    @property
-    def application_credential_secret(self) -> str: ...
-    @property
-    def region(self) -> str: ...
-    @property
-    def interface(self) -> str: ...
 
 
 class Asks(Protocol):
@@ -74,7 +50,7 @@ class Keystone:
     """
 
     def __init__(
-        self, settings: Credentials, *, service: str = "image", area: str = "image", group: str = "images"
+        self, settings: KeystoneSettings, *, service: str = "image", area: str = "image", group: str = "images"
     ) -> None:
         self._settings = settings
         self._service = service

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from agent.conf_keystone import KeystoneSettings
 from agent.errors import InstructionError
-from agent.keystone import Asks, Credentials, Keystone, Token
+from agent.keystone import Asks, Keystone, Token
 from agent.placement.errors import PlacementError
 
 SERVICE = "placement"
@@ -39,7 +40,7 @@ class FixedAuth:
 
 
 class KeystoneAuth:
-    def __init__(self, credentials: Credentials) -> None:
+    def __init__(self, credentials: KeystoneSettings) -> None:
         self._keystone = Keystone(credentials, service=SERVICE, area="placement", group="placement")
         self._last: Token | None = None
 

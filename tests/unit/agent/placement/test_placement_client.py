@@ -12,6 +12,7 @@ import pytest
 from fake_placement import FakePlacement, Handler
 from image_servers import Cloud, Server, serving
 
+from agent.conf_keystone import KeystoneSettings
 from agent.placement.auth import FixedAuth, KeystoneAuth
 from agent.placement.client import ATTEMPTS, Client, Consumer
 from agent.placement.errors import Conflict, PlacementError
@@ -220,18 +221,8 @@ def test_without_a_right_token(server: FakePlacement) -> None:
     assert len(server.asked) == 2, "a fixed token is not tried again"
 
 
-@dataclasses.dataclass
-class Credentials:
-    auth_url: str
-    username: str = "reeve"
-    password: str = "s3cret"
-    user_domain_name: str = "Default"
-    project_name: str = "service"
-    project_domain_name: str = "Default"
-    application_credential_id: str = ""
-    application_credential_secret: str = ""
-    region: str = ""
-    interface: str = "internal"
+def credentials(auth_url: str, password: str = "s3cret") -> KeystoneSettings:
+    return KeystoneSettings(auth_url=auth_url, username="reeve", password=password, project_name="service")
 
 
 def keystone(cloud: Server, server: FakePlacement) -> Cloud:
@@ -243,7 +234,7 @@ def keystone(cloud: Server, server: FakePlacement) -> Cloud:
 def test_keystone_says_where_placement_is_and_a_revoked_token_is_replaced(server: FakePlacement) -> None:
     with serving() as identity:
         cloud = keystone(identity, server)
-        client = Client(Http(), KeystoneAuth(Credentials(cloud.auth_url)))
+        client = Client(Http(), KeystoneAuth(credentials(cloud.auth_url)))
         assert client.provider(HOST) is None and client.provider(HOST) is None
         assert len(identity.posts) == 1, "one token for many questions"
         server.tokens = {"token-1"}
@@ -253,8 +244,8 @@ def test_keystone_says_where_placement_is_and_a_revoked_token_is_replaced(server
         asked = len(server.asked)
         assert failure(lambda: client.provider(HOST)).code == "placement.auth_failed"
         assert len(server.asked) - asked == 2, "once more with a new token and not again"
-        bad = Client(Http(), KeystoneAuth(Credentials(cloud.auth_url, password="wrong")))
+        bad = Client(Http(), KeystoneAuth(credentials(cloud.auth_url, password="wrong")))
         found = failure(lambda: bad.provider(HOST))
         assert found.code == "placement.auth_failed" and "[placement]" in found.message
-    gone = Client(Http(), KeystoneAuth(Credentials(cloud.auth_url)))
+    gone = Client(Http(), KeystoneAuth(credentials(cloud.auth_url)))
     assert failure(lambda: gone.provider(HOST)).code == "placement.unreachable"
