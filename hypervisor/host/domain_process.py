@@ -8,9 +8,9 @@ is killed: so the end of a domain is provable even if nobody looked.
 
 Messages from the host: ``{"id", "op"}`` with op ``commit``, ``pause``, ``unpause``, ``stats``, ``limit_memory``,
 ``set_cap``, ``link``, ``unlink`` (`hypervisor.devices.link`), ``hold``, ``release``, ``core`` (for core dumps),
-``save`` and ``resume`` (of a guest that has suspended itself), and those of `hypervisor.host.moving`; the answer is
-``{"id", "result"}`` or ``{"id", "error"}``. Events to the host: ``built``, ``failed``, ``ended`` and, first thing on a
-new connection, ``identity`` with the descriptors of `Handles`.
+``save``, ``saved`` and ``resume`` (of a guest that has suspended itself), and those of `hypervisor.host.moving`; the
+answer is ``{"id", "result"}`` or ``{"id", "error"}``. Events to the host: ``built``, ``failed``, ``ended`` and, first
+thing on a new connection, ``identity`` with the descriptors of `Handles`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from hypervisor.host import channel as channels
 from hypervisor.host import moving, sandbox
 from hypervisor.host.channel import BadMessage, Channel, ChannelClosed, Message
 from hypervisor.host.domain_verbs import DomainVerbs
+from hypervisor.host.frozen import freezer, open_pagemap
 from hypervisor.host.guest_link import GuestLinks
 from hypervisor.host.handles import Handles, answer, ring
 from hypervisor.host.moving import MigrationPart
@@ -110,7 +111,7 @@ class DomainProcess(DomainVerbs):
     def _build(self) -> Guest:
         self._listener = channels.listen(self.directory / channels.DOMAIN_SOCKET, socket.SOCK_SEQPACKET, backlog=4)
         memory = mmap.mmap(self.handles.memory, 0)
-        log = moving.open_log()
+        log, pagemap = moving.open_log(), open_pagemap()
         sealed: list[sandbox.Report] = []
         seal = functools.partial(self._seal, sealed)
         if self.request.template:
@@ -121,11 +122,12 @@ class DomainProcess(DomainVerbs):
         else:
             guest = self.runtime.build(self.request, memory, self._notify_host, seal)
         self._guest = guest
-        saver = guest.saver()
-        if saver is not None:
-            self._saving = Saving(saver, self.handles.memory, self._send)
-            saver.watch(self._suspended)
         target = guest.link_target()
+        saver = guest.saver()
+        if saver is not None and target is not None:
+            freeze = freezer(target, guest.boot, self.handles.memory, pagemap)
+            self._saving = Saving(saver, self.handles.memory, self._send, freeze)
+            saver.watch(self._suspended)
         if target is not None:
             self._links = GuestLinks(target, self._poller)
             self._neighbours = neighbours_of(target, self.handles.memory, self._poller, self._ask_for)

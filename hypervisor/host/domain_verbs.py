@@ -55,6 +55,10 @@ class DomainVerbs:
             if message.get("op") == "save":
                 self._save(message, fds)
                 return {}
+            if message.get("op") == "saved" and self._saving is not None:
+                channels.close_all(fds)
+                self._saving.saved(message.get("id"))
+                return {}
             if message.get("op") in moving.OPS:
                 return {"result": moving.answer(self._migration, message, fds)}
             verb = verbs.get(str(message.get("op")))
@@ -142,7 +146,7 @@ class DomainVerbs:
             raise WrongState("the guest has not suspended itself, so it cannot be saved")
         if self._neighbours is not None:
             self._neighbours.refresh()
-        saving.begin(message.get("id"), fds[0])
+        saving.begin(message.get("id"), fds[0], frozen=message.get("frozen") is True)
 
     def _resume(self) -> dict[str, Any]:
         """The guest goes on where it suspended itself; quiet when it has not."""
@@ -150,7 +154,7 @@ class DomainVerbs:
             if self.ended is not None and self.ended.reason is ShutdownReason.SUSPEND and self._saving is not None:
                 self.ended = None
                 self.state = DomainState.RUNNING
-                self._saving.saver.resume()
+                self._saving.resume()
         return {"state": self.state}
 
     def _running_guest(self) -> Guest:

@@ -99,6 +99,7 @@ class PvGuest:
         shutdown = self._machine.run()
         self._core.ended()
         self._moving.ended()
+        self._saver.ended()
         return Ended(shutdown.reason, shutdown.detail)
 
     def moving(self) -> MovingState:

@@ -19,6 +19,7 @@ from hypervisor.toolstack.api import DomainSpec, ShutdownReason
 
 if TYPE_CHECKING:  # the host process needs nothing of a machine
     from hypervisor.host.guest_link_state import LinkTarget
+    from hypervisor.suspended.saver import Frozen
 
 _T = TypeVar("_T")
 STORE_PORT = 1
@@ -197,11 +198,21 @@ class Saver(Protocol):
     def watch(self, suspended: Callable[[], None]) -> None:
         """Call `suspended`, in the guest's thread, when the guest has suspended itself; it waits then."""
 
+    def freeze(self, make: Callable[[], Frozen | None]) -> bool:
+        """Let the next `write` give a suspended guest as it is now, though it goes on meanwhile.
+
+        :param make: called in the guest's thread; it freezes its memory. :returns: False: it returned None, and the
+            guest has to stay suspended. :raises WrongState, OSError: then it is suspended, too.
+        """
+
     def write(self, out: Callable[[bytes | memoryview], object], memory: int) -> int:
         """Give a suspended guest to `out`, as a libxc stream.
 
         :param memory: descriptor of the domain's memory. :returns: pages with data. :raises WrongState, OSError.
         """
+
+    def thaw(self) -> None:
+        """After `freeze`, whatever came of `write`: the guest's memory is as before. :raises OSError: not all of it."""
 
     def resume(self) -> None:
         """Let a suspended guest go on."""

@@ -13,8 +13,9 @@ import logging
 import os
 import stat
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from pathlib import Path
+from typing import Any
 
 from hypervisor.errors import HostFailure, OperationTimeout, SpecInvalid, StreamInvalid, ToolstackError, WrongState
 from hypervisor.host.building import Image
@@ -40,6 +41,23 @@ _F_SETPIPE_SZ = 1031
 MAX_SUSPEND_TIMEOUT = 3600.0
 
 
+class GoingOn:
+    """Lets a guest that has suspended itself go on, once. :param since: it stood still, by the monotonic clock.
+
+    :ivar stood: seconds that it did; 0 while it does.
+    """
+
+    def __init__(self, life: Lifecycle, domain: Domain, since: float) -> None:
+        self._life = life
+        self._domain = domain
+        self._since = since
+        self.stood = 0.0
+
+    async def go(self) -> None:
+        if not self.stood:
+            self.stood = await self._life.resume(self._domain) - self._since
+
+
 class Saving:
     def __init__(self, life: Lifecycle) -> None:
         self._life = life
@@ -56,12 +74,12 @@ class Saving:
         stood = 0.0
         try:
             async with self.suspended(domain, timeout) as since:
+                going_on = GoingOn(self._life, domain, since) if keep_running else None
                 with new_file(path) as out:
-                    pages = await self._write(domain, out, path)
+                    pages = await self._write(domain, out, path, going_on)
                     size = os.fstat(out).st_size
-                    if keep_running:
-                        await self._life.resume(domain)
-                        stood = time.monotonic() - since
+                    if going_on is not None:
+                        stood = going_on.stood
                     await _sync(out, path)
                     if not keep_running:
                         self._note(domain, out, path)
@@ -128,7 +146,7 @@ class Saving:
         finally:
             domain.suspension = None
 
-    async def _write(self, domain: Domain, out: int, path: Path) -> int:
+    async def _write(self, domain: Domain, out: int, path: Path, going_on: GoingOn | None) -> int:
         """The whole image. :returns: pages with data. :raises ToolstackError, OSError."""
         record, run = domain.record, domain.record.run
         info = await domain.info()
@@ -142,36 +160,62 @@ class Saving:
             pages if isinstance(pages, int) else 0,
         )
         _write_all(out, envelope.opening(config.write(saved)), path)
-        written = await self.stream(domain, out, path)
+        written = await self.stream(domain, out, path, going_on)
         _write_all(out, envelope.closing(), path)
         return written
 
-    async def stream(self, domain: Domain, out: int, what: object) -> int:
+    async def stream(self, domain: Domain, out: int, what: object, going_on: GoingOn | None = None) -> int:
         """The libxc stream of a suspended guest, into any descriptor. :returns: pages with data.
 
-        :param what: is written, for the error. :raises ToolstackError.
+        :param what: is written, for the error. :param going_on: the guest goes on as soon as its memory is frozen, or
+            when all is written. :raises ToolstackError.
         """
         process = domain.process
         assert process is not None
-        read, write = os.pipe2(os.O_CLOEXEC)
-        with contextlib.suppress(OSError):  # a limit of the user's
-            fcntl.fcntl(write, _F_SETPIPE_SZ, _PIPE)
-        try:
-            answer = asyncio.ensure_future(process.request("save", STREAM_TIMEOUT, fds=[write]))
-            await asyncio.sleep(0)  # until it is sent
-        finally:
-            os.close(write)
-        try:
-            pumped = await asyncio.to_thread(_pump, read, out)
-        finally:
-            os.close(read)  # a writer that is still at it gives up
-            outcome = (await asyncio.gather(answer, return_exceptions=True))[0]
-        if isinstance(pumped, OSError):
-            raise HostFailure(f"{what} cannot be written: {pumped.strerror}: make room, or give another path")
+        with self._room(domain, going_on) as frozen:
+            read, write = os.pipe2(os.O_CLOEXEC)
+            with contextlib.suppress(OSError):  # a limit of the user's
+                fcntl.fcntl(write, _F_SETPIPE_SZ, _PIPE)
+            try:
+                answer = asyncio.ensure_future(process.request("save", STREAM_TIMEOUT, {"frozen": frozen}, [write]))
+                await asyncio.sleep(0)  # until it is sent
+            finally:
+                os.close(write)
+            begun = _begun(answer, going_on)
+            try:
+                refused, pumped = await asyncio.gather(
+                    begun, asyncio.to_thread(_pump, read, out), return_exceptions=True
+                )
+            finally:
+                os.close(read)  # a writer that is still at it gives up
+            if isinstance(refused, BaseException):
+                raise refused
+            outcome = (await asyncio.gather(process.request("saved", STREAM_TIMEOUT), return_exceptions=True))[0]
+        if isinstance(pumped, BaseException):
+            why = pumped.strerror if isinstance(pumped, OSError) else pumped
+            raise HostFailure(f"{what} cannot be written: {why}: make room, or give another path")
         if isinstance(outcome, BaseException):
             raise outcome
+        if going_on is not None:
+            await going_on.go()
         pages = outcome.get("pages")
         return pages if isinstance(pages, int) and pages >= 0 else 0
+
+    @contextlib.contextmanager
+    def _room(self, domain: Domain, going_on: GoingOn | None) -> Iterator[bool]:
+        """Whether the guest's memory may be frozen: all of it may be there twice then, and is set aside meanwhile."""
+        held, ledger = domain.record.claim, self._life.ledger
+        claim = None
+        if going_on is not None and held is not None:
+            try:
+                claim = ledger.claim(domain.uuid, held.committed, held.committed, wide=True)
+            except ToolstackError as exc:
+                LOG.info("domain %s waits while it is saved, for want of memory: %s", domain.uuid, exc)
+        try:
+            yield claim is not None
+        finally:
+            if claim is not None:
+                ledger.release(claim)
 
     # -- restore --------------------------------------------------------------------------------------------------
 
@@ -198,6 +242,11 @@ class Saving:
         pages = saved.pages or run.max_memory_mib * 256
         seconds = os.fstat(descriptor).st_size / SLOWEST_READ
         return await self._life.create(saved.spec, Image((descriptor,), run, pages, bits, seconds))
+
+
+async def _begun(answer: Awaitable[dict[str, Any]], going_on: GoingOn | None) -> None:
+    if (await answer).get("frozen") is True and going_on is not None:
+        await going_on.go()
 
 
 def _open(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable
 
 from hypervisor.host.records import RecordStore
@@ -40,12 +41,14 @@ class Suspension:
         domain.dying = True
         self.spawn(self.after_end(domain, OnEvent.DESTROY))
 
-    async def resume(self, domain: Domain) -> None:
-        """Let a guest that suspended itself go on where it is."""
+    async def resume(self, domain: Domain) -> float:
+        """Let a guest that suspended itself go on where it is. :returns: when it did, by the monotonic clock."""
         process, record = domain.process, domain.record
         if process is not None and process.alive:
             await process.request("resume")
+        went_on = time.monotonic()
         if domain.attachment is not None:
             domain.attachment.withdraw_shutdown()
         record.suspending, record.saved_as = False, []
         self.records.save(record)
+        return went_on

@@ -37,7 +37,7 @@ from hypervisor.host.building import Image
 from hypervisor.host.ledger import PAGES_PER_MIB
 from hypervisor.host.lifecycle import Lifecycle
 from hypervisor.host.records import RunSizes
-from hypervisor.host.saving import MAX_SUSPEND_TIMEOUT, STREAM_TIMEOUT, Saving
+from hypervisor.host.saving import MAX_SUSPEND_TIMEOUT, STREAM_TIMEOUT, GoingOn, Saving
 from hypervisor.host.table import Domain
 from hypervisor.toolstack.api import DomainSpec, TemplateInfo
 from hypervisor.toolstack.template import check_begins, check_template_ident, check_template_name
@@ -155,10 +155,10 @@ class Templates:
         stood = 0.0
         frames = record.run.max_memory_mib * PAGES_PER_MIB
         async with _Layer(name, work, frames) as layer, self._saving.suspended(domain, timeout) as since:
-            await layer.take(self._saving.stream(domain, layer.stream, f"template {name}"))
-            if keep_running:
-                await self._life.resume(domain)
-                stood = time.monotonic() - since
+            going_on = GoingOn(self._life, domain, since) if keep_running else None
+            await layer.take(self._saving.stream(domain, layer.stream, f"template {name}", going_on))
+            if going_on is not None:
+                stood = going_on.stood
             said = await layer.done()
             spec = dataclasses.replace(record.run.applied(record.spec), owner="")
             info = TemplateInfo(name, ident, spec, said["bits"], said["pages"], 0, time.time(), stood * 1000)

@@ -10,7 +10,7 @@ import dataclasses
 import errno
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -46,12 +46,16 @@ class Captured:
     """A suspended guest on its machine; good for as long as it stays suspended. Any thread may read it.
 
     :ivar frames: index of the frame of each page number, -1 for none. :ivar pfns: page number of each frame, or -1.
+    :ivar kinds: what the frames were (`hypervisor.memory.frames`).
+    :ivar read: gives pages as they were, by the indexes of their frames; with it this stays good when the guest runs.
     """
 
     state: GuestState
     frames: Array
     pfns: Array
+    kinds: Array
     _domain: Domain
+    read: Callable[[Array], Array] | None = None
 
     def batches(self, memory: int = -1) -> Iterator[tuple[Array, Array, memoryview]]:
         """Page numbers, types and the contents of those that have any, `BATCH` at a time, from the first page on.
@@ -62,13 +66,16 @@ class Captured:
         for first in range(0, len(types), BATCH):
             some = types[first : first + BATCH]
             indexes = self.frames[first : first + BATCH][has_data(some)]
-            pages = page[indexes] if memory < 0 else self._read(memory, indexes)  # a copy
+            if self.read is not None:
+                pages = self.read(indexes)
+            else:
+                pages = page[indexes] if memory < 0 else self._read(memory, indexes)  # a copy
             for row in np.flatnonzero(some[has_data(some)]).tolist():
                 self._neutral(int(indexes[row]), pages[row])
             yield np.arange(first, first + len(some), dtype=np.uint64), some, pages.reshape(-1).view(np.uint8).data
 
     def _read(self, memory: int, indexes: Array) -> Array:
-        pages, private = _read(memory, indexes), self._domain.memory.private
+        pages, private = read_pages(memory, indexes), self._domain.memory.private
         if private is not None:
             rows = private.among(indexes)
             pages[rows] = self._domain.memory.array.reshape(-1, 512)[indexes[rows]]
@@ -76,7 +83,7 @@ class Captured:
 
     def _neutral(self, index: int, table: Array) -> None:
         """Turn the machine frame numbers of a page table into page numbers; take away what is Xen's."""
-        kind = self._domain.frames.kind[index]
+        kind = self.kinds[index]
         if kind == L4:
             table[XEN_SLOT_FIRST : XEN_SLOT_LAST + 1] = 0
         elif kind == L2_XEN:
@@ -99,7 +106,7 @@ class Captured:
         table[there] = entries & ~_ADDR | found.astype(np.uint64) << _TWELVE
 
 
-def _read(memory: int, indexes: Array) -> Array:
+def read_pages(memory: int, indexes: Array) -> Array:
     """Pages by the indexes of their frames, a system call for each run of neighbours. :raises OSError."""
     pages = np.empty((len(indexes), 512), np.uint64)
     edges = [0, *(np.flatnonzero(np.diff(indexes) != 1) + 1).tolist(), len(indexes)]
@@ -140,7 +147,7 @@ def capture(domain: Domain) -> Captured:
         tsc_khz=domain.scale.khz,
         elapsed_ns=domain.clock.now(),
     )
-    return Captured(state, frames, pfns, domain)
+    return Captured(state, frames, pfns, domain.frames.kind_np.copy(), domain)
 
 
 def _pages(domain: Domain, known: p2m.P2m) -> tuple[Array, Array]:

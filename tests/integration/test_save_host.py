@@ -24,7 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 from build import available, build_guest
 from host_rig import HostRig, kill_process, until
 
-from hypervisor.errors import CpuIncompatible, HostFailure, HostUnavailable, StreamInvalid, ToolstackError, WrongState
+from hypervisor.errors import (
+    CpuIncompatible,
+    HostFailure,
+    HostUnavailable,
+    InsufficientMemory,
+    StreamInvalid,
+    ToolstackError,
+    WrongState,
+)
 from hypervisor.host.settings import REAL_RUNTIME
 from hypervisor.toolstack.api import DomainSpec, DomainState, KernelBoot
 from hypervisor.toolstack.drivers.embedded import EmbeddedToolstack
@@ -114,6 +122,67 @@ def test_a_domain_process_that_is_killed(rig: HostRig, toolstack: EmbeddedToolst
         assert isinstance(failed[0], HostFailure | HostUnavailable | WrongState), failed
         assert list(tmp_path.iterdir()) == []
         until(lambda: toolstack.get_domain(ident).state is DomainState.CRASHED, "its crash to be told")
+
+
+def test_a_checkpoint_when_the_host_process_is_killed(rig: HostRig, tmp_path: Path) -> None:
+    """The guest runs on, and its memory is one piece again: the next checkpoint and a core dump are whole."""
+    toolstack = rig.connect()
+    ident = booted(toolstack, memory_mib=64)
+
+    def save() -> None:
+        with contextlib.suppress(ToolstackError):
+            toolstack.save(ident, str(tmp_path / "killed"), keep_running=True)
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    time.sleep(random.uniform(0.0, 0.4))  # what is tested is any moment
+    rig.restart()
+    thread.join(60)
+    toolstack.close()
+    toolstack = rig.connect()
+    answers(toolstack, ident)
+    path = tmp_path / "whole"
+    until(lambda: saved(toolstack, ident, path), "the killed one's writer to have ended", 60)
+    toolstack.dump_core(ident, str(tmp_path / "core"))
+    answers(toolstack, ident)
+    toolstack.destroy(ident)
+    toolstack.restore(str(path), owner="tests")
+    toolstack.unpause(ident)
+    answers(toolstack, ident)
+    toolstack.destroy(ident)
+    toolstack.close()
+
+
+def saved(toolstack: EmbeddedToolstack, ident: str, path: Path) -> bool:
+    """False: another save is under way."""
+    try:
+        toolstack.save(ident, str(path), keep_running=True)
+    except WrongState:
+        return False
+    return True
+
+
+def test_a_checkpoint_without_room_to_freeze_it(rig: HostRig, toolstack: EmbeddedToolstack, tmp_path: Path) -> None:
+    ident = booted(toolstack)
+    waits = f"domain {ident} waits while it is saved"
+    free = toolstack.host_info().memory_free_mib
+    toolstack.save(ident, str(tmp_path / "frozen"), keep_running=True)
+    assert toolstack.host_info().memory_free_mib == free, "what was set aside is given back"
+    assert waits not in rig.log.read_text()
+    fill(toolstack)
+    toolstack.save(ident, str(tmp_path / "waiting"), keep_running=True)
+    assert waits in rig.log.read_text()
+    answers(toolstack, ident)
+
+
+def fill(toolstack: EmbeddedToolstack) -> None:
+    """A domain that leaves less than a guest of 8 MiB needs."""
+    for mib in range(toolstack.host_info().memory_free_mib, 0, -1):
+        with contextlib.suppress(InsufficientMemory):
+            ident = str(uuid.uuid4())
+            boot = KernelBoot(str(build_guest("suspend")))
+            toolstack.create(DomainSpec(ident, f"f-{ident[:8]}", boot, mib, owner="tests"))
+            return
 
 
 def test_a_host_process_that_is_killed(rig: HostRig, tmp_path: Path) -> None:

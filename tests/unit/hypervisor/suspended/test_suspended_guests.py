@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from harness import GuestRun, build, guest_runs, running
 
+from hypervisor.host.frozen import FrozenMemory, open_pagemap
 from hypervisor.suspended.capture import capture
+from hypervisor.suspended.saver import MachineSaver
 from hypervisor.suspended.transfer import write
 
 pytestmark = pytest.mark.skipif(bool(build.available()), reason=str(build.available()))
@@ -60,6 +64,38 @@ def test_goes_on_where_it_was(runs: list[GuestRun]) -> None:
     assert run.call(run.machine.domain.recount) == []
     run.request_shutdown("poweroff")
     run.wait_end()
+
+
+@pytest.mark.parametrize("name", ["suspend", "suspend32"])
+def test_it_is_written_as_it_was_while_it_runs_on(runs: list[GuestRun], name: str) -> None:
+    run = running(runs, name, vcpus=2, parks=True)
+    if name == "suspend":
+        run.wait_text("suspend: ready")
+        run.suspend()
+    run.wait_suspended()
+    standing, saver, memory = run.stream(), MachineSaver(run.machine), run.machine.domain.memory
+    pagemap = open_pagemap()
+    try:
+        rings = [memory.index(mfn) for mfn in (run.boot.store_mfn, run.boot.console_mfn)]
+        assert saver.freeze(lambda: FrozenMemory(memory, run.memory_fd, rings, pagemap))
+        run.wake()
+        run.wait_text(": awake")
+        frozen = bytearray()
+        assert saver.write(frozen.extend, run.memory_fd) > 0
+        assert len(frozen) == len(standing)
+        other = np.flatnonzero(np.frombuffer(frozen, np.uint8) != np.frombuffer(standing, np.uint8))
+        assert other[-1] - other[0] < 8, "all but the time that had passed"
+        saver.thaw()
+        assert memory.private is None
+    finally:
+        os.close(pagemap)
+    assert run.call(run.machine.domain.recount) == []
+    run.wait_suspended(2) if name == "suspend32" else run.suspend()
+    direct, through_memfd = bytearray(), bytearray()
+    captured = run.call(lambda: capture(run.machine.domain))
+    write(captured, direct.extend)
+    write(captured, through_memfd.extend, run.memory_fd)
+    assert direct == through_memfd
 
 
 @pytest.mark.parametrize("cmdline", ["", "t"])
