@@ -63,6 +63,7 @@ CAPABILITIES = (
     Capability.NIC,
     Capability.HOTPLUG,
     Capability.RESIZE,
+    Capability.DISK_RESIZE,
     Capability.SYSRQ,
     Capability.DUMP_CORE,
     Capability.SAVE,

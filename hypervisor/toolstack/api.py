@@ -79,7 +79,7 @@ __all__ = [
     "check_scheduling",
 ]
 
-API_VERSION = (1, 3)
+API_VERSION = (1, 4)
 
 
 @runtime_checkable
@@ -188,6 +188,7 @@ class Toolstack(Protocol):
 
     def resize_disk(self, uuid: str, disk: str, size_bytes: int) -> DeviceInfo:
         """Make a disk's image larger, and let the guest see it; a whole number of 512-byte sectors.
+        `Capability.DISK_RESIZE`.
 
         No effect if it has that size. A driver never makes a disk smaller.
         :raises SpecInvalid: smaller than it is, no whole sectors, or read-only. :raises DeviceNotFound: no such disk.

@@ -51,7 +51,8 @@ class Capability(enum.StrEnum):
     DISK = "disk"
     NIC = "nic"
     HOTPLUG = "hotplug"  # devices attached and detached while the domain runs
-    RESIZE = "resize"  # vCPUs, memory and disks while the domain runs
+    RESIZE = "resize"  # vCPUs and memory while the domain runs
+    DISK_RESIZE = "disk-resize"
     SYSRQ = "sysrq"
     DUMP_CORE = "dump-core"
     SAVE = "save"  # save and restore; moving as an image, where the host moves domains at all

@@ -51,6 +51,7 @@ def make_kit(folder: Path) -> kit.Kit:
         line=LINE.encode(),
         memory_mib=16,
         boot_timeout=15.0,
+        image_folder=folder / "images",
         restart_host=lambda: None,  # the driver is stateless between calls: what it knows is on disk and in xenstore
         stop=stop,
     )

@@ -39,6 +39,12 @@ def disks(bench: Bench) -> Bench:
 
 
 @pytest.fixture
+def growing(disks: Bench) -> Bench:
+    disks.needs(Capability.DISK_RESIZE)
+    return disks
+
+
+@pytest.fixture
 def nics(bench: Bench) -> Bench:
     bench.needs(Capability.NIC)
     bench.image()
@@ -138,25 +144,27 @@ def test_a_create_that_fails_leaves_nothing(disks: Bench) -> None:
     assert disks.toolstack.create(disks.spec(disks=(DiskSpec("xvda", image),))).uuid
 
 
-def test_a_disk_grows_and_never_shrinks(disks: Bench) -> None:
-    image = disks.image()
-    uuid = disks.start(WAITS, disks=(DiskSpec("xvda", image),)).uuid
-    assert disks.toolstack.resize_disk(uuid, "xvda", 2 * MIB).size_bytes == 2 * MIB
+def test_a_disk_grows_and_never_shrinks(growing: Bench) -> None:
+    image = growing.image()
+    uuid = growing.start(WAITS, disks=(DiskSpec("xvda", image),)).uuid
+    assert growing.toolstack.resize_disk(uuid, "xvda", 2 * MIB).size_bytes == 2 * MIB
     assert Path(image).stat().st_size == 2 * MIB
-    assert disks.toolstack.resize_disk(uuid, "xvda", 2 * MIB).size_bytes == 2 * MIB
+    assert growing.toolstack.resize_disk(uuid, "xvda", 2 * MIB).size_bytes == 2 * MIB
     for size in (MIB, 0, -512, 2 * MIB + 1, 1 << 50):
         with pytest.raises(SpecInvalid) as caught:
-            disks.toolstack.resize_disk(uuid, "xvda", size)
+            growing.toolstack.resize_disk(uuid, "xvda", size)
         assert_readable(caught.value)
     with pytest.raises(DeviceNotFound):
-        disks.toolstack.resize_disk(uuid, "xvdb", 4 * MIB)
+        growing.toolstack.resize_disk(uuid, "xvdb", 4 * MIB)
+    with pytest.raises(DomainNotFound):
+        growing.toolstack.resize_disk(NOBODY, "xvda", 4 * MIB)
     assert Path(image).stat().st_size == 2 * MIB
 
 
-def test_a_read_only_disk_does_not_grow(disks: Bench) -> None:
-    uuid = disks.start(WAITS, disks=(DiskSpec("xvda", disks.image(), readonly=True),)).uuid
+def test_a_read_only_disk_does_not_grow(growing: Bench) -> None:
+    uuid = growing.start(WAITS, disks=(DiskSpec("xvda", growing.image(), readonly=True),)).uuid
     with pytest.raises(SpecInvalid):
-        disks.toolstack.resize_disk(uuid, "xvda", 2 * MIB)
+        growing.toolstack.resize_disk(uuid, "xvda", 2 * MIB)
 
 
 def test_devices_of_what_has_ended(disks: Bench) -> None:
@@ -181,7 +189,6 @@ def test_devices_of_nobody(disks: Bench) -> None:
         lambda: disks.toolstack.attach_disk(NOBODY, DiskSpec("xvda", disks.image())),
         lambda: disks.toolstack.attach_nic(NOBODY, NicSpec(0, MAC)),
         lambda: disks.toolstack.detach_device(NOBODY, "disk", "xvda", 0.1),
-        lambda: disks.toolstack.resize_disk(NOBODY, "xvda", MIB),
     ):
         with pytest.raises(DomainNotFound):
             call()

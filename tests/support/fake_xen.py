@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fake_xen_devices import FakeDevices
 from xenstored_thread import Xenstored
 from xs_client import XsClient
 
@@ -79,6 +80,7 @@ class FakeXen:
         self.calls: list[list[str]] = []
         self.faults: dict[str, Callable[[list[str]], str]] = {}
         """Of a verb what happens instead: a function of the arguments that returns what is printed, or raises."""
+        self.devices = FakeDevices(xenstored.path, self.changed)
         self.program = folder / "xl"
         self._listener = socket.socket(socket.AF_UNIX)
         path = folder / "xl.sock"
@@ -97,6 +99,7 @@ class FakeXen:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join(10)
         self._listener.close()
+        self.devices.stop()
 
     # the program's other end
 
@@ -148,6 +151,7 @@ class FakeXen:
     def end(self, domain: Domain, reason: int) -> None:
         """A guest ends, as SCHEDOP_shutdown does it. Call with `changed` held."""
         domain.flags, domain.reason = "s", reason
+        self.devices.run(domain.domid, False)
         self.xenstored.special("@releaseDomain", domain.domid)
 
     def add(self, config: dict[str, Any], flags: str = "p") -> Domain:
@@ -168,6 +172,7 @@ class FakeXen:
             for name, value in nodes.items():
                 store.write(f"/local/domain/{domid}/{name}", value)
             store._call(Op.INTRODUCE, f"{domid}\x001\x001\0".encode())
+        self.devices.start(domid, config)
         return domain
 
     @contextlib.contextmanager
@@ -193,6 +198,7 @@ class FakeXen:
         """The guest does what it can do now."""
         if domain.flags != "r":
             return
+        self.devices.run(domain.domid, "deaf" not in domain.words)
         if not domain.booted:
             domain.booted = True
             self.print(domain, BANNER)
@@ -253,6 +259,7 @@ class FakeXen:
     def do_pause(self, domid: str) -> None:
         domain = self.domain(domid)
         domain.flags, domain.shown = "p", self.log_size(domain)
+        self.devices.run(domain.domid, False)
 
     def do_shutdown(self, fallback: str, domid: str) -> None:
         assert fallback == "-F"
@@ -284,9 +291,41 @@ class FakeXen:
         domain = self.domain(domid)
         domain.gone = True
         del self.domains[domain.domid]
+        self.devices.end(domain.domid)
         with self.store() as store:
             store._call(Op.RELEASE, f"{domid}\0".encode())
             store.remove(f"/local/domain/{domid}")
+
+    def do_block_attach(self, domid: str, text: str) -> None:
+        self.devices.add_disk(self.domain(domid).domid, text)
+
+    def do_block_list(self, domid: str) -> str:
+        if not domid.isdigit() or int(domid) not in self.domains:
+            raise Complaint(f"{domid} is an invalid domain identifier", 0)
+        lines = [f"{'Vdev':<5} {'BE':<3} {'handle':<6} {'state':<5} {'evt-ch':<6} {'ring-ref':<8} {'BE-path':<30}"]
+        for devid, state, path, _ in self.devices.rows(int(domid), "vbd"):
+            lines.append(f"{devid:<5} {0:<3} {domid:<6} {state:<5} {-1:<6} {-1:<8} {path:<30}")
+        return "\n".join(lines) + "\n"
+
+    def do_block_detach(self, *words: str) -> None:
+        *options, domid, vdev = words
+        assert options in ([], ["--force"]), words
+        devid = 202 << 8 | (ord(vdev[3]) - ord("a")) << 4
+        if not self.devices.remove(self.domain(domid).domid, "vbd", devid, force=bool(options)):
+            raise Complaint("libxl_device_disk_safe_remove failed.")
+
+    def do_network_attach(self, domid: str, *words: str) -> None:
+        self.devices.add_nic(self.domain(domid).domid, list(words))
+
+    def do_network_list(self, domid: str) -> str:
+        lines = [(SAMPLES / "xl_network-list_pv1.txt").read_text().rstrip("\n")]
+        for devid, state, path, mac in self.devices.rows(self.domain(domid).domid, "vif"):
+            lines.append(f"{devid:<3} {0:<2} {mac}{devid:6} {state:>5} {-1:6} {-1:5}/{-1:<11} {path:<30}")
+        return "\n".join(lines) + "\n"
+
+    def do_network_detach(self, domid: str, devid: str) -> None:
+        """Waits 10 s for the guest, and takes it away whatever it says: `xl` has no gentle way."""
+        self.devices.remove(self.domain(domid).domid, "vif", int(devid), force=True)
 
     def console(self, domid: str, files: list[int], link: socket.socket) -> None:
         """Both directions, until the domain is gone or the program was ended."""

@@ -30,7 +30,7 @@ from hypervisor.toolstack.api import ShutdownReason
 
 MAGIC = "#scripted"
 PAGE = 4096
-CAPABILITIES = ("pv", "console", "reboot", "adoption", "smp", "disk", "nic", "hotplug", "resize")
+CAPABILITIES = ("pv", "console", "reboot", "adoption", "smp", "disk", "nic", "hotplug", "resize", "disk-resize")
 
 
 class Ring:

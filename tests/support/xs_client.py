@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from pathlib import Path
 
@@ -32,6 +33,24 @@ class XsClient:
     def names(self, path: str) -> list[str]:
         reply = self._call(Op.DIRECTORY, path.encode() + b"\0")
         return [] if reply.type == Op.ERROR else [name.decode() for name in reply.payload.split(b"\0") if name]
+
+    def next_event(self) -> bool:
+        """Wait until a watch fires, however long that is; False: the connection was shut."""
+        self._socket.settimeout(None)
+        while self._parser.next() is None:
+            try:
+                data = self._socket.recv(65536)
+            except OSError:
+                return False
+            if not data:
+                return False
+            self._parser.feed(data)
+        return True
+
+    def shutdown(self) -> None:
+        """End what waits for it."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()

@@ -6,20 +6,15 @@ import contextlib
 import dataclasses
 import json
 import os
-import stat
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from hypervisor.errors import (
-    DeviceExists,
     DeviceNotFound,
     HostFailure,
-    ImageInUse,
-    ImageInvalid,
     InsufficientMemory,
     InsufficientVcpus,
-    NetworkUnknown,
     OperationTimeout,
     SpecInvalid,
 )
@@ -35,14 +30,12 @@ from hypervisor.toolstack.devices import (
     check_devices,
 )
 from hypervisor.toolstack.drivers import _fake_guest as guest
+from hypervisor.toolstack.drivers._devices import attached, check_disk, check_nic, image_size, with_one_more
 from hypervisor.toolstack.drivers._fake_store import FakeDomain, Store
 from hypervisor.toolstack.drivers._optional import OptionalVerbs
 
-QCOW2_MAGIC = b"QFI\xfb"
 DISK_STATS = ("read_bytes", "write_bytes", "read_requests", "write_requests", "flushes", "discards", "errors")
 NIC_STATS = ("rx_bytes", "tx_bytes", "rx_packets", "tx_packets", "rx_dropped", "tx_dropped")
-
-_Spec = TypeVar("_Spec", DiskSpec, NicSpec)
 
 
 class DeviceVerbs(OptionalVerbs):
@@ -71,9 +64,9 @@ class DeviceVerbs(OptionalVerbs):
         with self._verb("attach_disk"):
             domain = self._live(uuid, "attach a disk to")
             disk.validate()
-            if _known(domain.spec.disks, disk, "disk"):
+            if attached(domain.spec.disks, disk, "disk"):
                 return _device(domain, "disk", disk.id)
-            spec = dataclasses.replace(domain.spec, disks=_sorted((*domain.spec.disks, disk)))
+            spec = dataclasses.replace(domain.spec, disks=with_one_more(domain.spec.disks, disk))
             check_devices(spec.disks, spec.nics)
             self.check_disk(domain.uuid, disk)
             return self._attached(domain, spec, "disk", disk.id)
@@ -82,9 +75,9 @@ class DeviceVerbs(OptionalVerbs):
         with self._verb("attach_nic"):
             domain = self._live(uuid, "attach a nic to")
             nic.validate()
-            if _known(domain.spec.nics, nic, "nic"):
+            if attached(domain.spec.nics, nic, "nic"):
                 return _device(domain, "nic", str(nic.id))
-            spec = dataclasses.replace(domain.spec, nics=_sorted((*domain.spec.nics, nic)))
+            spec = dataclasses.replace(domain.spec, nics=with_one_more(domain.spec.nics, nic))
             self.check_nic(domain.uuid, nic)
             check_devices(spec.disks, spec.nics)
             return self._attached(domain, spec, "nic", str(nic.id))
@@ -143,25 +136,11 @@ class DeviceVerbs(OptionalVerbs):
 
     def check_disk(self, uuid: str, disk: DiskSpec) -> None:
         """:raises ImageInvalid, ImageInUse: domain `uuid` cannot have this disk."""
-        image_size(disk)
-        for other in self.store.domains():
-            for theirs in other.spec.disks:
-                if other.uuid != uuid and _same_file(theirs.path, disk.path) and not (theirs.shared and disk.shared):
-                    raise ImageInUse(
-                        f"disk {disk.id}: {disk.path} is in use by domain {other.uuid} ({other.spec.name}): detach it"
-                        " there, or give both shared"
-                    )
+        check_disk(uuid, disk, (other.spec for other in self.store.domains()))
 
     def check_nic(self, uuid: str, nic: NicSpec) -> None:
         """:raises NetworkUnknown, DeviceExists: domain `uuid` cannot have this nic."""
-        if nic.network not in self.networks:
-            known = ", ".join(sorted(self.networks))
-            raise NetworkUnknown(f"nic {nic.id}: network {nic.network!r} is not configured: give one of {known}")
-        for other in self.store.domains():
-            if any(theirs.mac == nic.mac for theirs in other.spec.nics):
-                raise DeviceExists(
-                    f"nic {nic.id}: mac {nic.mac} belongs to domain {other.uuid} ({other.spec.name}): give another"
-                )
+        check_nic(nic, (other.spec for other in self.store.domains()), self.networks)
 
     # resize
 
@@ -292,50 +271,12 @@ def devices(domain: FakeDomain) -> list[DeviceInfo]:
     ]
 
 
-def image_size(disk: DiskSpec) -> int:
-    """Bytes the guest sees. :raises ImageInvalid: missing, unreadable, or not what `DiskSpec.format` says."""
-    try:
-        with open(disk.path, "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) and not stat.S_ISBLK(os.fstat(file.fileno()).st_mode):
-                raise ImageInvalid(f"disk {disk.id}: {disk.path} is no file and no block device: give an image")
-            head = file.read(32)
-            size = file.seek(0, os.SEEK_END)
-    except OSError as exc:
-        raise ImageInvalid(f"disk {disk.id}: {disk.path}: {exc.strerror}: give a readable image") from exc
-    if disk.format is DiskFormat.QCOW2:
-        if head[:4] != QCOW2_MAGIC or len(head) < 32:
-            raise ImageInvalid(f"disk {disk.id}: {disk.path} is no qcow2 image: give format raw, or another file")
-        return int.from_bytes(head[24:32], "big")
-    return size // SECTOR * SECTOR
-
-
 def _device(domain: FakeDomain, kind: str, ident: str) -> DeviceInfo:
     kept = domain.devices[f"{kind}:{ident}"]
     specs: tuple[DiskSpec | NicSpec, ...] = domain.spec.disks if kind == "disk" else domain.spec.nics
     spec = next(item for item in specs if str(item.id) == ident)
     state = DeviceState.CLOSED if domain.ended else DeviceState(kept["state"])
     return DeviceInfo(kind, ident, state, spec.to_json(), kept["size_bytes"], stats=dict(kept["stats"]))
-
-
-def _known(there: tuple[_Spec, ...], wanted: _Spec, kind: str) -> bool:
-    """Whether that very device is attached. :raises DeviceExists: another with its id is."""
-    for item in there:
-        if item == wanted:
-            return True
-        if item.id == wanted.id:
-            raise DeviceExists(f"{kind} {wanted.id} is attached already, with another spec: detach it or give another")
-    return False
-
-
-def _sorted(items: tuple[_Spec, ...]) -> tuple[_Spec, ...]:
-    return tuple(sorted(items, key=lambda item: str(item.id)))
-
-
-def _same_file(one: str, other: str) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except OSError:
-        return os.path.realpath(one) == os.path.realpath(other)
 
 
 @contextlib.contextmanager

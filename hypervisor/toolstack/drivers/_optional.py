@@ -50,7 +50,7 @@ class OptionalVerbs:
         self._lacks(Capability.RESIZE)
 
     def resize_disk(self, uuid: str, disk: str, size_bytes: int) -> DeviceInfo:
-        self._lacks(Capability.RESIZE)
+        self._lacks(Capability.DISK_RESIZE)
 
     def set_scheduling(self, uuid: str, weight: int, cap: int) -> None:
         self._lacks(Capability.RESIZE)

@@ -69,7 +69,8 @@ class EmbeddedToolstack:
         self._client = Client(self._path)
 
     def capabilities(self) -> frozenset[Capability]:
-        return frozenset(Capability(item) for item in self.host_info().capabilities)
+        has = set(self.host_info().capabilities)  # a newer host may have some that are not known here
+        return frozenset(item for item in Capability if item.value in has)
 
     def host_info(self) -> HostInfo:
         return HostInfo.from_json(self._look("host.info"))

@@ -62,6 +62,7 @@ CAPABILITIES = frozenset(
         Capability.NIC,
         Capability.HOTPLUG,
         Capability.RESIZE,
+        Capability.DISK_RESIZE,
         Capability.SYSRQ,
         Capability.DUMP_CORE,
         Capability.SAVE,

@@ -15,6 +15,9 @@ DECLARED = frozenset(
         Capability.CONSOLE,
         Capability.REBOOT,
         Capability.ADOPTION,
+        Capability.DISK,
+        Capability.NIC,
+        Capability.HOTPLUG,
         Capability.RESIZE,
     }
 )

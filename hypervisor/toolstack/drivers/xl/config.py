@@ -46,7 +46,7 @@ def render(spec: DomainSpec, networks: Mapping[str, str]) -> str:
     if spec.disks:
         values["disk"] = [disk(item) for item in spec.disks]
     if spec.nics:
-        values["vif"] = [nic(item, networks) for item in spec.nics]
+        values["vif"] = [",".join(nic_words(item, networks)) for item in spec.nics]
     return "".join(f"{key} = {_value(key, value)}\n" for key, value in values.items())
 
 
@@ -67,8 +67,11 @@ def disk(spec: DiskSpec) -> str:
     return ", ".join([*words, f"target={_plain(f'disk {spec.id}', spec.path)}"])
 
 
-def nic(spec: NicSpec, networks: Mapping[str, str]) -> str:
-    """One nic as ``xl`` takes it (xl-network-configuration(5)). :raises NetworkUnknown, Unsupported: it cannot be."""
+def nic_words(spec: NicSpec, networks: Mapping[str, str]) -> list[str]:
+    """One nic, as ``network-attach`` takes it (xl-network-configuration(5)); a file has them with commas between.
+
+    :raises NetworkUnknown, Unsupported: it cannot be.
+    """
     if spec.network not in networks:
         known = ", ".join(sorted(networks)) or "none"
         raise NetworkUnknown(f"nic {spec.id}: network {spec.network!r} is not configured: configured are {known}")
@@ -79,7 +82,7 @@ def nic(spec: NicSpec, networks: Mapping[str, str]) -> str:
         words.append(f"rate={spec.limits.bytes_per_second}B/s")
     if spec.addresses:
         words.append(f"ip={' '.join(spec.addresses)}")
-    return ",".join(words)
+    return words
 
 
 def _value(key: str, value: str | int | list[str]) -> str:

@@ -18,8 +18,10 @@ from hypervisor.toolstack.api import (
     DomainState,
     HostInfo,
 )
+from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec
 from hypervisor.toolstack.drivers._optional import OptionalVerbs
 from hypervisor.toolstack.drivers.xl import capabilities, console
+from hypervisor.toolstack.drivers.xl.devices import Devices
 from hypervisor.toolstack.drivers.xl.events import EVENTS
 from hypervisor.toolstack.drivers.xl.host import Host, Settings, state
 from hypervisor.toolstack.drivers.xl.life import Life
@@ -42,6 +44,7 @@ class XlToolstack(OptionalVerbs):
         self._host = Host(settings)
         self._life = Life(self._host)
         self._sizing = Sizing(self._host, self._life)
+        self._devices = Devices(self._host, self._life)
         self._changed = threading.Condition()
         self._changes = 0
         self._capabilities: frozenset[Capability] | None = None
@@ -130,6 +133,20 @@ class XlToolstack(OptionalVerbs):
         """With ``-F``: a guest without the PV interface gets the ACPI button instead."""
         with self._life.acting(uuid, verb) as (row, _):
             self._host.xl.run(verb, "-F", str(row.domid))
+
+    # devices
+
+    def list_devices(self, uuid: str) -> list[DeviceInfo]:
+        return self._devices.listed(uuid)
+
+    def attach_disk(self, uuid: str, disk: DiskSpec) -> DeviceInfo:
+        return self._devices.attach_disk(uuid, disk)
+
+    def attach_nic(self, uuid: str, nic: NicSpec) -> DeviceInfo:
+        return self._devices.attach_nic(uuid, nic)
+
+    def detach_device(self, uuid: str, kind: str, ident: str, timeout: float, *, force: bool = False) -> None:
+        self._devices.detach(uuid, kind, ident, timeout, force=force)
 
     # resize, and looking inside
 

@@ -91,6 +91,14 @@ class Host:
             raise NotOurs(f"domain {uuid} was not made by this driver: use xl itself")
         return record
 
+    def specs(self) -> list[DomainSpec]:
+        """Of every domain made here, also while it is being made: what they name is taken.
+
+        :raises HostFailure: one cannot be read, and what it holds is not known.
+        """
+        found = [self.records.find(uuid) for uuid in self.records.uuids()]
+        return [record.spec for record in found if record is not None]
+
     def ours(self, row: parsers.Row) -> Record:
         """:raises NotOurs: not provably ours: no record of it here, or no marker in xenstore."""
         record = self.record(row.uuid)

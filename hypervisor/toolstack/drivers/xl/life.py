@@ -21,6 +21,7 @@ from hypervisor.errors import (
     WrongState,
 )
 from hypervisor.toolstack.api import Capability, DomainInfo, DomainSpec, DomainState, OnEvent, ShutdownReason
+from hypervisor.toolstack.drivers._devices import check_disk, check_nic
 from hypervisor.toolstack.drivers._files import check_files
 from hypervisor.toolstack.drivers.xl import capabilities, config, parsers
 from hypervisor.toolstack.drivers.xl.host import ENDED, REASONS, SUSPENDED, Host, node, pick, split_name, state
@@ -91,7 +92,7 @@ class Life:
         return self._host.info(row)
 
     def check(self, spec: DomainSpec, rows: list[parsers.Row]) -> None:
-        """:raises Unsupported, DomainExists, NameInUse, InsufficientVcpus, InsufficientMemory: it cannot be made."""
+        """:raises ToolstackError: it cannot be made: see `hypervisor.toolstack.api.Toolstack.create`."""
         facts = self._host.facts()
         if Capability(spec.type.value) not in capabilities.here(facts):
             raise Unsupported(f"type {spec.type.value} is not something this Xen has: it has {facts['virt_caps']}")
@@ -104,6 +105,11 @@ class Life:
         free = self._host.free(facts, rows)
         if spec.memory_mib > free:
             raise InsufficientMemory(f"{spec.memory_mib} MiB asked for, {free} MiB are free: ask for less")
+        there = self._host.specs() if spec.disks or spec.nics else []
+        for disk in spec.disks:
+            check_disk(spec.uuid, disk, there)
+        for nic in spec.nics:
+            check_nic(nic, there, self._host.settings.networks)
 
     def build(self, record: Record) -> parsers.Row:
         """Make it, paused, and mark it. Call with its lock held."""

@@ -41,6 +41,11 @@ _NIC_ROW = re.compile(
     r"(?P<idx>\d+)\s+(?P<be>\d+)\s+(?P<mac>[0-9a-f]{2}(?::[0-9a-f]{2}){5})\s+(?P<handle>-?\d+)\s+(?P<state>-?\d+)"
     r"\s+(?P<evtch>-?\d+)\s+(?P<tx>-?\d+)/(?P<rx>-?\d+)\s+(?P<path>/\S+)"
 )
+_DISK_HEADER = re.compile(r"Vdev\s+BE\s+handle\s+state\s+evt-ch\s+ring-ref\s+BE-path")
+_DISK_ROW = re.compile(
+    r"(?P<idx>\d+)\s+(?P<be>\d+)\s+(?P<handle>-?\d+)\s+(?P<state>-?\d+)\s+(?P<evtch>-?\d+)\s+(?P<ref>-?\d+)"
+    r"\s+(?P<path>/\S+)"
+)
 _INFO = re.compile(r"(?P<key>[a-z][a-z0-9_ ]*?)\s*: ?(?P<value>.*)")
 _INFO_NEEDED = ("host", "nr_cpus", "total_memory", "free_memory", "xen_version", "xen_caps", "virt_caps")
 
@@ -80,13 +85,19 @@ class VcpuRow:
 
 
 @dataclass(frozen=True, slots=True)
-class NicRow:
-    """A line of ``xl network-list``. :ivar state: XenbusState; -1 or 0 while it is not known."""
+class DeviceRow:
+    """A line of ``xl block-list`` or ``network-list``.
 
-    index: int
-    mac: str
+    :ivar devid: its number, by which the back end and the guest know it.
+    :ivar state: XenbusState as the guest's front end says; whatever the guest wrote, -1 when it removed the node.
+    :ivar path: of the back end in xenstore.
+    :ivar mac: of a nic.
+    """
+
+    devid: int
     state: int
     path: str
+    mac: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +182,27 @@ def vcpu_rows(text: str) -> list[VcpuRow]:
     ]
 
 
-def nic_rows(text: str) -> list[NicRow]:
-    """Of ``xl network-list``. :raises HostFailure: a line is not understood."""
+def disk_rows(text: str) -> list[DeviceRow]:
+    """Of ``xl block-list`` of one domain. :raises HostFailure: a line is not understood."""
+    rows = _table(text, "block-list", _DISK_HEADER, _DISK_ROW)
+    return _devices("block-list", [DeviceRow(int(row["idx"]), int(row["state"]), row["path"]) for row in rows])
+
+
+def nic_rows(text: str) -> list[DeviceRow]:
+    """Of ``xl network-list`` of one domain. :raises HostFailure: a line is not understood."""
     rows = _table(text, "network-list", _NIC_HEADER, _NIC_ROW)
-    return [NicRow(int(row["idx"]), row["mac"], int(row["state"]), row["path"]) for row in rows]
+    found = [DeviceRow(int(row["idx"]), int(row["state"]), row["path"], row["mac"]) for row in rows]
+    return _devices("network-list", found)
+
+
+def _devices(verb: str, rows: list[DeviceRow]) -> list[DeviceRow]:
+    """:raises HostFailure: one twice, or a back end that is not its own: that cannot be."""
+    for row in rows:
+        if not row.path.endswith(f"/{row.devid}") or not row.path.startswith("/local/domain/") or "//" in row.path:
+            raise HostFailure(f"xl {verb}: {shown(row.path)[:80]!r} is no back end of device {row.devid}: is it xl?")
+    if len({row.devid for row in rows}) != len(rows):
+        raise HostFailure(f"xl {verb}: a device comes twice: is it xl?")
+    return rows
 
 
 def pools(text: str) -> list[Pool]:

@@ -34,6 +34,8 @@ LOG = logging.getLogger(__name__)
 
 QUICK = 30.0
 """Seconds for a command that looks or switches."""
+ATTACH = 90.0
+"""Seconds for one that attaches or detaches a device: libxl gives its hotplug script 40, and each end 10."""
 BUILD = 180.0
 """Seconds for one that builds or ends a domain."""
 STREAM = 1800.0

@@ -29,6 +29,7 @@ class Sizing:
             self._host.records.put(new)
 
     def set_memory(self, uuid: str, memory_mib: int) -> None:
+        self._host.claim()  # before the lock, which it takes the first time
         with self._host.records.lock(), self._life.acting(uuid, "change the memory of") as (row, record):
             most = record.run.effective_max_memory_mib
             if not 1 <= memory_mib <= most:

@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from hypervisor.errors import HostFailure, HostUnavailable, OperationTimeout, ToolstackError
 from hypervisor.xenstore.errors import ProtocolViolation
@@ -25,8 +26,11 @@ ANSWER = 10.0
 AGAIN = 0.5
 """Seconds between attempts to connect anew while there are watches."""
 MAX_NODES = 100_000
+CLOSING, CLOSED = "5", "6"
+"""Of XenbusState (public/io/xenbus.h)."""
 
 Listener = Callable[[str], None]
+_T = TypeVar("_T")
 
 
 class _Link:
@@ -134,23 +138,30 @@ class XenstoreClient:
 
     def claim(self, path: str, value: str) -> str:
         """The node's value; if there is no node, it is made with `value` first. One of several callers wins."""
-        for _ in range(10):
-            with self._lock:
-                link = self._connected()
-                number = int(_judge(link.call(Op.TRANSACTION_START, b"\0"), path).rstrip(b"\0"))
-                answer = link.call(Op.READ, _string(path), number)
-                if _errno(answer) == "ENOENT":
-                    answer = link.call(Op.WRITE, _string(path) + value.encode(), number)
-                    found = value if _errno(answer) is None else ""
-                else:
-                    found = answer.payload.decode(errors="replace")
-                keep = b"T\0" if _errno(answer) is None else b"F\0"
-                ended = link.call(Op.TRANSACTION_END, keep, number)
-            _judge(answer, path)
-            if _errno(ended) != "EAGAIN":
-                _judge(ended, path)
-                return found
-        raise HostUnavailable(f"xenstore node {path} changes too fast: try again")
+
+        def act(link: _Link, number: int) -> str:
+            answer = link.call(Op.READ, _string(path), number)
+            if _errno(answer) != "ENOENT":
+                return _judge(answer, path).decode(errors="replace")
+            _judge(link.call(Op.WRITE, _string(path) + value.encode(), number), path)
+            return value
+
+        return self._transaction(path, act)
+
+    def close_device(self, path: str) -> None:
+        """Ask the two ends of a device to let go of it, as libxl does, unless the back end is closed or gone.
+
+        :param path: of the back end.
+        """
+
+        def act(link: _Link, number: int) -> None:
+            answer = link.call(Op.READ, _string(f"{path}/state"), number)
+            if _errno(answer) == "ENOENT" or _judge(answer, path) == CLOSED.encode():
+                return
+            for name, value in (("online", "0"), ("state", CLOSING)):
+                _judge(link.call(Op.WRITE, _string(f"{path}/{name}") + value.encode(), number), path)
+
+        self._transaction(path, act)
 
     def set_perms(self, path: str, perms: Iterable[str]) -> None:
         """:param perms: the owner first, for example ``("n0",)``: nobody but dom0."""
@@ -203,6 +214,23 @@ class XenstoreClient:
                 self._link.close()  # all of them or none
                 raise
         return self._link
+
+    def _transaction(self, path: str, act: Callable[[_Link, int], _T]) -> _T:
+        """What `act` does with a connection and a transaction's number, all of it or nothing; anew while it clashes."""
+        for _ in range(10):
+            with self._lock:
+                link = self._connected()
+                number = int(_judge(link.call(Op.TRANSACTION_START, b"\0"), path).rstrip(b"\0"))
+                try:
+                    found = act(link, number)
+                except HostFailure:
+                    link.call(Op.TRANSACTION_END, b"F\0", number)
+                    raise
+                ended = link.call(Op.TRANSACTION_END, b"T\0", number)
+            if _errno(ended) != "EAGAIN":
+                _judge(ended, path)
+                return found
+        raise HostUnavailable(f"xenstore node {path} changes too fast: try again")
 
     def _look(self, op: Op, payload: bytes) -> Packet:
         with self._lock:

@@ -76,9 +76,9 @@ def test_what_xl_has_not_is_refused() -> None:
     with pytest.raises(errors.Unsupported):
         config.disk(DiskSpec("xvda", "/a", limits=Limits(iops=5)))
     with pytest.raises(errors.Unsupported):
-        config.nic(NicSpec(0, "00:16:3e:00:00:01", queues=2), NETWORKS)
+        config.nic_words(NicSpec(0, "00:16:3e:00:00:01", queues=2), NETWORKS)
     with pytest.raises(errors.NetworkUnknown):
-        config.nic(NicSpec(0, "00:16:3e:00:00:01", network="other"), NETWORKS)
+        config.nic_words(NicSpec(0, "00:16:3e:00:00:01", network="other"), NETWORKS)
 
 
 @given(st.text(max_size=60))

@@ -69,12 +69,39 @@ def test_pools() -> None:
     assert parsers.pools(sample("cpupool-list")) == [parsers.Pool("Pool-0", 2, "credit2", True, 2)]
 
 
+DISKS = "Vdev  BE  handle state evt-ch ring-ref BE-path                       \n"
+"""Not recorded: from xl_block.c of Xen 4.17."""
+
+
 def test_nics() -> None:
     header = sample("network-list_pv1")
     assert parsers.nic_rows(header) == []
-    row = "0   0  00:16:3e:00:00:01  0     4      -1     -1/-1          /local/domain/0/backend/vif/1/0\n"
-    expected = parsers.NicRow(0, "00:16:3e:00:00:01", 4, "/local/domain/0/backend/vif/1/0")
+    row = "0   0  00:16:3e:00:00:01     0     4     -1    -1/-1          /local/domain/0/backend/vif/1/0\n"
+    expected = parsers.DeviceRow(0, 4, "/local/domain/0/backend/vif/1/0", "00:16:3e:00:00:01")
     assert parsers.nic_rows(header + row) == [expected]
+
+
+def test_disks() -> None:
+    assert parsers.disk_rows(DISKS) == []
+    row = "51712 0   1      4     9      8        /local/domain/0/backend/vbd/1/51712   \n"
+    gone = "51728 0   1      -1    -1     -1       /local/domain/0/backend/qdisk/1/51728 \n"
+    assert parsers.disk_rows(DISKS + row + gone) == [
+        parsers.DeviceRow(51712, 4, "/local/domain/0/backend/vbd/1/51712"),
+        parsers.DeviceRow(51728, -1, "/local/domain/0/backend/qdisk/1/51728"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "51712 0   1      4     9      8        /local/domain/0/backend/vbd/1/51728\n",
+        "51712 0   1      4     9      8        /etc/51712\n",
+        "51712 0   1      4     9      8        /local/domain/0/backend/vbd/1/51712\n" * 2,
+    ],
+)
+def test_back_ends_that_cannot_be(rows: str) -> None:
+    with pytest.raises(HostFailure, match="is it xl"):
+        parsers.disk_rows(DISKS + rows)
 
 
 PARSERS: dict[str, Callable[[str], object]] = {
