@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from agent.errors import JournalError
+from agent.errors import JournalCorrupt, JournalError
 from agent.monitor import Check
 from agent.placement.reconciler import gauges as placement_gauges
 from hypervisor.errors import ToolstackError
 
 if TYPE_CHECKING:
     from agent.service import Service
+
+LOG = logging.getLogger(__name__)
 
 
 class Health:
@@ -27,7 +30,13 @@ class Health:
 
     def ready(self) -> Mapping[str, Check]:
         """Where one of these fails, instructions wait."""
-        return {"agent": self._agent, "broker": self.broker, "driver": self._driver, "room": self._room}
+        return {
+            "agent": self._agent,
+            "broker": self.broker,
+            "driver": self._driver,
+            "room": self._room,
+            "disk": self._disk,
+        }
 
     def broker(self) -> str:
         service = self._service
@@ -51,8 +60,17 @@ class Health:
     def _journal(self) -> str:
         if self._service.fatal is not None:
             return str(self._service.fatal)
-        self._service.journal.counts()
+        try:
+            self._service.journal.counts()
+        except JournalCorrupt:
+            raise
+        except JournalError as exc:
+            LOG.debug("the journal cannot be read now: %s", exc)  # it waits, and a new start would wait too
         return ""
+
+    def _disk(self) -> str:
+        self._service.journal.counts()
+        return self._service.journal.trouble
 
     def _agent(self) -> str:
         return "the agent is about to end" if self._service.ended.is_set() else ""

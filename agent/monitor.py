@@ -39,11 +39,11 @@ class Monitor:
     ) -> None:
         self._settings = settings
         self._live = dict(live)
-        self._ready = dict(live) | dict(ready)
+        self._ready = dict(ready)
         self._pages = {
             "/metrics": metrics.page,
             "/healthz": lambda: _health(self._live),
-            "/readyz": lambda: _health(self._ready),
+            "/readyz": lambda: _health(self._live, self._ready),
         }
         self.http: HttpServer | None = None
         self._tried = float("-inf")
@@ -103,8 +103,12 @@ def _run(checks: Mapping[str, Check]) -> dict[str, str]:
     return found
 
 
-def _health(checks: Mapping[str, Check]) -> Answer:
-    found = _run(checks)
-    well = not any(found.values())
-    body = {"status": "ok" if well else "failing", "checks": {name: why or "ok" for name, why in found.items()}}
-    return Answer(200 if well else 503, json.dumps(body).encode() + b"\n", "application/json")
+def _health(live: Mapping[str, Check], ready: Mapping[str, Check] = {}) -> Answer:
+    """`degraded`: it goes on, and what is wrong is for others to cure; it takes work again by itself."""
+    found = _run(live)
+    status = "failing" if any(found.values()) else "ok"
+    more = _run(ready)
+    if status == "ok" and any(more.values()):
+        status = "degraded"
+    body = {"status": status, "checks": {name: why or "ok" for name, why in (found | more).items()}}
+    return Answer(200 if status == "ok" else 503, json.dumps(body).encode() + b"\n", "application/json")

@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from agent import conf, logs, oslo, reload, sdnotify
+from agent import conf, housekeeping, logs, oslo, reload, sdnotify
 from agent.api import Host
-from agent.configdrive.drives import Drives, wanted_drives
+from agent.configdrive.drives import Drives
 from agent.control import Control
 from agent.dispatcher import Dispatcher
-from agent.errors import AgentError, ConfigError, JournalError
+from agent.errors import AgentError, ConfigError
 from agent.executor import Executor
 from agent.folder_lock import lock_folder
 from agent.health import Health, gauges
@@ -212,6 +212,7 @@ class Service:
             prepare=prepare,
             tls=settings.broker_tls,
             signer=self.signer,
+            on_fatal=self._fail,
         )
         self.lifecycle = Lifecycle(self.toolstack, self.journal, notices, self.publisher.wake)
         self.consumer = self._consumer()
@@ -284,18 +285,11 @@ class Service:
             if self._reload.is_set():
                 self._reload.clear()
                 reload.carry_out(self)
+            housekeeping.look_again(self)
             if time.monotonic() < due:
                 continue
             due = time.monotonic() + HOUSEKEEPING_SECONDS
-            self.monitor.listen()
-            try:
-                self.journal.forget()
-            except JournalError as exc:
-                LOG.warning("old instructions stay in the journal: %s", exc)
-            try:
-                self.drives.sweep(lambda: wanted_drives(self.toolstack, self.claims.domains()))
-            except (JournalError, ToolstackError, OSError) as exc:
-                LOG.warning("config drives of domains that are gone stay: %s", exc)
+            housekeeping.keep_house(self)
         if self.fatal is not None:
             raise self.fatal
 

@@ -43,6 +43,7 @@ class GroupCommit:
     """Write transactions of one connection, from any thread.
 
     :ivar commits: how many were made, `operations` what they held.
+    :ivar failure: why the last one could not be written; None again when something has been.
     """
 
     def __init__(self, db: sqlite3.Connection) -> None:
@@ -55,6 +56,7 @@ class GroupCommit:
         self._thread: threading.Thread | None = None
         self.commits = 0
         self.operations = 0
+        self.failure: sqlite3.Error | None = None
 
     def run(self, operation: Callable[[sqlite3.Connection], T]) -> T:
         """Run `operation` in a transaction; when this returns it is durable, when it raises nothing of it is left.
@@ -124,28 +126,38 @@ class GroupCommit:
     def _commit(self) -> list[_Waiting]:
         """Commit what waits; those of it that are to be told."""
         group = [self._waiting.popleft() for _ in range(min(len(self._waiting), LARGEST_GROUP))]
+        before = self._db.total_changes
         try:
+            self._db.execute("BEGIN IMMEDIATE")  # whoever holds the file makes all of them wait: once, not twice
             try:
-                self._transaction(group, apart=False)
+                self._fill(group, apart=False)
             except Exception:
                 if len(group) == 1:
                     raise
                 # Once more, each behind a savepoint: whose failure is it?
-                self._transaction(group, apart=True)
+                self._db.execute("BEGIN IMMEDIATE")
+                self._fill(group, apart=True)
         except BaseException as exc:
             for item in group:
                 item.error = item.error or exc
             if not isinstance(exc, Exception):
                 raise
         finally:
+            self._look(group, wrote=self._db.total_changes != before)
             self.commits += 1
             self.operations += len(group)
             for item in group:
                 item.done = True
         return [item for item in group if item.callback is not None]
 
-    def _transaction(self, group: list[_Waiting], *, apart: bool) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
+    def _look(self, group: list[_Waiting], *, wrote: bool) -> None:
+        """Note whether the file takes what is written. A transaction that changed nothing says nothing of it."""
+        failed = next((item.error for item in group if isinstance(item.error, sqlite3.OperationalError)), None)
+        if failed is not None or wrote:
+            self.failure = failed
+
+    def _fill(self, group: list[_Waiting], *, apart: bool) -> None:
+        """Into the transaction that was begun, and end it."""
         try:
             for item in group:
                 if apart:

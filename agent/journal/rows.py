@@ -12,7 +12,14 @@ from agent.journal.records import Entry, Phase, StepRecord, StepState
 
 
 def read_entry(db: sqlite3.Connection, ident: str) -> Entry | None:
-    """An instruction with its steps."""
+    """An instruction with its steps. :raises sqlite3.DatabaseError: also where a row holds what nobody wrote."""
+    try:
+        return _entry(db, ident)
+    except (ValueError, TypeError, KeyError) as exc:
+        raise sqlite3.DatabaseError(f"the row of instruction {ident[:64]!r} is not readable: {exc}") from exc
+
+
+def _entry(db: sqlite3.Connection, ident: str) -> Entry | None:
     row = db.execute(
         "SELECT seq, id, verb, host, args, dialect, deadline, domain, phase, plan, error, received, context,"
         " cancelled FROM instructions WHERE id = ?",
@@ -42,7 +49,10 @@ def read_entry(db: sqlite3.Connection, ident: str) -> Entry | None:
 def read_outcome(db: sqlite3.Connection, ident: str) -> wire.Reply | None:
     """The reply of a finished instruction."""
     row = db.execute("SELECT reply FROM instructions WHERE id = ? AND finished IS NOT NULL", (ident,)).fetchone()
-    return None if row is None else wire.Reply.from_json(json.loads(row[0]))
+    try:
+        return None if row is None else wire.Reply.from_json(json.loads(row[0]))
+    except (ValueError, TypeError, KeyError) as exc:
+        raise sqlite3.DatabaseError(f"the outcome of instruction {ident[:64]!r} is not readable: {exc}") from exc
 
 
 def put_waiter(db: sqlite3.Connection, instruction: wire.Instruction) -> None:

@@ -6,7 +6,8 @@ import os
 import sqlite3
 from pathlib import Path
 
-from agent.errors import JournalCorrupt, JournalError, JournalNewer
+from agent.errors import JournalError, JournalNewer
+from agent.journal.failures import corrupt, cure
 
 VERSION = 4
 APPLICATION_ID = 0x52454556
@@ -115,6 +116,7 @@ def open_file(path: Path) -> sqlite3.Connection:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        _not_emptied(path)
         db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     except (OSError, sqlite3.Error) as exc:
         raise JournalError(f"the journal {path} cannot be opened ({exc}): check the folder's owner and space") from exc
@@ -122,12 +124,10 @@ def open_file(path: Path) -> sqlite3.Connection:
         _prepare(db, path)
     except sqlite3.OperationalError as exc:
         db.close()
-        raise JournalError(
-            f"the journal {path} cannot be used ({exc}): check the disk and who else has it open"
-        ) from exc
+        raise JournalError(f"the journal {path} cannot be used ({exc}): {cure(exc, path)}") from exc
     except sqlite3.DatabaseError as exc:
         db.close()
-        raise _corrupt(path, str(exc)) from exc
+        raise corrupt(path, str(exc)) from exc
     except JournalError:
         db.close()
         raise
@@ -139,7 +139,7 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
     application = db.execute("PRAGMA application_id").fetchone()[0]
     tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if application != APPLICATION_ID and (tables or application):
-        raise _corrupt(path, "it is a database of another program")
+        raise corrupt(path, "it is a database of another program")
     if version > VERSION:
         raise JournalNewer(
             f"the journal {path} has schema version {version}, this agent knows {VERSION}: start the newer agent, "
@@ -147,7 +147,7 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         )
     for row in db.execute("PRAGMA quick_check(1)"):
         if row[0] != "ok":
-            raise _corrupt(path, row[0])
+            raise corrupt(path, row[0])
     db.execute("PRAGMA journal_mode=WAL")
     db.execute("PRAGMA synchronous=FULL")
     db.execute("PRAGMA foreign_keys=ON")
@@ -162,8 +162,8 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         db.executescript(f"BEGIN IMMEDIATE; {MIGRATIONS[old]} PRAGMA user_version={old + 1}; COMMIT;")
 
 
-def _corrupt(path: Path, why: str) -> JournalCorrupt:
-    return JournalCorrupt(
-        f"the journal {path} is damaged ({why}): keep the file and restore it from a backup, or move it away to start "
-        "with an empty one (instructions under way are then forgotten)"
-    )
+def _not_emptied(path: Path) -> None:
+    """SQLite throws the log of an empty file away: whatever emptied it, what is in the log is not to go along."""
+    log = path.with_name(path.name + "-wal")
+    if path.stat().st_size == 0 and log.exists() and log.stat().st_size > 0:
+        raise corrupt(path, f"it is empty, but {log.name} is not")

@@ -54,6 +54,16 @@ class Journal:
         with self._lock:
             self._reader.close()
 
+    @property
+    def trouble(self) -> str:
+        """Why the file took nothing when it was last written to, in one line; "" while it does."""
+        failure = self._group.failure
+        return "" if failure is None else str(translated(failure, self.path))
+
+    def probe(self) -> None:
+        """Write something: see whether `trouble` is over. :raises JournalError: it is not."""
+        self._execute("INSERT OR REPLACE INTO meta VALUES ('probed', ?)", (repr(self._now()),))
+
     def node_id(self) -> str:
         """This node's identity, made once: what marks a domain as ours (a hostname may change)."""
 
@@ -116,15 +126,14 @@ class Journal:
         if new:
             put_waiter(db, instruction)
             return Accepted.NEW
-        row = db.execute("SELECT digest, finished, reply FROM instructions WHERE id = ?", (instruction.id,)).fetchone()
-        known, finished, reply = row
+        row = db.execute("SELECT digest, finished FROM instructions WHERE id = ?", (instruction.id,)).fetchone()
+        known, finished = row
         if known != digest:
             return Accepted.REUSED
         if finished is None:
             put_waiter(db, instruction)
             return Accepted.RUNNING
-        if instruction.reply_to:
-            stored = wire.Reply.from_json(json.loads(reply))
+        if instruction.reply_to and (stored := read_outcome(db, instruction.id)) is not None:
             self._enqueue(
                 db,
                 dialects.encode_reply(stored, instruction.reply_to, instruction.dialect, instruction.correlation),
@@ -229,14 +238,9 @@ class Journal:
     def _finish(
         self, reply: wire.Reply, keep_seconds: float, notices: Sequence[wire.Outgoing]
     ) -> Callable[[sqlite3.Connection], None]:
-        row = (
-            Phase.DONE if reply.ok else Phase.FAILED,
-            None if reply.error is None else json.dumps(reply.error),
-            json.dumps(reply.to_json()),
-            self._now(),
-            self._now() + keep_seconds,
-            reply.id,
-        )
+        phase = Phase.DONE if reply.ok else Phase.FAILED
+        error = None if reply.error is None else json.dumps(reply.error)
+        row = (phase, error, json.dumps(reply.to_json()), self._now(), self._now() + keep_seconds, reply.id)
 
         def operation(db: sqlite3.Connection) -> None:
             db.execute(

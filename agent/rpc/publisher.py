@@ -32,6 +32,7 @@ LOG = logging.getLogger(__name__)
 IDLE_SECONDS = 1.0
 MAX_REPORTS = 1000
 REPORT_BATCH = 50
+JOURNAL_PAUSE = 1.0
 RETURNED_PAUSE = 1.0
 MAX_GONE = 1000
 
@@ -42,6 +43,7 @@ class Publisher:
     :param reply_seconds: how long an undeliverable reply is tried.
     :param heartbeats: signs of life to send; call `wake` when there is a new one.
     :param prepare: makes what messages are sent to, on each new connection.
+    :param on_fatal: called when the journal is damaged: the agent must end.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class Publisher:
         prepare: Callable[[kombu.Connection], None] = lambda connection: None,
         tls: BrokerTls = VERIFIED,
         signer: Signer | None = None,
+        on_fatal: Callable[[Exception], None] = lambda exc: None,
     ) -> None:
+        self._on_fatal = on_fatal
         self._signer = signer
         self._tls = tls
         self._prepare = prepare
@@ -114,9 +118,8 @@ class Publisher:
                 self._serve(connection)
             except JournalCorrupt as exc:
                 LOG.error("replies are no longer sent: %s", exc)
+                self._on_fatal(exc)
                 return
-            except JournalError as exc:
-                LOG.error("replies wait: %s", exc)
             except broker.broker_errors(connection) as exc:
                 if self.connected.is_set():
                     pause = 0.2
@@ -140,9 +143,16 @@ class Publisher:
             self._wake.clear()
             wait = self._beat(sender)
             # Replies before reports: someone waits for them.
-            if rows := self._journal.outbox():
-                self._replies(sender, rows)
-                continue
+            try:
+                if rows := self._journal.outbox():
+                    self._replies(sender, rows)
+                    continue
+            except JournalCorrupt:
+                raise
+            except JournalError as exc:
+                LOG.error("replies wait: %s", exc)
+                self._stop.wait(JOURNAL_PAUSE)
+                self._wake.set()  # not idle: nobody knows what waits
             while self._reports:
                 reports = [self._reports[n] for n in range(min(len(self._reports), REPORT_BATCH))]
                 sender.send(reports, mandatory=False)
