@@ -15,8 +15,8 @@ from hypervisor.xenstore.wire import Op, Packet, Parser
 
 
 @pytest.fixture(autouse=True)
-def closed_descriptors() -> Iterator[None]:
-    yield from as_the_kernel_does()
+def closed_descriptors(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield from as_the_kernel_does(request)
 
 
 class Clock:

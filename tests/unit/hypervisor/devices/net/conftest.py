@@ -7,5 +7,5 @@ from descriptors import as_the_kernel_does
 
 
 @pytest.fixture(autouse=True)
-def closed_descriptors() -> Iterator[None]:
-    yield from as_the_kernel_does()
+def closed_descriptors(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield from as_the_kernel_does(request)
