@@ -1,4 +1,5 @@
 """Check that what the documents say exists: links, files, names, commands, and the options of the sample configuration.
+What ``tools/gen_drivers.py`` generates must be as it would be now.
 
 ::
 
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from check_samples import sample_problems
+from gen_drivers import problems as driver_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("agent", "bench", "docs", "etc", "hypervisor", "plugins", "tests", "tools", ".ci")
@@ -169,9 +171,9 @@ def main(arguments: list[str] | None = None) -> int:
     found = [
         f"{path}:{number}: {problem}" for path in chosen for check in CHECKS for number, problem in sorted(check(path))
     ]
-    found += sample_problems(ROOT / "etc")
+    found += sample_problems(ROOT / "etc") + driver_problems()
     print(*found, sep="\n", end="\n" if found else "")
-    print(f"{len(found)} problems in {len(chosen)} documents and the sample configuration")
+    print(f"{len(found)} problems in {len(chosen)} documents, the drivers' table and the sample configuration")
     return 1 if found else 0
 
 

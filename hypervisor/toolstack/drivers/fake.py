@@ -69,6 +69,8 @@ CAPABILITIES = frozenset(
         Capability.TEMPLATES,
     },
 )
+WITH_FOLDER = frozenset({Capability.LIVE_MIGRATION})
+"""What it can do besides when its state is in a folder, where other hosts find it."""
 _SETTINGS = {"state_dir", "cpus", "memory_mib", "hostname", "networks", "first_domid"}
 
 
@@ -123,7 +125,7 @@ class FakeToolstack(MovingVerbs):
     # what there is
 
     def capabilities(self) -> frozenset[Capability]:
-        return CAPABILITIES | ({Capability.LIVE_MIGRATION} if self.state_dir is not None else set())
+        return CAPABILITIES | (WITH_FOLDER if self.state_dir is not None else frozenset())
 
     def host_info(self) -> HostInfo:
         with self._verb("host_info"):

@@ -21,11 +21,11 @@ DECLARED = frozenset(
         Capability.RESIZE,
     }
 )
-_NEEDS = {Capability.PV: "pv", Capability.PVH: "hvm", Capability.HVM: "hvm"}
-"""What ``virt_caps`` of ``xl info`` must name."""
+OF_XEN = {Capability.PV: "pv", Capability.PVH: "hvm", Capability.HVM: "hvm"}
+"""Of those that depend on the host what ``virt_caps`` of ``xl info`` must name."""
 
 
 def here(facts: Mapping[str, str]) -> frozenset[Capability]:
     """:param facts: of ``xl info``."""
     has = set(facts["virt_caps"].split())
-    return frozenset(item for item in DECLARED if item not in _NEEDS or _NEEDS[item] in has)
+    return frozenset(item for item in DECLARED if item not in OF_XEN or OF_XEN[item] in has)
