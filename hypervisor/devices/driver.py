@@ -164,6 +164,14 @@ class Leaving(Protocol):
 
 
 @runtime_checkable
+class Finishing(Protocol):
+    """A driver whose front end may have something left when it has closed."""
+
+    def finish(self, devid: int) -> None:
+        """Have the front end look, and serve what comes. No effect if the device is not served."""
+
+
+@runtime_checkable
 class Recording(Protocol):
     """What a driver of disks can do besides, so that a disk can be mirrored while it is written."""
 

@@ -29,6 +29,7 @@ from hypervisor.devices.rate import Bucket
 from hypervisor.devices.xenbus import XenbusDevice, XenbusState, printable
 from hypervisor.errors import HostFailure, HostUnavailable, ToolstackError
 from hypervisor.host import channel as channels
+from hypervisor.host import finishing
 from hypervisor.host.device_memory import DeviceMemory
 from hypervisor.host.device_specs import Spec
 from hypervisor.host.drivers import DriverHold, numbers
@@ -184,8 +185,9 @@ class Device:
 
     async def info(self) -> DeviceInfo:
         stats = dict(self.memory.counted)
-        for name, value in (await self._live_counters()).items():
-            stats[name] = stats.get(name, 0) + value
+        if self.memory.front is not None and self._generation == self._driver.generation:
+            for name, value in (await self._driver.counters(self.devid)).items():
+                stats[name] = stats.get(name, 0) + value
         stats["restarts"] = self.memory.restarts
         return DeviceInfo(
             kind=self.kind,
@@ -266,7 +268,7 @@ class Device:
             why, self._reported = self._reported, ""
             await self._disconnect()
             self._refuse(why)
-            self._wake.set()  # what the front end has done meanwhile is still to be looked at
+            self._wake.set()  # for what the front end has done meanwhile
         elif front in _WANTS:
             await self._keep(front)
         elif front is XenbusState.INITIALISING:
@@ -288,21 +290,22 @@ class Device:
 
     async def _keep(self, front: XenbusState) -> None:
         """Have the device served by the driver there is now."""
-        memory = self.memory
-        if memory.broken or front not in _WANTS:
+        memory, config = self.memory, self.memory.front
+        if memory.broken or front not in _WANTS or (config is None and memory.leaving):
             return
-        if memory.front is None:
-            if memory.leaving:
-                return
+        if config is None:
             try:
                 config = self.backend.frontend(self._bus.read_frontend)
             except DeviceBroken as exc:
                 self._refuse(str(exc))
                 return
-        else:
-            config = memory.front
-            if self._generation == await self._driver.ensure():
-                return
+        await self._connect(config)
+
+    async def _connect(self, config: dict[str, Any]) -> None:
+        """No effect if the driver there is serves it."""
+        memory = self.memory
+        if memory.front is not None and self._generation == await self._driver.ensure():
+            return
         opened = await self._open()
         generation = await self._driver.ensure()
         fds = list(opened.fds())
@@ -366,6 +369,7 @@ class Device:
 
     async def _leave(self) -> None:
         """The guest has let go, or is not asked."""
+        await finishing.until_quiet(self._finish)
         await self._disconnect()
         self._bus.set_online(False)
         self._bus.switch(XenbusState.CLOSED)
@@ -373,6 +377,12 @@ class Device:
         self._bus.remove()
         self._close()
         self._gone(self)
+
+    async def _finish(self) -> dict[str, int] | None:
+        if self._force or (config := self.memory.front) is None:
+            return None
+        await self._connect(config)
+        return await self._driver.finish(self.devid)
 
     def _close(self) -> None:
         opened, self.opened = self.opened, None
@@ -390,10 +400,3 @@ class Device:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-
-    # -- counters -------------------------------------------------------------------------------------------------
-
-    async def _live_counters(self) -> dict[str, int]:
-        if self.memory.front is None or self._generation != self._driver.generation:
-            return {}
-        return await self._driver.counters(self.devid)

@@ -7,8 +7,8 @@ rings. It outlives the host process, so that a guest's disks go on; the next hos
 (``<state>/domains/<uuid>/driver-<kind>.sock``, which it never answers) and replaces it. It ends with its guest.
 
 Messages from the host: ``{"id", "op"}`` with op ``connect`` (``devid``, ``config``, descriptors), ``update``
-(``devid``, ``device``), ``disconnect`` and ``leave`` (``devid``), ``stats``, ``quit``, and to drivers that record
-what is written ``track`` (``devid``, a descriptor or none) and ``written`` (``devid``, a descriptor). Answers:
+(``devid``, ``device``), ``finish``, ``disconnect`` and ``leave`` (``devid``), ``stats``, ``quit``, and to drivers that
+record what is written ``track`` (``devid``, a descriptor or none) and ``written`` (``devid``, a descriptor). Answers:
 ``{"id", "result"}``, in which ``broken`` says why a device cannot be served, or ``{"id", "error"}``. Events: ``ready``
 and ``report`` (``devid``, ``what``, ``detail``).
 """
@@ -28,7 +28,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hypervisor.devices import registry
-from hypervisor.devices.driver import DeviceBroken, Driver, GuestLink, Leaving, LinkClosed, LinkError, Recording
+from hypervisor.devices.driver import (
+    DeviceBroken,
+    Driver,
+    Finishing,
+    GuestLink,
+    Leaving,
+    LinkClosed,
+    LinkError,
+    Recording,
+)
 from hypervisor.errors import HostFailure
 from hypervisor.host import channel as channels
 from hypervisor.host import guarded_link, sandbox, seccomp
@@ -133,6 +142,7 @@ class DriverProcess:
         verbs: dict[str, Callable[[], dict[str, Any]]] = {
             "connect": lambda: self._connect(int(message["devid"]), message["config"], fds),
             "update": lambda: self._update(int(message["devid"]), message["device"]),
+            "finish": lambda: self._finish(int(message["devid"])),
             "disconnect": lambda: self._disconnect(int(message["devid"])),
             "leave": lambda: self._disconnect(int(message["devid"]), leaves=True),
             "track": lambda: self._track(int(message["devid"]), fds),
@@ -163,6 +173,14 @@ class DriverProcess:
     def _update(self, devid: int, device: dict[str, Any]) -> dict[str, Any]:
         self._the_driver().update(devid, device)
         return {}
+
+    def _finish(self, devid: int) -> dict[str, Any]:
+        """The answer has the device's counters, if more may come."""
+        driver = self._the_driver()
+        if not isinstance(driver, Finishing):
+            return {}
+        driver.finish(devid)
+        return {"stats": driver.stats().get(devid, {})}
 
     def _disconnect(self, devid: int, *, leaves: bool = False) -> dict[str, Any]:
         """The answer has the device's last counters."""

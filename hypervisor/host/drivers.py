@@ -158,6 +158,14 @@ class DriverHold:
         found = answer.get("stats")
         return numbers(found.get(str(devid))) if isinstance(found, dict) else {}
 
+    async def finish(self, devid: int) -> dict[str, int] | None:
+        """Have it serve what the front end brings when it is told to look. :returns: what it has counted up to now.
+
+        None: there is nothing to wait for. :raises HostUnavailable: it does not answer.
+        """
+        answer = await self.request("finish", {"devid": devid})
+        return numbers(answer["stats"]) if "stats" in answer else None
+
     async def leave(self, devid: int) -> dict[str, int]:
         """Have it finish with a device of a guest that goes to another host. :returns: what it had counted.
 

@@ -373,6 +373,21 @@ def test_hotplug_cycles(rig: HostRig, debian: Guest) -> None:
 
 
 @pytest.mark.timeout(300)
+def test_a_disk_goes_while_it_is_read(rig: HostRig, debian: Guest) -> None:
+    """Linux stops its queue with requests in it, and waits for them when the disk goes: see `host.finishing`."""
+    path = new_disk(rig, 64)
+    for flag, skip in (("direct", 0), ("fullblock", 0), ("fullblock", 8192)):
+        read = f"dd if=/dev/xvdb of=/dev/null bs=4k count=8192 skip={skip} iflag={flag} 2>/dev/null"
+        debian.run(f"(until [ -e /tmp/enough ]; do {read} || usleep 20000; done &)")
+    try:
+        for _ in range(4):
+            attach(debian, path)
+            detach(debian)
+    finally:
+        debian.run("touch /tmp/enough")
+
+
+@pytest.mark.timeout(300)
 def test_load_goes_on_over_a_restart_of_the_host_process(rig: HostRig, debian: Guest) -> None:
     kinds = ("raw", "qcow2")
     for kind, name in zip(kinds, ("xvdb", "xvdc"), strict=True):

@@ -161,6 +161,14 @@ class BlockDriver:
             self._release(disk, in_order=True)
             self._share_mappings()
 
+    def finish(self, devid: int) -> None:
+        """See `hypervisor.host.finishing`. What is served raises its counters."""
+        disk = self._disks.get(devid)
+        if disk is not None:
+            for queue in disk.queues:
+                queue.event.notify()
+            self._go_on(disk)
+
     def track(self, devid: int, fd: int | None) -> None:
         """Begin to record what is written (`fd`: a `Written`), or end it. No effect if the disk is not served."""
         written = _written(fd) if fd is not None else None

@@ -15,6 +15,7 @@ from hypervisor.devices.driver import DeviceBroken, Opened
 from hypervisor.devices.xenbus import DevicePaths, XenbusDevice, XenbusState
 from hypervisor.errors import HostUnavailable, ImageInvalid
 from hypervisor.host import device as module
+from hypervisor.host import finishing
 from hypervisor.host.device import Device
 from hypervisor.host.device_memory import DeviceMemory
 from hypervisor.host.drivers import numbers
@@ -38,10 +39,15 @@ class FakeHold:
         self.broken: str = ""
         self.refuses_to_start = 0
         self.nonsense: list[str] = []
+        self.left: list[dict[str, int]] = []  # what a front end that has closed still brings, the first last
 
     async def counters(self, devid: int) -> dict[str, int]:
         answer = await self.request("stats", {}, timeout=1.0)
         return numbers(answer["stats"].get(str(devid)))
+
+    async def finish(self, devid: int) -> dict[str, int] | None:
+        await self.request("finish", {"devid": devid})
+        return self.left.pop() if self.left else {}
 
     async def ensure(self) -> int:
         await asyncio.sleep(0)
@@ -69,6 +75,8 @@ class FakeHold:
             if self.broken:
                 return {"broken": self.broken}
             self.served[devid] = fields["config"]
+        elif op == "finish":
+            assert devid in self.served
         elif op == "disconnect":
             if self.served.pop(devid, None) is None:
                 self.nonsense.append("disconnected and not connected")
@@ -151,6 +159,7 @@ class World:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOOKS_AT_ONCE", 1e9)
     monkeypatch.setattr(module, "RETRY_AFTER", 0.0)
+    monkeypatch.setattr(finishing, "PAUSE", 0.0)
 
 
 def in_loop(test: Callable[[], Awaitable[None]]) -> None:
@@ -247,6 +256,28 @@ def test_a_broken_one_stays_closed_until_it_begins_anew() -> None:
         await world.settle()
         assert world.device.memory.broken == "gone ?[2J mad" and world.hold.served == {}
         await world.device.end()
+
+    in_loop(test)
+
+
+def test_what_a_closed_front_end_still_brings_is_served() -> None:
+    """Also when the driver dies meanwhile."""
+
+    async def test() -> None:
+        world = await World().begin()
+        world.front(3, "9")
+        await world.settle()
+        world.hold.left = [{"reads": 3}, {"reads": 2}, {"reads": 1}]
+        world.device.leave()
+        world.front(6)
+        for _ in range(8):
+            await asyncio.sleep(0)
+        assert not world.left and world.hold.log.count("finish") >= 1
+        world.die()
+        await world.settle()
+        assert world.left and not world.hold.left
+        assert world.hold.log[-finishing.QUIET_ROUNDS :] == ["finish"] * (finishing.QUIET_ROUNDS - 1) + ["disconnect"]
+        assert world.hold.log.count("connect") == 2 and world.hold.nonsense == []
 
     in_loop(test)
 

@@ -211,6 +211,21 @@ def test_notifies_only_when_asked(rig: Rig) -> None:
     assert front.index(1) == 5  # req_event
 
 
+def test_a_front_end_that_has_closed_is_woken_for_what_it_has_left(rig: Rig) -> None:
+    front = Front(rig.guest, queues=2, order=1)
+    rig.connect(front)
+    rig.loop.run()
+    for port in front.ports:
+        rig.guest.notifications(port)  # those of the connection
+    ref = rig.guest.grant(rig.guest.new_frame(pattern(3)))
+    rig.driver.finish(51712)
+    assert [rig.guest.notifications(port) for port in front.ports] == [1, 1]
+    wrote = front.request(WRITE, 8, [(ref, 0, 7)], queue=1)
+    rig.driver.finish(51712)
+    assert front.answers(1) == [(wrote, WRITE, OKAY)] and rig.driver.stats()[51712]["write_requests"] == 1
+    rig.driver.finish(51728)  # of none
+
+
 def test_several_queues(rig: Rig) -> None:
     front = Front(rig.guest, queues=4, order=1)
     rig.connect(front)
