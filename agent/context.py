@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from agent import trace
+from agent import clock, trace
 from agent.api import Host, InstructionError, JsonDict
 
 _instruction: contextvars.ContextVar[str] = contextvars.ContextVar("instruction", default="-")
@@ -68,7 +68,7 @@ def current_domain() -> str:
 
 @dataclasses.dataclass(slots=True)
 class StepContext:
-    """:ivar deadline: seconds since the epoch, or None.
+    """:ivar deadline: by `agent.clock.elapsed`, or None: it stays what it is when the time of day is set.
 
     :ivar cancelled: whether the instruction is to give way; asked at each step, and while one waits.
     :ivar tell: takes ``{"done", "total", "unit"}`` and more while a step is under way.
@@ -84,7 +84,7 @@ class StepContext:
     _told: float = 0.0
 
     def seconds_left(self, at_most: float) -> float:
-        left = at_most if self.deadline is None else self.deadline - time.time()
+        left = at_most if self.deadline is None else self.deadline - clock.elapsed()
         return max(0.0, min(at_most, left))
 
     def poll(self, ready: Callable[[float], Any], at_most: float) -> Any:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from agent import trace
+from agent import clock, trace
 from agent.api import Check, Host, Plan, Step, TooLate
 from agent.context import Interrupted, StepContext, current_domain, log_fields, never
 from agent.errors import InstructionError, JournalError
@@ -294,7 +294,7 @@ class Executor:
 
     def _check_deadline(self, work: Work, step: Step) -> None:
         deadline = work.ctx.deadline
-        if deadline is not None and self._now() >= deadline:
+        if deadline is not None and clock.elapsed() >= deadline:
             raise InstructionError(
                 "instruction.deadline_exceeded",
                 f"the deadline passed before step {step.name!r}: send it again with a later one",
@@ -308,7 +308,7 @@ class Executor:
             self._host,
             instruction.id,
             self._stopping,
-            instruction.deadline,
+            None if instruction.deadline is None else clock.elapsed() + instruction.deadline - self._now(),
             tell=lambda data: self._progress(about | data),
             cancelled=lambda: entry.cancelled is not None or instruction.id in self._cancelled,
         )

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from agent import clock
+
 
 class Job(NamedTuple):
     """:ivar key: the domain's, "" for none."""
@@ -25,10 +27,14 @@ class Job(NamedTuple):
 
 @dataclasses.dataclass(slots=True)
 class Lock:
-    """:ivar since: seconds since the epoch. :ivar worker: who carries it out; None: nobody yet."""
+    """:ivar since: seconds since the epoch; `began` by `agent.clock.elapsed`.
+
+    :ivar worker: who carries it out; None: nobody yet.
+    """
 
     job: Job
-    since: float
+    since: float = dataclasses.field(default_factory=time.time)
+    began: float = dataclasses.field(default_factory=clock.elapsed)
     worker: threading.Thread | None = None
     behind: collections.deque[Job] = dataclasses.field(default_factory=collections.deque)
 
@@ -39,13 +45,13 @@ class Lock:
             return "queued"
         return "running" if self.worker.is_alive() else "abandoned"
 
-    def to_json(self, now: float) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "domain": self.job.key,
             "instruction": self.job.ident,
             "state": self.state,
             "since": self.since,
-            "seconds": round(max(0.0, now - self.since), 3),
+            "seconds": round(max(0.0, clock.elapsed() - self.began), 3),
             "waiting": [job.ident for job in self.behind],
         }
 
@@ -74,7 +80,7 @@ class Queues:
                 self._held[job.key].behind.append(job)
                 return
             if job.key:
-                self._held[job.key] = Lock(job, time.time())
+                self._held[job.key] = Lock(job)
             self._put(job)
 
     def take(self, lane: str) -> Job | None:
@@ -106,7 +112,7 @@ class Queues:
                 held.behind.appendleft(job)
                 return
             if job.key and held is None:
-                self._held[job.key] = Lock(job, time.time())
+                self._held[job.key] = Lock(job)
             self._put(job)
 
     def done(self, job: Job) -> None:
@@ -136,9 +142,8 @@ class Queues:
 
     def locks(self) -> list[dict[str, Any]]:
         """Every lock that is held, the oldest first."""
-        now = time.time()
         with self._lock:
-            return sorted((held.to_json(now) for held in self._held.values()), key=lambda lock: float(lock["since"]))
+            return [held.to_json() for held in sorted(self._held.values(), key=lambda held: held.began)]
 
     def break_lock(self, key: str, *, force: bool) -> dict[str, Any] | None:
         """Give a domain's lock to the next in line although its holder has not given it up.
@@ -152,7 +157,7 @@ class Queues:
             held = self._held.get(key)
             if held is None:
                 return None
-            found = held.to_json(time.time())
+            found = held.to_json()
             abandoned = found["state"] == "abandoned"
             if not abandoned and not (force and found["state"] == "running"):
                 return found | {"broken": False, "next": ""}
@@ -171,7 +176,7 @@ class Queues:
             del self._held[held.job.key]
             return
         following = held.behind.popleft()
-        self._held[following.key] = Lock(following, time.time(), behind=held.behind)
+        self._held[following.key] = Lock(following, behind=held.behind)
         self._put(following)
 
     def _put(self, job: Job) -> None:

@@ -101,13 +101,15 @@ class Quarantine:
                 json.dumps(envelope | {"headers": headers}),
             ),
         )
-        self.sweep(db)
+        self._bound(db)
 
     def sweep(self, db: sqlite3.Connection) -> None:
-        """Drop what is beyond the limits."""
+        """Drop what is older than it is kept."""
+        if self.limits.keep_seconds:
+            self._drop(db, "age", "received < ?", self._now() - self.limits.keep_seconds)
+
+    def _bound(self, db: sqlite3.Connection) -> None:
         limits = self.limits
-        if limits.keep_seconds:
-            self._drop(db, "age", "received < ?", self._now() - limits.keep_seconds)
         newest = "seq NOT IN (SELECT seq FROM quarantine ORDER BY seq DESC LIMIT ?)"
         self._drop(db, "number", newest, limits.messages)
         beyond = (

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from agent import wire
-from agent.journal.records import Entry, Phase, StepRecord, StepState
+from agent.journal.records import Entry, OutboxRow, Phase, StepRecord, StepState
+
+LONGEST_PAUSE = 60.0
+"""Nothing in the outbox is put off for longer."""
 
 
 def read_entry(db: sqlite3.Connection, ident: str) -> Entry | None:
@@ -80,6 +83,29 @@ def put(db: sqlite3.Connection, messages: Sequence[wire.Outgoing], now: float) -
             for item in messages
         ],
     )
+
+
+def read_outbox(db: sqlite3.Connection, now: float, limit: int) -> list[OutboxRow]:
+    """What is due, oldest first; also what a clock that was set back since has put off for too long."""
+    rows = db.execute(
+        "SELECT seq, exchange, routing_key, body, correlation_id, content_type, created, attempts"
+        " FROM outbox WHERE not_before <= ? OR not_before > ? ORDER BY seq LIMIT ?",
+        (now, now + LONGEST_PAUSE, limit),
+    ).fetchall()
+    return [OutboxRow(*row) for row in rows]
+
+
+def read_counts(db: sqlite3.Connection) -> dict[str, int]:
+    """See `agent.journal.store.Journal.counts`."""
+    return {
+        name: db.execute(f"SELECT count(*) FROM {what}").fetchone()[0]
+        for name, what in (
+            ("unfinished", "instructions WHERE finished IS NULL"),
+            ("outbox", "outbox"),
+            ("claims", "claims"),
+            ("quarantine", "quarantine"),
+        )
+    }
 
 
 def _load(text: str | None) -> dict[str, Any] | None:

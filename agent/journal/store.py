@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agent import dialects, wire
+from agent import clock, dialects, wire
 from agent.errors import AgentError
 from agent.journal import schema
 from agent.journal.failures import translated
 from agent.journal.group import GroupCommit
 from agent.journal.quarantine import LIMITS, Limits, Quarantine
 from agent.journal.records import Accepted, Entry, OutboxRow, Phase, Refused, StepState, Waiter
-from agent.journal.rows import put, put_waiter, read_entry, read_outcome
+from agent.journal.retention import Retention
+from agent.journal.rows import put, put_waiter, read_counts, read_entry, read_outbox, read_outcome
 
 LOG = logging.getLogger(__name__)
 
@@ -34,13 +35,21 @@ T = TypeVar("T")
 class Journal:
     """:param path: the SQLite file; made when missing.
 
+    :param now: the time of day. :param elapsed: a clock that nobody sets.
     :param limits: of the quarantine. :ivar refused: the quarantine itself.
     :raises JournalCorrupt, JournalNewer, JournalError: see `agent.journal.schema.open_file`.
     """
 
-    def __init__(self, path: Path, now: Callable[[], float] = time.time, limits: Limits = LIMITS) -> None:
+    def __init__(
+        self,
+        path: Path,
+        now: Callable[[], float] = time.time,
+        limits: Limits = LIMITS,
+        elapsed: Callable[[], float] = clock.elapsed,
+    ) -> None:
         self.path = path
         self._now = now
+        self._retention = Retention(now, elapsed)
         self._db = schema.open_file(path)
         self._group = GroupCommit(self._db)
         # Readers have a connection of their own: they need not wait for the disk.
@@ -258,8 +267,9 @@ class Journal:
 
     def forget(self) -> int:
         """Drop finished instructions and refused messages whose time to keep has passed; how many of the former."""
+        count = self._retention.sweep(self._write)
         self._write(self.refused.sweep)
-        return self._execute("DELETE FROM instructions WHERE expires < ?", (self._now(),))
+        return count
 
     # Claims
 
@@ -322,14 +332,10 @@ class Journal:
         return None if row is None else str(row[0])
 
     def outbox(self, limit: int = 100) -> list[OutboxRow]:
-        """What is due to be published, oldest first."""
+        """What is due to be published, oldest first: also what a clock that was set back has put off."""
         with self._read() as db:
-            rows = db.execute(
-                "SELECT seq, exchange, routing_key, body, correlation_id, content_type, created, attempts"
-                " FROM outbox WHERE not_before <= ? ORDER BY seq LIMIT ?",
-                (self._now(), limit + len(self._sent)),
-            ).fetchall()
-            return [OutboxRow(*row) for row in rows if row[0] not in self._sent][:limit]
+            rows = read_outbox(db, self._now(), limit + len(self._sent))
+            return [row for row in rows if row.seq not in self._sent][:limit]
 
     def published(self, *seqs: int) -> None:
         """The broker has confirmed them, or nobody will ever take them: `outbox` has them no more.
@@ -352,6 +358,7 @@ class Journal:
         self._group.later(lambda db: db.executemany("DELETE FROM outbox WHERE seq = ?", gone), removed, urgent=False)
 
     def postpone(self, seconds: float, *seqs: int) -> None:
+        """:param seconds: up to `agent.journal.rows.LONGEST_PAUSE`."""
         rows = [(self._now() + seconds, seq) for seq in seqs]
         statement = "UPDATE outbox SET attempts = attempts + 1, not_before = ? WHERE seq = ?"
         if rows:
@@ -360,15 +367,7 @@ class Journal:
     def counts(self) -> dict[str, int]:
         """Rows that matter for health: ``unfinished``, ``outbox``, ``claims``, ``quarantine``."""
         with self._read() as db:
-            return {
-                name: db.execute(f"SELECT count(*) FROM {what}").fetchone()[0]
-                for name, what in (
-                    ("unfinished", "instructions WHERE finished IS NULL"),
-                    ("outbox", "outbox"),
-                    ("claims", "claims"),
-                    ("quarantine", "quarantine"),
-                )
-            }
+            return read_counts(db)
 
     def _enqueue(self, db: sqlite3.Connection, *messages: wire.Outgoing) -> None:
         put(db, messages, self._now())

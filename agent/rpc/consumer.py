@@ -13,14 +13,13 @@ import fcntl
 import itertools
 import logging
 import threading
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import kombu
 
-from agent import wire
+from agent import clock, wire
 from agent.errors import AlreadyRunning, ConfigError, JournalCorrupt, JournalError
 from agent.faults import boundary
 from agent.rpc import connection as broker
@@ -74,7 +73,8 @@ class Consumer:
         self._held: collections.deque[tuple[str, Any]] = collections.deque()  # (dialect, message)
         self._stop = threading.Event()
         self._owner_file: Any = None
-        self._swept = 0.0
+        self._swept = float("-inf")
+        self._seen: dict[str, dict[str, float]] = {broker.REPLY_PREFIX: {}, broker.REPORT_PREFIX: {}}
         self.connected = threading.Event()
         self._thread = threading.Thread(target=self._main, name="consumer", daemon=True)
 
@@ -200,13 +200,13 @@ class Consumer:
 
     def _sweep(self) -> None:
         """A folder has no expiry: remove replies and reports nobody fetched."""
-        now = time.time()
-        if not broker.is_filesystem(self._url) or 0 <= now - self._swept < SWEEP_SECONDS:
+        now = clock.elapsed()
+        if not broker.is_filesystem(self._url) or now - self._swept < SWEEP_SECONDS:
             return
         self._swept = now
         root = broker.folder(self._url)
         for prefix in (broker.REPLY_PREFIX, broker.REPORT_PREFIX):
-            if count := filesystem.sweep(root, prefix, STALE_SECONDS, now):
+            if count := filesystem.sweep(root, prefix, STALE_SECONDS, now, self._seen[prefix]):
                 LOG.info("%d messages nobody fetched were removed (%s)", count, prefix)
 
 

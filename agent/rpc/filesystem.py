@@ -164,7 +164,7 @@ class Channel(filesystem.Channel):  # type: ignore[misc]
                 raise TypeError("not an envelope")
             payload["headers"] = dict(payload.get("headers") or {})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, binascii.Error):
-            if time.time() - path.stat().st_mtime < SETTLE_SECONDS:
+            if abs(time.time() - path.stat().st_mtime) < SETTLE_SECONDS:
                 return None
             return _damaged(data[:65536], size, {})
         return dict(payload)
@@ -224,26 +224,33 @@ def recover(root: Path, queue: str) -> int:
     return count
 
 
-def sweep(root: Path, prefix: str, older_than: float, now: float) -> int:
+def sweep(root: Path, prefix: str, older_than: float, now: float, seen: dict[str, float]) -> int:
     """Remove messages of queues `prefix`… that nobody fetched for `older_than` seconds, and half-written files.
+
+    :param now: by a clock that nobody sets. :param seen: when each was first seen; kept for the next sweep.
 
     Such a queue's reader is gone: it is unbound too, so that it gets no more.
     """
     count = 0
     left: set[str] = set()
+    known = dict(seen)
+    seen.clear()
     for folder in (root / "data", root / "unacked"):
         with os.scandir(folder) as entries:
             for entry in entries:
                 queue = entry.name.partition(".")[2].removesuffix(".msg")
                 if not (queue.startswith(prefix) or entry.name.startswith(".")):
                     continue
+                since = known.get(entry.name, now)
+                if now - since <= older_than:
+                    seen[entry.name] = since
+                    continue
                 try:
-                    if now - entry.stat().st_mtime > older_than:
-                        os.unlink(entry.path)
-                        left.add(queue)
-                        count += 1
+                    os.unlink(entry.path)
                 except FileNotFoundError:
                     continue
+                left.add(queue)
+                count += 1
     if left:
         for file in (root / "control").glob("*.exchange"):
             _edit_table(file, lambda table: [row for row in table if row[2] not in left])

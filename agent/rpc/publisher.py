@@ -1,8 +1,9 @@
 """Publishes replies and notifications from the journal's outbox, and reports from memory.
 
 A reply leaves the outbox when the broker has confirmed it (RabbitMQ: publisher confirm; folder: fsync), so it
-is sent at least once. A reply that no queue takes is tried again until it is `reply_seconds` old; for as long again
-that queue counts as gone and other replies to it are not tried. Reports are worth something only while they are
+is sent at least once. A reply that no queue takes is tried again, once a second, for `reply_seconds`; for as long again
+that queue counts as gone and other replies to it are not tried. Neither the broker's absence nor a clock that is set
+counts as trying. Reports are worth something only while they are
 fresh: the oldest are dropped when the broker stays away. Signs of life (`agent.heartbeats`) are not kept at all.
 """
 
@@ -12,12 +13,11 @@ import collections
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 
 import kombu
 
-from agent import wire
+from agent import clock, wire
 from agent.errors import ConfigError, JournalCorrupt, JournalError
 from agent.faults import boundary
 from agent.heartbeats import Heartbeats
@@ -174,8 +174,8 @@ class Publisher:
         return wait
 
     def _replies(self, sender: AmqpSender | FolderSender, rows: Sequence[OutboxRow]) -> None:
-        now = time.time()
-        self._gone = {queue: until for queue, until in self._gone.items() if 0 < until - now <= self.reply_seconds}
+        now = clock.elapsed()
+        self._gone = {queue: until for queue, until in self._gone.items() if now < until}
         known = [row for row in rows if row.routing_key not in self._gone]
         messages = [
             wire.Outgoing(
@@ -188,11 +188,12 @@ class Publisher:
         boundary("publisher:published")
         settled, again = [row.seq for row in rows if row.routing_key in self._gone], []
         for row, ok in zip(known, taken, strict=True):
-            if ok or now - row.created > self.reply_seconds:
+            tried = row.attempts * RETURNED_PAUSE >= self.reply_seconds
+            if ok or tried:
                 settled.append(row.seq)
             else:
                 again.append(row.seq)
-            if not ok and now - row.created > self.reply_seconds:
+            if not ok and tried:
                 LOG.warning(
                     "reply to %s given up: nobody has a queue %r any more; it stays in the journal",
                     row.correlation_id or "?",

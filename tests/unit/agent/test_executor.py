@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 from agent_rig import Rig, make_rig
 
+from agent import clock
 from agent.api import Check, Context, Host, InstructionError, JsonDict, Plan, Plugin, Step
 from agent.context import Interrupted
 from agent.journal import Phase, StepState
@@ -200,9 +201,10 @@ def test_a_passed_deadline_begins_nothing(build: Rig) -> None:
     assert WORLD.calls == []
 
 
-def test_a_deadline_passing_between_steps_undoes(tmp_path: Path) -> None:
+def test_a_deadline_passing_between_steps_undoes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 0.0, 100.0])
-    rig = make_rig(tmp_path, now=lambda: next(times, 100.0))
+    monkeypatch.setattr(clock, "elapsed", lambda: next(times, 100.0))
+    rig = make_rig(tmp_path, now=lambda: 0.0)
     rig.verbs["build"] = Verb.of(Build())
     rig.refused("instruction.deadline_exceeded", "build", deadline=50.0)
     assert WORLD.things == [] and "run more" not in WORLD.calls
@@ -314,7 +316,7 @@ def test_read_only_verbs_write_no_step_log(build: Rig) -> None:
 def test_poll_ends_at_the_deadline_and_gives_way(rig: Rig) -> None:
     from agent.context import StepContext
 
-    ctx = StepContext(rig.host, "i", threading.Event(), deadline=time.time() + 0.1)
+    ctx = StepContext(rig.host, "i", threading.Event(), deadline=clock.elapsed() + 0.1)
     started = time.monotonic()
     assert ctx.poll(lambda left: None, 60.0) is None
     assert time.monotonic() - started < 5

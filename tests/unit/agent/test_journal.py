@@ -32,7 +32,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def journal(tmp_path: Path, clock: Clock) -> Journal:
-    return Journal(tmp_path / "j.sqlite", clock)
+    return Journal(tmp_path / "j.sqlite", clock, elapsed=clock)
 
 
 def finished(ident: str = "id-1", **fields: object) -> Reply:
@@ -55,7 +55,7 @@ def test_everything_survives_closing(tmp_path: Path, journal: Journal, clock: Cl
     journal.enqueue(Outgoing("", "q", b"hello", "c"))
     before = journal.entry("id-1")
     journal.close()
-    again = Journal(tmp_path / "j.sqlite", clock)
+    again = Journal(tmp_path / "j.sqlite", clock, elapsed=clock)
     assert again.node_id() == node
     assert again.entry("id-1") == before and before is not None
     assert (before.phase, before.domain) == (Phase.RUNNING, "uuid-1")

@@ -40,7 +40,7 @@ def until(condition: Callable[[], object]) -> None:
 
 def journal_with(folder: Path, **limits: Any) -> tuple[Journal, list[float]]:
     clock = [1000.0]
-    return Journal(folder / "j.sqlite", lambda: clock[0], Limits(**limits)), clock
+    return Journal(folder / "j.sqlite", lambda: clock[0], Limits(**limits), lambda: clock[0]), clock
 
 
 def numbers(journal: Journal) -> list[int]:

@@ -302,15 +302,18 @@ def test_reports_nobody_fetches_are_bounded(url: str, root: Path, monkeypatch: p
     assert len(files(root / "data")) == 3
 
 
-def test_sweep_removes_only_what_is_old_and_nobody_s(url: str, root: Path) -> None:
-    for queue in (f"{broker.REPLY_PREFIX}a", f"{broker.REPLY_PREFIX}b", "reeve.node1"):
+def test_sweep_removes_only_what_was_seen_for_long_and_is_nobody_s(url: str, root: Path) -> None:
+    seen: dict[str, float] = {}
+    for queue in (f"{broker.REPLY_PREFIX}a", "reeve.node1"):
         send(url, b"x", queue)
-    old = time.time() - 5000
     for name in files(root / "data"):
-        if "reply.b" not in name:
-            os.utime(root / "data" / name, (old, old))
-    assert filesystem.sweep(root, broker.REPLY_PREFIX, 3600, time.time()) == 1
+        os.utime(root / "data" / name, (0, 0))  # the clock was set: nothing can be told from that
+    assert filesystem.sweep(root, broker.REPLY_PREFIX, 3600, 0.0, seen) == 0
+    send(url, b"x", f"{broker.REPLY_PREFIX}b")
+    assert filesystem.sweep(root, broker.REPLY_PREFIX, 3600, 2000.0, seen) == 0
+    assert filesystem.sweep(root, broker.REPLY_PREFIX, 3600, 3601.0, seen) == 1
     assert queues(root) == ["reeve.node1", f"{broker.REPLY_PREFIX}b"]
+    assert len(seen) == 1, "what is gone is forgotten"
 
 
 def test_a_listener_that_is_gone_is_unbound(url: str, root: Path) -> None:
@@ -318,11 +321,8 @@ def test_a_listener_that_is_gone_is_unbound(url: str, root: Path) -> None:
         for name in ("gone", "here"):
             broker.report_queue(f"{broker.REPORT_PREFIX}{name}", "#")(connection.channel()).declare()
     send(url, b"c", "capacity.node1", broker.REPORTS)
-    old = time.time() - 5000
-    for name in files(root / "data"):
-        if "gone" in name:
-            os.utime(root / "data" / name, (old, old))
-    assert filesystem.sweep(root, broker.REPORT_PREFIX, 3600, time.time()) == 1
+    seen = dict.fromkeys((name for name in files(root / "data") if "gone" in name), 0.0)
+    assert filesystem.sweep(root, broker.REPORT_PREFIX, 3600, 3601.0, seen) == 1
     send(url, b"c", "capacity.node1", broker.REPORTS)
     assert queues(root) == [f"{broker.REPORT_PREFIX}here"] * 2
 
