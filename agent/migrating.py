@@ -50,7 +50,12 @@ PAUSE = 0.5
 ANSWER_SECONDS = 30.0
 """For another agent's answer to something quick."""
 
-UNDER_WAY = (MigrationPhase.STARTING, MigrationPhase.COPYING, MigrationPhase.SWITCHING)
+UNDER_WAY = (
+    MigrationPhase.STARTING,
+    MigrationPhase.COPYING,
+    MigrationPhase.STANDBY,
+    MigrationPhase.SWITCHING,
+)
 WHOLE = (MigrationPhase.COMPLETE, MigrationPhase.UNRESOLVED)
 
 

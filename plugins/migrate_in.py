@@ -66,7 +66,7 @@ class MigrateIn(Plugin):
             "source": HOST_SCHEMA,
             "mode": {
                 "type": "string",
-                "enum": [mode.value for mode in MigrationMode],
+                "enum": [MigrationMode.LIVE.value, MigrationMode.IMAGE.value],
                 "description": "How it is to be moved.",
             },
             "offer": {"type": "object", "description": "A hypervisor.toolstack.migration.MigrationOffer."},

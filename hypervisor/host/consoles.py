@@ -34,6 +34,7 @@ class ConsoleHub:
         self._number = 0
         self._space = asyncio.Event()
         self._printed = 0
+        self._held = False
 
     def open_log(self) -> ConsoleLog:
         """The log for one incarnation's ring, which closes it. :raises HostFailure: it cannot be opened."""
@@ -71,16 +72,30 @@ class ConsoleHub:
     def connect(self, ring: ConsoleRing) -> None:
         """From now on this ring's guest prints here."""
         self._client = ring.attach(self._output, self._space.set, history=0)
+        self._held = False
+        self._space.set()
 
     def disconnect(self) -> None:
         """The guest is gone; the next one is yet to come."""
         self._client = None
         self._space.set()
 
+    def hold(self) -> None:
+        """The ring goes away for a moment, the guest stays: what is typed waits for the next `connect`."""
+        self._held = True
+
+    def unhold(self) -> None:
+        """No ring will come."""
+        self._held = False
+        self._space.set()
+
     async def typed(self, data: bytes) -> None:
         """Hand it to the guest, as fast as that takes it. What is typed while no guest is there is lost."""
-        while data and self._client is not None:
+        while data and (self._client is not None or self._held):
             self._space.clear()
+            if self._client is None:
+                await self._space.wait()
+                continue
             accepted = self._client.send(data)
             data = data[accepted:]
             if data:
@@ -97,6 +112,7 @@ class ConsoleHub:
 
     def close(self) -> None:
         """The domain is destroyed."""
+        self._held = False
         self.disconnect()
         viewers, self._viewers = self._viewers, {}
         for _, gone in viewers.values():

@@ -69,6 +69,7 @@ CAPABILITIES = (
     Capability.SAVE,
     Capability.TEMPLATES,
     Capability.LIVE_MIGRATION,
+    Capability.STANDBY,
 )
 DIRECT_CAPABILITIES = (Capability.PV32,)
 """What the engine's public path cannot do."""

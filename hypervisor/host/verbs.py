@@ -129,7 +129,7 @@ class Verbs:
         }
         capabilities = set(facts.capabilities)
         if not self._life.settings.can_migrate:
-            capabilities.discard(Capability.LIVE_MIGRATION)
+            capabilities -= {Capability.LIVE_MIGRATION, Capability.STANDBY}
         return HostInfo(
             hostname=socket.gethostname(),
             driver="embedded",

@@ -79,7 +79,7 @@ __all__ = [
     "check_scheduling",
 ]
 
-API_VERSION = (1, 4)
+API_VERSION = (1, 5)
 
 
 @runtime_checkable
@@ -336,6 +336,15 @@ class Toolstack(Protocol):
 
         :param keep: True: it runs here (or stays paused, if that is what was offered). False: it is dropped here.
         :raises WrongState: in another phase.
+        """
+
+    def migration_takeover(self, ident: str, *, force: bool = False) -> None:
+        """Target, mode STANDBY (`Capability.STANDBY`): run the domain here; quiet when it does already.
+
+        :param force: False: the source is asked, hands over its last state, and nothing is lost. True: the last whole
+            epoch runs. A source that can still be reached is told so and stays paused; one that cannot be reached must
+            be known not to run, or the domain runs twice!
+        :raises WrongState: it is no standby, has no whole epoch, or the source does not answer.
         """
 
     def migration_forget(self, ident: str) -> None:

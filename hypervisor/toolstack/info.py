@@ -58,6 +58,7 @@ class Capability(enum.StrEnum):
     SAVE = "save"  # save and restore; moving as an image, where the host moves domains at all
     TEMPLATES = "templates"  # made of suspended guests, and domains that begin from them
     LIVE_MIGRATION = "live-migration"
+    STANDBY = "standby"  # a domain is kept on a second host too, by continuous checkpoints
     ADOPTION = "adoption"  # domains survive a restart of the host process
 
 

@@ -10,6 +10,14 @@ then on the target's. So there are never two that run::
                  └──────────┴─────────┴─────→ dropped          (nothing is left of it here)
 
 `MigrationPhase.UNRESOLVED`: a half is paused and its host cannot know what the other one did.
+
+With `MigrationMode.STANDBY` both are in `MigrationPhase.STANDBY` from the target's first whole epoch on::
+
+    source:  starting → copying → standby → kept               (ended: it runs on here, without a copy)
+                                     └────→ switching → moved  (the target was told to take over, and asked)
+    target:  waiting → receiving → standby → dropped           (ended by the source)
+                                     ├────→ complete           (the source is silent: paused at the last whole epoch)
+                                     └────→ complete → running (it has taken over)
 """
 
 from __future__ import annotations
@@ -37,6 +45,7 @@ class MigrationMode(enum.StrEnum):
 
     LIVE = "live"  # the guest does not notice: same domid, same machine frames
     IMAGE = "image"  # the guest suspends and resumes, as with save and restore
+    STANDBY = "standby"  # it stays where it is, and the target holds a copy that is kept up to date
 
 
 class MigrationRole(enum.StrEnum):
@@ -54,6 +63,7 @@ class MigrationPhase(enum.StrEnum):
     KEPT = "kept"
     WAITING = "waiting"  # for the source to connect
     RECEIVING = "receiving"
+    STANDBY = "standby"  # the guest runs at the source, the target holds its last whole epoch
     COMPLETE = "complete"  # whole, paused, not allowed to run yet
     RUNNING = "running"
     DROPPED = "dropped"
@@ -171,6 +181,7 @@ class MigrationOptions:
     :ivar timeout_s: when the switch has not begun by then, it fails and the guest runs on.
     :ivar copy_disks: copy disks that both hosts see, too; those that the target does not see are always copied.
     :ivar flatten_disks: a copied disk has no backing files afterwards; else the target must have the same ones.
+    :ivar interval_ms: of a standby: from the beginning of one epoch to that of the next, at least.
     """
 
     bandwidth_bytes: int = 0
@@ -181,6 +192,7 @@ class MigrationOptions:
     timeout_s: float = 3600.0
     copy_disks: bool = False
     flatten_disks: bool = False
+    interval_ms: float = 200.0
 
     def validate(self) -> None:
         """:raises SpecInvalid: with the field, what is wrong and what would be right."""
@@ -194,6 +206,8 @@ class MigrationOptions:
             raise SpecInvalid(f"max_rounds is {self.max_rounds}: give 1 to 1000")
         if not 0 < self.timeout_s <= MAX_TIMEOUT:
             raise SpecInvalid(f"timeout_s is {self.timeout_s}: give more than 0, at most {MAX_TIMEOUT:g} seconds")
+        if not 10 <= self.interval_ms <= 60000:
+            raise SpecInvalid(f"interval_ms is {self.interval_ms}: give 10 to 60000")
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -219,6 +233,10 @@ class MigrationStatus:
     :ivar rate_bytes: bytes a second of the last round; `dirty_rate_pages` pages a second the guest dirtied meanwhile.
     :ivar downtime_estimate_ms: what the switch would cost now; `downtime_ms` what it did cost, 0 before it.
     :ivar total_s: seconds since it began, to its end.
+    :ivar epochs: of a standby, how many the target has had whole; `pause_ms` how long the guest stood still for the
+        last one.
+    :ivar lost_ms: of a target that holds the last epoch of a silent source: at most so long the guest had run on after
+        it. 0: nothing is lost.
     :ivar error: JSON form of the `ToolstackError` that ended it, or None.
     :ivar detail: one line for a human; for a half that waits for a decision the command that makes it.
     """
@@ -242,6 +260,9 @@ class MigrationStatus:
     downtime_estimate_ms: float = 0.0
     downtime_ms: float = 0.0
     total_s: float = 0.0
+    epochs: int = 0
+    pause_ms: float = 0.0
+    lost_ms: float = 0.0
     error: Mapping[str, Any] | None = None
     detail: str = ""
 

@@ -48,6 +48,7 @@ NEEDS: Mapping[str, tuple[Capability, ...]] = {
     "migration_list": (Capability.LIVE_MIGRATION,),
     "migration_cancel": (Capability.LIVE_MIGRATION,),
     "migration_resolve": (Capability.LIVE_MIGRATION,),
+    "migration_takeover": (Capability.LIVE_MIGRATION, Capability.STANDBY),
     "migration_forget": (Capability.LIVE_MIGRATION,),
     "subscribe": (),
     "close": (),

@@ -104,6 +104,32 @@ def take(server: Server, domid: int, uuid: str, data: dict[str, Any]) -> None:
         raise Invalid(f"xenstore nodes of domain {domid} from elsewhere make no sense: {exc!r}") from exc
     checked = _check_nodes(server, domid, uuid, data["nodes"])
     _check_parents(server, domid, uuid, checked, gone)
+    _change(server, checked, gone)
+    server.load_domain(domid, connection)
+    server.note(records.of_domain(domid, connection))
+    server.fire_special(paths.INTRODUCE_DOMAIN, domid)
+
+
+def take_changes(server: Server, domid: int, uuid: str, data: dict[str, Any]) -> dict[str, Any]:
+    """The nodes of what `give` has made, while the domain is still elsewhere; as `take_nodes` for those that changed.
+
+    :returns: what is left of it, for `take`. :raises Invalid: as `take`; nothing has changed.
+    """
+    if server.is_introduced(domid):
+        raise Invalid(f"domain {domid} is there already")
+    try:
+        gone = [_own(domid, uuid, path) for path in data["gone"]]
+        nodes = data["nodes"]
+    except (ValueError, KeyError, TypeError, AttributeError, XenstoreError) as exc:
+        raise Invalid(f"xenstore nodes of domain {domid} from elsewhere make no sense: {exc!r}") from exc
+    checked = _check_nodes(server, domid, uuid, nodes)
+    _check_parents(server, domid, uuid, checked, gone)
+    _change(server, checked, gone)
+    server.settle()
+    return {**data, "nodes": [], "gone": []}
+
+
+def _change(server: Server, checked: list[tuple[str, Node]], gone: list[str]) -> None:
     changes: list[tree.Change] = []
     for path in gone:
         if server.store.get(path) is not None:
@@ -116,9 +142,6 @@ def take(server: Server, domid: int, uuid: str, data: dict[str, Any]) -> None:
         changes.append(tree.Change(path, True, (node.acl,)))
     # To those who watch here. The domain itself is not to notice.
     server.fire(changes, None)
-    server.load_domain(domid, connection)
-    server.note(records.of_domain(domid, connection))
-    server.fire_special(paths.INTRODUCE_DOMAIN, domid)
 
 
 def _check_nodes(server: Server, domid: int, uuid: str, nodes: object) -> list[tuple[str, Node]]:

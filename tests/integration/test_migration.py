@@ -51,21 +51,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 @pytest.fixture
 def pair(shared: Pair) -> Iterator[Pair]:
     yield shared
-    for rig in shared.rigs:
-        rig.trap_file.unlink(missing_ok=True)
-        toolstack = shared.toolstack(rig)
-        for status in toolstack.migration_list():
-            with contextlib.suppress(WrongState):
-                toolstack.migration_cancel(status.ident)
-            with contextlib.suppress(WrongState):
-                toolstack.migration_resolve(status.ident, keep=False)
-            until(lambda i=status.ident, t=toolstack: t.migration_status(i).phase.ended, "its end")
-            toolstack.migration_forget(status.ident)
-        for info in toolstack.list_domains():
-            toolstack.destroy(info.uuid)
-        assert toolstack.host_info().memory_free_mib == toolstack.host_info().memory_total_mib
-        assert rig.left_behind() == []
-        until(lambda r=rig: not processes(r, "mover"), "movers to end")
+    shared.clear()
 
 
 def started(pair: Pair, spec: DomainSpec, line: bytes) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 from authority import Authority
 from host_rig import HostRig, alive, until
 
-from hypervisor.errors import MigrationNotFound, ToolstackError
+from hypervisor.errors import MigrationNotFound, ToolstackError, WrongState
 from hypervisor.host.settings import REAL_RUNTIME
-from hypervisor.toolstack.api import DomainState, MigrationOptions, MigrationPhase, MigrationStatus
+from hypervisor.toolstack.api import DomainState, MigrationMode, MigrationOptions, MigrationPhase, MigrationStatus
 from hypervisor.toolstack.drivers.embedded import EmbeddedToolstack
 
 Phase = MigrationPhase
@@ -26,6 +26,8 @@ HERE, THERE = "owner-here", "owner-there"
 class Move:
     """One migration, asked for as agents do."""
 
+    mode = MigrationMode.LIVE
+
     def __init__(self, pair: Pair, domain: str, source: int, **options: Any) -> None:
         self.pair, self.domain = pair, domain
         self.ident, self.token = str(uuid.uuid4()), secrets.token_hex(16)
@@ -34,7 +36,9 @@ class Move:
 
     def prepare(self) -> Any:
         offer = self.here.migration_offer(self.domain)
-        return self.there.migration_prepare(offer, ident=self.ident, token=self.token, owner=THERE, peer="here")
+        return self.there.migration_prepare(
+            offer, ident=self.ident, token=self.token, owner=THERE, mode=self.mode, peer="here"
+        )
 
     def start(self) -> Move:
         ticket = self.prepare()
@@ -134,6 +138,24 @@ class Pair:
             toolstack = rig.connect()
             self._connections[number] = (rig.pid, toolstack)
         return toolstack
+
+    def clear(self) -> None:
+        """After a test: end what it left, and see that nothing of it is left on either host."""
+        for rig in self.rigs:
+            rig.trap_file.unlink(missing_ok=True)
+            toolstack = self.toolstack(rig)
+            for status in toolstack.migration_list():
+                with contextlib.suppress(WrongState):
+                    toolstack.migration_cancel(status.ident)
+                with contextlib.suppress(WrongState):
+                    toolstack.migration_resolve(status.ident, keep=False)
+                until(lambda i=status.ident, t=toolstack: t.migration_status(i).phase.ended, "its end")
+                toolstack.migration_forget(status.ident)
+            for info in toolstack.list_domains():
+                toolstack.destroy(info.uuid)
+            assert toolstack.host_info().memory_free_mib == toolstack.host_info().memory_total_mib
+            assert rig.left_behind() == []
+            until(lambda r=rig: not processes(r, "mover"), "movers to end")
 
     def places(self, domain: str) -> dict[int, DomainState]:
         """Where it is."""

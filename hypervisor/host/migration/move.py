@@ -60,6 +60,9 @@ class Move:
     downtime_estimate_ms: float = 0.0
     downtime_ms: float = 0.0
     total_s: float = 0.0
+    epochs: int = 0
+    pause_ms: float = 0.0
+    lost_ms: float = 0.0
     error: dict[str, Any] | None = None
     detail: str = ""
     ticket: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -8,7 +8,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from hypervisor.errors import HostFailure, MigrationNotTransparent, MigrationRefused, SpecInvalid, WrongState
+from hypervisor.errors import (
+    HostFailure,
+    MigrationNotTransparent,
+    MigrationRefused,
+    SpecInvalid,
+    Unsupported,
+    WrongState,
+)
 from hypervisor.host import disk_mirror, protocol
 from hypervisor.host.ledger import PAGES_PER_MIB
 from hypervisor.host.records import LAST_DOMID, DomainRecord, Phase, RunSizes
@@ -141,6 +148,16 @@ def check_disks(detail: Detail, sizes: Mapping[str, int], elsewhere: frozenset[s
                 f"{key.replace('/', ' ')} has {size} bytes on the source and {sizes.get(key, 0)} here: "
                 "is it the same image, on storage that both hosts share?"
             )
+
+
+def check_standby(spec: DomainSpec) -> None:
+    """:raises Unsupported: it has what a standby does not carry."""
+    devices = [f"disk {disk.id}" for disk in spec.disks] + [f"nic {nic.id}" for nic in spec.nics]
+    if devices:
+        raise Unsupported(
+            f"domain {spec.uuid} has {', '.join(devices)[:200]}: a standby carries memory, state and xenstore only; "
+            "detach them, or move the domain live"
+        )
 
 
 def check_ours(domain: Domain, verb: str) -> None:

@@ -26,6 +26,8 @@ from hypervisor.host.migration.hosting import Hosting
 from hypervisor.host.migration.move import Move, MoveStore, secret_of
 from hypervisor.host.migration.offer import Detail
 from hypervisor.host.migration.source import Outgoing
+from hypervisor.host.migration.standby_source import Standby
+from hypervisor.host.migration.standby_target import StandbyTarget
 from hypervisor.host.migration.target import Incoming
 from hypervisor.host.records import DomainRecord
 from hypervisor.host.records import Phase as RecordPhase
@@ -46,6 +48,7 @@ from hypervisor.xenstore.path import domain_path
 LOG = logging.getLogger(__name__)
 
 Phase, Role = MigrationPhase, MigrationRole
+ARRIVING = (Phase.WAITING, Phase.RECEIVING, Phase.STANDBY)
 
 
 class Migrations:
@@ -114,7 +117,7 @@ class Migrations:
             await outgoing.keep(why)
 
     async def _recover_target(self, move: Move, domain: Domain | None) -> None:
-        if move.phase in (Phase.WAITING, Phase.RECEIVING):
+        if move.phase in ARRIVING:
             disks.remove(move.images)
             move.images = []
             moving.forget(self._host.backends.server, move.domid, move.uuid)
@@ -161,8 +164,10 @@ class Migrations:
         life.check(record.spec, facts)
         life.table.check_free(record.spec)
         life.ledger.check_free(offer.memory_mib * PAGES_PER_MIB)
-        if mode is not MigrationMode.LIVE:
+        if mode is MigrationMode.IMAGE:
             raise Unsupported("this host takes no images over the network: save the domain and restore it here")
+        if mode is MigrationMode.STANDBY:
+            offers.check_standby(record.spec)
         taken = life.table.domids() | frozenset(self._host.backends.server.domains)
         if self._host.backends.handle.exists(domain_path(offer.domid)):
             taken |= {offer.domid}
@@ -185,7 +190,7 @@ class Migrations:
             domid=offer.domid,
             pages_total=detail.frames,
         )
-        incoming = Incoming(self._host, move, domain)
+        incoming = (StandbyTarget if mode is MigrationMode.STANDBY else Incoming)(self._host, move, domain)
         async with domain.lock:
             try:
                 ticket = await incoming.prepare(offer, detail, token)
@@ -226,12 +231,14 @@ class Migrations:
         options.validate()
         if (ticket.ident, ticket.uuid) != (ident, uuid):
             raise SpecInvalid(f"the ticket is for migration {ticket.ident} of domain {ticket.uuid}, not for this")
-        if ticket.mode is not MigrationMode.LIVE:
+        if ticket.mode is MigrationMode.IMAGE:
             raise Unsupported("this host sends no images over the network: save the domain and restore it there")
         offers.check_ours(domain, "move")
         self._host.life.check_alive(domain, "move")
         self._host.tls()
         record = domain.record
+        if ticket.mode is MigrationMode.STANDBY:
+            offers.check_standby(record.spec)
         assert record.claim is not None
         move = Move(
             ident=ident,
@@ -252,7 +259,8 @@ class Migrations:
         self._host.write(move, Phase.STARTING)
         record.migration = ident
         self._host.life.records.save(record)
-        outgoing = self._outgoing[ident] = Outgoing(self._host, move, domain, token, ticket, options)
+        kind = Standby if ticket.mode is MigrationMode.STANDBY else Outgoing
+        outgoing = self._outgoing[ident] = kind(self._host, move, domain, token, ticket, options)
         outgoing.start()
 
     def status(self, ident: str) -> dict[str, Any]:
@@ -270,7 +278,7 @@ class Migrations:
                 raise WrongState(f"migration {ident} is {move.phase} here, too late to cancel it: {move.detail}")
             await self._outgoing[ident].cancel(move.cancelled())
         else:
-            if move.phase not in (Phase.WAITING, Phase.RECEIVING):
+            if move.phase not in ARRIVING:
                 raise WrongState(f"migration {ident} is {move.phase} here: {move.detail or 'too late to cancel it'}")
             await self._incoming[ident].cancel(
                 MigrationCancelled(f"migration {ident} was cancelled on the target: the domain runs on at its source")
@@ -295,6 +303,22 @@ class Migrations:
         else:
             why = MigrationFailed(f"migration {ident} was resolved: the domain does not run here")
             await self._incoming[ident].drop(why)
+
+    async def takeover(self, ident: str, *, force: bool) -> None:
+        move = self._move(ident)
+        if move.role is not Role.TARGET or move.mode is not MigrationMode.STANDBY:
+            raise WrongState(f"migration {ident} is no standby that this host could take over")
+        if move.phase is Phase.RUNNING:
+            return
+        incoming = self._incoming.get(ident)
+        if move.phase is Phase.COMPLETE and force:
+            await self.resolve(ident, keep=True)
+        elif move.phase is Phase.COMPLETE:
+            raise WrongState(f"the source cannot be asked: {move.detail}")
+        elif move.phase is Phase.STANDBY and isinstance(incoming, StandbyTarget):
+            await incoming.takeover(force=force)
+        else:
+            raise WrongState(f"migration {ident} is {move.phase} here: there is no whole epoch to run")
 
     def forget(self, ident: str) -> None:
         move = self._host.moves.find(ident)

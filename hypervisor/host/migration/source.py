@@ -27,16 +27,7 @@ from hypervisor.host.migration.move import Move
 from hypervisor.host.migration.rest import Rest, send_ahead
 from hypervisor.host.migration.rounds import Rounds, Verdict
 from hypervisor.host.migration.sent import Sent
-from hypervisor.host.migration.words import (
-    COMPLETE,
-    EARLY,
-    GO,
-    KEPT,
-    LAST_WORDS,
-    READY,
-    RUNNING,
-    Words,
-)
+from hypervisor.host.migration.words import COMPLETE, EARLY, GO, KEPT, LAST_WORDS, READY, RUNNING, Words
 from hypervisor.host.mover import PagesSent, Sender
 from hypervisor.host.process import ProcessHold
 from hypervisor.host.table import Domain
@@ -53,7 +44,7 @@ GOING = 1.0
 """Seconds in which a process that does not answer may turn out to be gone."""
 READY_TIMEOUT = 60.0
 """Seconds for the target's drivers to be started."""
-BEGUN = (Phase.STARTING, Phase.COPYING, Phase.SWITCHING)
+BEGUN = (Phase.STARTING, Phase.COPYING, Phase.STANDBY, Phase.SWITCHING)
 
 
 class Outgoing:
@@ -321,6 +312,12 @@ class Outgoing:
         server = self._host.backends.server
         rest = Rest(server, domain, process, sender, self._disks, self._bitmap, self._printed, self._given)
         self._sent.round(await rest.send(steps))
+        await self._leave(steps)
+
+    async def _leave(self, steps: Steps) -> None:
+        """The target has been sent all that there is."""
+        sender = self._sender
+        assert sender is not None
         said = await self._words().answer(COMPLETE, STATE_TIMEOUT)
         steps.done("target takes it")
         self.move.ending = True

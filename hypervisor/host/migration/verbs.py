@@ -29,6 +29,7 @@ class MigrationVerbs:
             "migration.list": (self._list, {}),
             "migration.cancel": (self._migrations.cancel, ident),
             "migration.resolve": (self._resolve, {**ident, "keep": (int,)}),
+            "migration.takeover": (self._takeover, {**ident, "force": (int,)}),
             "migration.forget": (self._forget, ident),
         }
 
@@ -72,6 +73,9 @@ class MigrationVerbs:
 
     async def _resolve(self, ident: str, keep: int) -> None:
         await self._migrations.resolve(ident, keep=bool(keep))
+
+    async def _takeover(self, ident: str, force: int) -> None:
+        await self._migrations.takeover(ident, force=bool(force))
 
     async def _forget(self, ident: str) -> None:
         self._migrations.forget(ident)

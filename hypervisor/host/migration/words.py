@@ -11,10 +11,14 @@ source says    with
 ``go``         nothing: it has left the source
 ``kept``       nothing: it has not, and will not
 ``disk``       `hypervisor.devices.block.mirror.wire`, to be answered likewise
+``age``        of a standby, JSON: how old (``ms``) the state of the epoch is that was sent before it
+``last``       of a standby: the guest stays as it was in the last epoch, be complete
 =============  ===========================================================================================
 
 The target says ``ready`` (to ``early``), ``complete`` (to ``state``), ``running`` (to ``go``), each with milliseconds
-by step as JSON, and ``failed`` with the JSON of a `ToolstackError` when it gives up.
+by step as JSON, and ``failed`` with the JSON of a `ToolstackError` when it gives up. Of a standby it says ``epoch``
+with the number of one that is whole, ``takeover`` when it wants to run the domain, and ``taken`` when it is about to
+without having been given it.
 """
 
 from __future__ import annotations
@@ -23,18 +27,25 @@ import contextlib
 import json
 from typing import Any
 
-from hypervisor.errors import HostUnavailable, MigrationFailed, ToolstackError, from_json
+from hypervisor.errors import HostUnavailable, MigrationFailed, MigrationUnresolved, ToolstackError, from_json
 from hypervisor.host.migration.disks import Talk
 from hypervisor.host.mover import CLOSED
 
 PRINTED, NODES, EARLY, HOST, STATE, GO, KEPT = "printed", "nodes", "early", "host", "state", "go", "kept"
+AGE, LAST = "age", "last"
 READY, COMPLETE, RUNNING, FAILED = "ready", "complete", "running", "failed"
+ACKNOWLEDGED, TAKEOVER, TAKEN = "epoch", "takeover", "taken"
 
 PRINTED_BYTES = 1 << 20
 """Of the console's log that goes along."""
 LAST_WORDS = 5.0
 """Seconds for a word that is said when all is decided already."""
-_MOMENT = 0.001
+MOMENT = 0.001
+"""Seconds for a word that lies there already."""
+
+
+class TakenOver(MigrationUnresolved):
+    """The target runs the domain without having been given it."""
 
 
 class Words:
@@ -46,7 +57,7 @@ class Words:
     async def hear(self) -> None:
         """Nothing should have been said by now. :raises ToolstackError: the target has given up, or is gone."""
         with contextlib.suppress(TimeoutError):
-            self._check(*await self._talk.receive(_MOMENT))
+            self._check(*await self._talk.receive(MOMENT))
 
     async def answer(self, kind: str, timeout: float) -> dict[str, Any]:
         """:raises ToolstackError: the target has given up, is gone, or does not answer."""
@@ -61,21 +72,29 @@ class Words:
             data = {}
         return data if isinstance(data, dict) else {}
 
-    async def last(self, why: MigrationFailed) -> ToolstackError:
-        """What the target said when it gave up, if that is what ended the connection."""
+    async def last(self, why: ToolstackError, timeout: float = 1.0) -> ToolstackError:
+        """What the target said when it gave up or took over, if that is what ended the connection."""
         with contextlib.suppress(TimeoutError):
             while True:
-                said, content = await self._talk.receive(1.0)
+                said, content = await self._talk.receive(timeout)
                 if said == CLOSED:
                     break
                 try:
                     self._check(said, content)
                 except ToolstackError as exc:
-                    if said == FAILED:
+                    if said in (FAILED, TAKEN):
                         return exc
         return why
 
+    async def among(self, kinds: tuple[str, ...], timeout: float) -> tuple[str, bytes]:
+        """One of several words. :raises TimeoutError. :raises ToolstackError: as `answer`."""
+        said, content = await self._talk.receive(timeout)
+        self._check(said, content, said if said in kinds else "")
+        return said, content
+
     def _check(self, said: str, content: bytes, expected: str = "") -> None:
+        if said == TAKEN:
+            raise TakenOver("the target runs the domain's last epoch, it was told that this host is dead")
         if said == FAILED:
             raise _failure(content)
         if said == CLOSED:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Self
 
 from hypervisor.errors import HostFailure, HostUnavailable, MigrationFailed, ToolstackError, from_json
@@ -18,6 +17,7 @@ from hypervisor.host.channel import Message
 from hypervisor.host.link import Link
 from hypervisor.host.mover import order as orders
 from hypervisor.host.mover.order import MoverOrder, TlsFiles
+from hypervisor.host.mover.sent import PagesSent
 from hypervisor.host.mover.sockets import connect, listener
 from hypervisor.host.mover.spool import SPOOL_BYTES
 from hypervisor.host.mover.wire import MAX_BLOB, MAX_NAME
@@ -34,27 +34,8 @@ CLOSE_TIMEOUT = 2.0
 _NO_TIMEOUT = 1e8
 
 CLOSED = "closed"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PagesSent:
-    """A round of pages.
-
-    :ivar pages: whose bits were set, or that had to be sent again; of these `zero`, `duplicate` and `unchanged` cost
-        next to nothing. :ivar bytes: on the network. :ivar seconds: until the target had written them; in the last
-        round until they were handed to the network.
-    """
-
-    pages: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-    zero: int = 0
-    duplicate: int = 0
-    unchanged: int = 0
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        return cls(**{field.name: data[field.name] for field in dataclasses.fields(cls)})
+EPOCH = "epoch-whole"
+"""What `Receiver.receive` says when an epoch is written: kind, and its number as text. No blob can be named so."""
 
 
 class Mover:
@@ -166,12 +147,12 @@ class Mover:
         except TimeoutError:
             raise HostUnavailable(f"{what} within {timeout:g} s: try again") from None
 
-    async def _ask(self, op: str, fields: dict[str, Any], fd: int, timeout: float) -> dict[str, Any]:
+    async def _ask(self, op: str, fields: dict[str, Any], fd: int | None, timeout: float) -> dict[str, Any]:
         link = self._link
         if link is None or link.closed or self._over:
             raise self._failure()
         try:
-            return await link.request(op, timeout, fields, [fd])
+            return await link.request(op, timeout, fields, [] if fd is None else [fd])
         except HostUnavailable as exc:
             raise self._failure() from exc
 
@@ -231,11 +212,13 @@ class Sender(Mover):
     """The source's end.
 
     :ivar on_progress: called a few times a second while pages are sent, with what was sent of the round so far.
+    :ivar on_copied: called when `epoch` has a copy of its pages.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.on_progress: Callable[[PagesSent], None] = lambda sent: None
+        self.on_copied: Callable[[], None] = lambda: None
         self._in_round = False
 
     @property
@@ -292,9 +275,24 @@ class Sender(Mover):
             that is sent next arrives after them).
         :raises MigrationFailed: the connection is over.
         """
+        return await self._pages(bitmap_fd, {"last": last})
+
+    async def epoch(self, bitmap_fd: int) -> PagesSent:
+        """As `pages`, of a guest that may run on when `on_copied` has been called. The target keeps them aside."""
+        return await self._pages(bitmap_fd, {"epoch": True})
+
+    async def commit(self, number: int) -> None:
+        """Everything of an epoch has been sent: the target writes its pages, and hears `EPOCH`.
+
+        :param number: from 1; 0: from here on pages belong to an epoch.
+        :raises MigrationFailed: the connection is over.
+        """
+        await self._ask("commit", {"number": number}, None, BLOB_TIMEOUT)
+
+    async def _pages(self, bitmap_fd: int, how: dict[str, bool]) -> PagesSent:
         # Stays set when the caller is cancelled: the process goes on with the round.
         self._in_round = True
-        sent = PagesSent.from_json(await self._ask("pages", {"last": last}, bitmap_fd, _NO_TIMEOUT))
+        sent = PagesSent.from_json(await self._ask("pages", how, bitmap_fd, _NO_TIMEOUT))
         self._in_round = False
         return sent
 
@@ -307,6 +305,8 @@ class Sender(Mover):
     def _more(self, message: Message) -> None:
         if message["event"] == "progress":
             self.on_progress(PagesSent.from_json(message))
+        elif message["event"] == "copied":
+            self.on_copied()
 
 
 class Receiver(Mover):
@@ -315,11 +315,14 @@ class Receiver(Mover):
     :ivar port: where it listens.
     :ivar on_connected: called when the source is there and has proved who it is.
     :ivar on_refused: called with the reason when a stranger was sent away; the wait for the source goes on.
+    :ivar torn: an epoch is being written, the memory holds neither it nor the one before. Stays so when the process
+        was killed meanwhile.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.port = 0
+        self.torn = False
         self.on_connected: Callable[[], None] = lambda: None
         self.on_refused: Callable[[str], None] = lambda why: None
 
@@ -368,6 +371,11 @@ class Receiver(Mover):
         if message["event"] == "refused":
             LOG.warning("a stranger was sent away: %s", message.get("why"))
             self.on_refused(str(message.get("why")))
+        elif message["event"] == "committing":
+            self.torn = True
+        elif message["event"] == "epoch":
+            self.torn = False
+            self._blobs.put_nowait((EPOCH, str(int(message["number"])).encode()))
 
 
 def _set(future: asyncio.Future[None]) -> None:

@@ -76,6 +76,8 @@ class PageSource:
         self._written = np.zeros(pages, dtype=bool)
         self._buffer = np.zeros((wire.MAX_BATCH, _WORDS), dtype=np.uint64)
         self._scratch = np.zeros((wire.MAX_BATCH, _WORDS), dtype=np.uint64)
+        self._copy = self._buffer[:0]
+        self._of_copy = np.zeros(0, dtype=np.int64), self._known
         self.counts = Counts()
 
     def round(self, dirty: bytes, shared: bytes = b"") -> Iterator[list[bytes | memoryview]]:
@@ -84,19 +86,42 @@ class PageSource:
         :param dirty: a bit for each page, the lowest of byte 0 first. :param shared: those of them that may have been
             written unseen.
         """
-        self.counts = counts = Counts()
+        yield from self._records(*self._begin(dirty, shared))
+
+    def copy(self, dirty: bytes, shared: bytes = b"") -> None:
+        """Take what `round` would send as it is now, for `copied`; the guest stands still meanwhile."""
+        indexes, watched = self._begin(dirty, shared)
+        if len(self._copy) < len(indexes):
+            self._copy = np.empty((len(indexes), _WORDS), dtype=np.uint64)
+        self._read(indexes, self._copy)
+        self._of_copy = indexes, watched
+
+    def copied(self) -> Iterator[list[bytes | memoryview]]:
+        """The records of what `copy` took, as `round`'s, while the guest runs on.
+
+        No page is sent by naming another one: what that one held when the copy was made is not known any more.
+        """
+        yield from self._records(*self._of_copy, copy=self._copy)
+
+    def _begin(self, dirty: bytes, shared: bytes) -> tuple[Array, Array]:
+        """Which pages have to be sent, and which may be written unseen."""
+        self.counts = Counts()
         wanted = self._bits(dirty)
         for copied, other in self._named:
             wanted[copied[wanted[other]]] = True
         self._named.clear()
         self._sent &= ~wanted
-        watched = self._bits(shared)
-        indexes = np.flatnonzero(wanted)
+        return np.flatnonzero(wanted), self._bits(shared)
+
+    def _records(self, indexes: Array, watched: Array, copy: Array = None) -> Iterator[list[bytes | memoryview]]:
         fills: list[tuple[Array, Array]] = []
         for start in range(0, len(indexes), wire.MAX_BATCH):
             batch = indexes[start : start + wire.MAX_BATCH]
-            counts.pages += len(batch)
-            yield from self._batch(batch, watched, fills)
+            self.counts.pages += len(batch)
+            if copy is None:
+                yield from self._batch(batch, self._read(batch, self._buffer), watched, fills)
+            else:
+                yield from self._batch(batch, copy[start : start + len(batch)], watched, fills, twins=False)
             if sum(len(i) for i, _ in fills) >= _FILLS:
                 yield from self._flush_fills(fills)
         yield from self._flush_fills(fills)
@@ -105,8 +130,9 @@ class PageSource:
         bits = np.unpackbits(np.frombuffer(bitmap, dtype=np.uint8), bitorder="little", count=self._pages)
         return bits.astype(bool)
 
-    def _batch(self, batch: Array, watched: Array, fills: list[tuple[Array, Array]]) -> Iterator[list[Any]]:
-        content = self._read(batch, self._buffer)
+    def _batch(
+        self, batch: Array, content: Array, watched: Array, fills: list[tuple[Array, Array]], *, twins: bool = True
+    ) -> Iterator[list[Any]]:
         old = self._unchanged(batch, content, watched)
         uniform = (content == content[:, :1]).all(axis=1) & ~old
         if uniform.any():
@@ -117,15 +143,18 @@ class PageSource:
         rest = np.flatnonzero(~uniform & ~old)
         if not len(rest):
             return
+        if not twins:
+            yield self._raw(batch[rest], content[rest])
+            return
         others = self._look_up(batch[rest], content[rest], watched)
-        raw, twins = rest[others < 0], rest[others >= 0]
+        raw, same = rest[others < 0], rest[others >= 0]
         if len(raw):
             yield self._raw(batch[raw], content[raw])
             self._sent[batch[raw]] = True
-        if len(twins):
-            pairs = np.stack((batch[twins], others[others >= 0]), axis=1).astype("<u4")
-            self._named.append((batch[twins], others[others >= 0]))
-            self.counts.duplicate += len(twins)
+        if len(same):
+            pairs = np.stack((batch[same], others[others >= 0]), axis=1).astype("<u4")
+            self._named.append((batch[same], others[others >= 0]))
+            self.counts.duplicate += len(same)
             yield [wire.header(Kind.COPY, count=len(pairs), length=pairs.nbytes), pairs.tobytes()]
 
     def _read(self, indexes: Array, into: Array) -> Array:

@@ -4,10 +4,12 @@ It is forked by the zygote with `order.FDS` descriptors, reads its TLS files, gi
 speaks with the network: what parses the other side's bytes holds nothing but this one guest's memory (the source's
 descriptor of it cannot be written through), the connection, the spool and the channel. It ends with its host process.
 
-Messages from the host: ``{"id", "op"}`` with op ``pages`` (a descriptor of two bitmaps, see `Sender.pages`; ``last``),
-``blob`` (``kind``, ``size``, a descriptor), ``close``; without an answer ``limit`` (``rate``) and ``taken`` (a blob in
-the spool). Events: ``ready``, ``failed`` and ``closed`` (``error`` or ``why``), ``connected``, ``refused`` (a stranger;
-``why``), ``blob`` (``kind``, ``offset``, ``size``), ``progress`` (of ``pages``).
+Messages from the host: ``{"id", "op"}`` with op ``pages`` (a descriptor of two bitmaps, see `Sender.pages`; ``last`` or
+``epoch``), ``commit`` (``number``), ``blob`` (``kind``, ``size``, a descriptor), ``close``; without an answer ``limit``
+(``rate``) and ``taken`` (a blob in the spool). Events: ``ready``, ``failed`` and ``closed`` (``error`` or ``why``),
+``connected``, ``refused`` (a stranger; ``why``), ``blob`` (``kind``, ``offset``, ``size``), ``progress`` (of
+``pages``), ``copied`` (an epoch's pages: the guest may run on), ``committing`` and ``epoch`` (``number``: before and
+after its pages are written).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from hypervisor.errors import HostFailure, MigrationFailed, ToolstackError
@@ -125,7 +127,11 @@ class MoverProcess:
         number, op = message.get("id"), message.get("op")
         try:
             if op == "pages":
-                result = self._send_pages(fds[0], last=bool(message.get("last")))
+                result = self._send_pages(fds[0], last=bool(message.get("last")), epoch=bool(message.get("epoch")))
+            elif op == "commit":
+                self._talk.send([wire.record(Kind.EPOCH, count=int(message["number"]))])
+                self._talk.flush()
+                result = {}
             elif op == "blob":
                 result = self._send_blob(str(message["kind"]), int(message["size"]), fds[0])
             else:
@@ -152,8 +158,8 @@ class MoverProcess:
 
     # -- source
 
-    def _send_pages(self, fd: int, *, last: bool) -> dict[str, Any]:
-        """Time is counted until the target has written it all; the last round's end is not waited for."""
+    def _send_pages(self, fd: int, *, last: bool, epoch: bool) -> dict[str, Any]:
+        """Time is counted until the target has written it all; of the last round and of epochs until it is sent."""
         if self._source is None:
             raise HostFailure("the target sends no pages")
         started, before, told = time.monotonic(), self._talk.bytes_sent, time.monotonic()
@@ -161,7 +167,7 @@ class MoverProcess:
         dirty, shared = os.pread(fd, size, 0), os.pread(fd, size, size)
         if len(dirty) < size:
             raise HostFailure(f"a bitmap of {len(dirty)} bytes for {self.order.pages} pages")
-        for pieces in self._source.round(dirty, shared.ljust(size, b"\0")):
+        for pieces in self._records(dirty, shared.ljust(size, b"\0"), epoch=epoch):
             sent = self._talk.bytes_sent
             self._talk.send(pieces)
             self._pace.sent(self._talk.bytes_sent - sent)
@@ -171,7 +177,7 @@ class MoverProcess:
                 told = time.monotonic()
                 self.tell({"event": "progress", **self._so_far(before, started)})
         self._round += 1
-        if not last:
+        if not (last or epoch):
             self._talk.send([wire.record(Kind.ROUND, count=self._round)])
             until = time.monotonic() + ROUND_TIMEOUT
             while self._round_done < self._round:
@@ -179,6 +185,14 @@ class MoverProcess:
                     raise PeerClosed(f"the target did not take a round of pages within {ROUND_TIMEOUT:g} s")
                 self._talk.wait(IDLE_STEP)
         return self._so_far(before, started)
+
+    def _records(self, dirty: bytes, shared: bytes, *, epoch: bool) -> Iterator[list[bytes | memoryview]]:
+        assert self._source is not None
+        if not epoch:
+            return self._source.round(dirty, shared)
+        self._source.copy(dirty, shared)
+        self.tell({"event": "copied"})
+        return self._source.copied()
 
     def _so_far(self, before: int, started: float) -> dict[str, Any]:
         assert self._source is not None
@@ -201,8 +215,20 @@ class MoverProcess:
             self._answers.append(wire.record(Kind.ROUND, count=head.count))
         elif kind is Kind.ROUND:
             self._round_done = head.count
+        elif kind is Kind.EPOCH:
+            self._end_epoch(head.count)
         elif self._sink is not None:
             self._sink.take(head, body)
+
+    def _end_epoch(self, number: int) -> None:
+        """Nothing interrupts this but the end of the process; the host has been told then that it had begun."""
+        assert self._sink is not None
+        if not number:
+            self._sink.stage()
+            return
+        self.tell({"event": "committing"})
+        self._sink.commit()
+        self.tell({"event": "epoch", "number": number})
 
     # -- the two roles
 

@@ -22,6 +22,9 @@ from hypervisor.types import PAGE_SIZE
 
 _KEEP_SIZE_PUNCH_HOLE = 3  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE (linux/falloc.h)
 
+_PAGE_EXTRA = 64
+"""Bytes of a record besides the page, at most."""
+
 Array = Any
 
 
@@ -30,6 +33,8 @@ class PageSink:
 
     :param marks: a byte for each page, set when it was written; None: nobody wants to know.
     :ivar pages: how many were written, each time counted.
+
+    From `stage` on what is taken is kept aside until `commit`: the memory holds one whole epoch, then the next.
     """
 
     def __init__(self, memory: int, pages: int, marks: mmap.mmap | None = None) -> None:
@@ -41,9 +46,32 @@ class PageSink:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
         self.pages = 0
+        self._staged: list[tuple[Header, bytes]] | None = None
+        self._staged_bytes = 0
+
+    def stage(self) -> None:
+        if self._staged is None:
+            self._staged = []
+
+    def commit(self) -> None:
+        """Write what was kept aside. :raises BadRecord: nothing was to be, or it is nonsense, written in part."""
+        if self._staged is None:
+            raise BadRecord("the end of an epoch that was not begun")
+        staged, self._staged, self._staged_bytes = self._staged, [], 0
+        for head, body in staged:
+            self._write_record(head, memoryview(body))
 
     def take(self, head: Header, body: memoryview) -> None:
         """A record of kind PAGES, FILL or COPY. :raises BadRecord: nothing of it was written, or a whole part."""
+        if self._staged is None:
+            self._write_record(head, body)
+            return
+        self._staged_bytes += len(body)
+        if self._staged_bytes > self._limit * (PAGE_SIZE + _PAGE_EXTRA) + wire.MAX_DATA:
+            raise BadRecord(f"an epoch of more than {self._limit} pages")
+        self._staged.append((head, bytes(body)))
+
+    def _write_record(self, head: Header, body: memoryview) -> None:
         if head.kind is Kind.PAGES:
             indexes = self._take_pages(head, body)
         elif head.kind is Kind.FILL:

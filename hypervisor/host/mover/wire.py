@@ -9,6 +9,7 @@ A record is a header of `HEADER` (kind, flags, zero, count, length; little-endia
             FILL       count indexes, then count words (u64) that each fill a page
             COPY       count pairs (u32): this page now holds what that one holds
             ROUND      count is the round's number; answered by ROUND with the same number
+            EPOCH      count 0: from here on pages are kept aside; else they are whole, and to be written: that epoch
     both:   BLOB       count is how many bytes are to come; the name (ASCII, up to `MAX_NAME` bytes)
             DATA       the next bytes of the blob that was announced
             PING, BYE
@@ -62,10 +63,11 @@ class Kind(enum.IntEnum):
     DATA = 10
     PING = 11
     BYE = 12
+    EPOCH = 13
 
 
-FROM_SOURCE = frozenset({Kind.PAGES, Kind.FILL, Kind.COPY, Kind.ROUND, Kind.BLOB, Kind.DATA, Kind.PING, Kind.BYE})
 FROM_TARGET = frozenset({Kind.ROUND, Kind.BLOB, Kind.DATA, Kind.PING, Kind.BYE})
+FROM_SOURCE = FROM_TARGET | {Kind.PAGES, Kind.FILL, Kind.COPY, Kind.EPOCH}
 
 
 class BadRecord(Exception):
@@ -114,7 +116,7 @@ def _fits(kind: Kind, flags: int, count: int, length: int) -> bool:
             return count <= MAX_BLOB and 0 < length <= MAX_NAME
         case Kind.DATA:
             return count == 0 and 0 < length <= MAX_DATA
-        case Kind.ROUND:
+        case Kind.ROUND | Kind.EPOCH:
             return length == 0
         case Kind.REFUSED:
             return count == 0 and length <= MAX_TEXT

@@ -9,6 +9,7 @@ Faults (``inject_link`` of the driver) are met at these points of the source:
 =============  =========================================================================================
 ``starting``   before it has connected
 ``copying``    before a round of copying
+``standby``    before an epoch
 ``switching``  the guest is paused, the rest is not sent yet
 ``complete``   the target has everything and has said so; the source has not heard it
 ``moved``      the source has written down that it is gone, and has not told the target
@@ -55,6 +56,7 @@ class Mover:
     """Part of `hypervisor.toolstack.drivers.fake.FakeToolstack`: what happens to a migration once it was begun."""
 
     store: Store
+    state_dir: str | None
 
     # one step of the source
 
@@ -63,7 +65,12 @@ class Mover:
             move = self.found(ident)
             if move is not None and move.phase is Phase.WAITING and time.time() - move.began > WAIT_SECONDS:
                 drop(self.store, move, MigrationFailed(f"no source has connected within {WAIT_SECONDS:g} s"))
-        steps = {Phase.STARTING: self._connect, Phase.COPYING: self._copy, Phase.SWITCHING: self._switch}
+        steps = {
+            Phase.STARTING: self._connect,
+            Phase.COPYING: self._copy,
+            Phase.STANDBY: self._epoch,
+            Phase.SWITCHING: self._switch,
+        }
         if move is None or move.role is not Role.SOURCE or move.phase not in steps:
             return
         try:
@@ -83,7 +90,7 @@ class Mover:
             half = Move.from_json(doc) if doc is not None else None
             if half is None or half.token != move.token or half.phase not in (Phase.WAITING, Phase.RECEIVING):
                 raise MigrationRefused(f"the target does not wait for migration {move.ident}: prepare it there first")
-            half.phase = Phase.RECEIVING
+            half.phase, half.folder = Phase.RECEIVING, self.state_dir or ""
             put(network, half)
         self._next(move, phase=Phase.COPYING)
 
@@ -100,11 +107,12 @@ class Mover:
         wanted = options.max_rounds if words == "never" else int(words or ROUNDS)
         if move.mode is MigrationMode.IMAGE and guest.option(domain, "shutdown") == "ignore":
             raise OperationTimeout(f"the guest of domain {move.uuid} did not suspend: it runs on")
+        after = Phase.STANDBY if move.mode is MigrationMode.STANDBY else Phase.SWITCHING
         last = move.rounds + 1 >= min(wanted, options.max_rounds) and words != "never"
         left = max(0, wanted - move.rounds - 1) * move.pages_total // max(1, wanted)
         self._next(
             move,
-            phase=Phase.SWITCHING if last else Phase.COPYING,
+            phase=after if last else Phase.COPYING,
             rounds=move.rounds + 1,
             pages_sent=move.pages_sent + max(1, move.dirty_pages or move.pages_total),
             bytes_sent=move.bytes_sent + (max(1, move.dirty_pages or move.pages_total) << 12),
@@ -112,6 +120,36 @@ class Mover:
             rate_bytes=float(1 << 30),
             downtime_estimate_ms=left / 1000,
         )
+
+    def _epoch(self, move: Move) -> None:
+        self._meet("standby")
+        with self.store.transaction():
+            domain = self.store.find(move.uuid)
+            printed = self.store.console(move.uuid) or (b"", 0)
+            typed = self.store.typed_input(move.uuid)
+        if domain is None or domain.ended or domain.domid != move.domid:
+            raise WrongState(f"domain {move.uuid} ended or restarted by itself while it had a standby")
+        with contextlib.closing(Store(move.folder)) as network, network.transaction():
+            _whole(network, move, domain, printed, typed)
+        self._next(move, epochs=move.epochs + 1, rounds=move.rounds + 1, pause_ms=1.0)
+
+    def hand_over(self, ident: str) -> None:
+        """The target asks for the domain that it is the standby of."""
+        with self.store.transaction():
+            move = self.found(ident)
+        if move is not None and move.phase is Phase.STANDBY:
+            self._next(move, phase=Phase.SWITCHING)
+        for _ in range(2):
+            self.advance(ident)
+
+    def was_taken(self, ident: str) -> None:
+        """The target says that it runs the domain."""
+        with self.store.transaction():
+            move = self.found(ident)
+            if move is None or move.phase.ended:
+                return
+            why = MigrationUnresolved("the target runs the domain's last epoch, it was told that this host is dead")
+            self._stuck(move, why, f"paused, {why}: {move.commands()}")
 
     def _switch(self, move: Move) -> None:
         """Two looks: the target becomes complete; the source has moved and says so."""
@@ -163,26 +201,30 @@ class Mover:
                 return
             if unresolved:
                 why = MigrationUnresolved(f"migration {move.ident}: the guest cannot go on here by itself")
-                move.phase, move.error = Phase.UNRESOLVED, why.to_json()
-                move.detail = f"paused on both sides: {move.commands()}"
-                domain = self.store.get(move.uuid)
-                domain.state, domain.detail = DomainState.PAUSED, move.detail
-                self.store.put(domain)
-                self.put_move(move)
+                self._stuck(move, why, f"paused on both sides: {move.commands()}")
             else:
                 self.keep(move, MigrationFailed(f"the connection to the target was lost ({move.phase.value})"))
-        self.hang_up(move)
+        self.hang_up(move, said=False)
 
-    def hang_up(self, move: Move) -> None:
-        """The target sees that the connection has ended."""
+    def _stuck(self, move: Move, why: MigrationUnresolved, detail: str) -> None:
+        move.phase, move.error, move.detail = Phase.UNRESOLVED, why.to_json(), detail
+        domain = self.store.get(move.uuid)
+        domain.state, domain.detail = DomainState.PAUSED, move.detail
+        self.store.put(domain)
+        self.put_move(move)
+
+    def hang_up(self, move: Move, *, said: bool = True) -> None:
+        """The target sees that the connection has ended. :param said: and was told that the source keeps the domain."""
         with (
             contextlib.suppress(ToolstackError),
             contextlib.closing(Store(move.folder)) as network,
             network.transaction(),
         ):
             doc = network.migration(move.ident)
-            if doc is not None and doc["phase"] == Phase.RECEIVING:
+            if doc is not None and (doc["phase"] == Phase.RECEIVING or (said and doc["phase"] == Phase.STANDBY)):
                 drop(network, Move.from_json(doc), MigrationFailed("the source ended the connection"))
+            elif doc is not None and doc["phase"] == Phase.STANDBY:
+                alone(network, Move.from_json(doc))
 
     # ends of a half; inside a transaction
 
@@ -233,7 +275,7 @@ def put(store: Store, move: Move) -> None:
 def _complete(store: Store, source: Move, domain: FakeDomain, printed: tuple[bytes, int], typed: bytes) -> None:
     """The target has everything and keeps it paused."""
     doc = store.migration(source.ident)
-    if doc is None or doc["phase"] not in (Phase.RECEIVING, Phase.COMPLETE):
+    if doc is None or doc["phase"] not in (Phase.RECEIVING, Phase.STANDBY, Phase.COMPLETE):
         raise MigrationRefused(f"the target has given migration {source.ident} up")
     move = Move.from_json(doc)
     domain.spec = dataclasses.replace(domain.spec, owner=move.owner)
@@ -245,6 +287,32 @@ def _complete(store: Store, source: Move, domain: FakeDomain, printed: tuple[byt
     store.put(domain)
     store.set_console(move.uuid, *printed)
     store.set_input(move.uuid, typed)
+    put(store, move)
+
+
+def _whole(store: Store, source: Move, domain: FakeDomain, printed: tuple[bytes, int], typed: bytes) -> None:
+    """The target has an epoch. :raises MigrationRefused: it does not want it any more."""
+    doc = store.migration(source.ident)
+    if doc is None or doc["phase"] not in (Phase.RECEIVING, Phase.STANDBY):
+        raise MigrationRefused(f"the target has given migration {source.ident} up")
+    move = Move.from_json(doc)
+    domain.spec = dataclasses.replace(domain.spec, owner=move.owner)
+    domain.state, domain.migration, domain.hidden = DomainState.PAUSED, move.ident, True
+    store.put(domain)
+    store.set_console(move.uuid, *printed)
+    store.set_input(move.uuid, typed)
+    move.phase, move.epochs = Phase.STANDBY, move.epochs + 1
+    put(store, move)
+
+
+def alone(store: Store, move: Move) -> None:
+    """The source of a standby is silent: its last epoch is here, paused."""
+    domain = next(domain for domain in store.domains() if domain.uuid == move.uuid)
+    move.phase, move.lost_ms = Phase.COMPLETE, 1.0
+    move.detail = f"paused at epoch {move.epochs}: the source is silent; know that it runs there no more, then "
+    move.detail += move.commands()
+    domain.hidden, domain.detail = False, move.detail
+    store.put(domain)
     put(store, move)
 
 

@@ -25,7 +25,8 @@ class Shut(Exception):
 class Move:
     """What `MigrationStatus` has, and besides
 
-    :ivar token: the secret; `folder` state folder of the target; `owner` the marker of the target.
+    :ivar token: the secret; `folder` state folder of the other host, on the target once a source has connected; `owner`
+        the marker of the target.
     :ivar running: whether it ran when it was offered; `domid` that of this half.
     :ivar sent: the target is complete.
     :ivar began: seconds since the epoch.
@@ -57,6 +58,9 @@ class Move:
     downtime_estimate_ms: float = 0.0
     downtime_ms: float = 0.0
     total_s: float = 0.0
+    epochs: int = 0
+    pause_ms: float = 0.0
+    lost_ms: float = 0.0
     error: dict[str, Any] | None = None
     detail: str = ""
 

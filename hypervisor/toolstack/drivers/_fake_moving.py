@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 
@@ -12,6 +13,7 @@ from hypervisor.errors import (
     MigrationRefused,
     MigrationUnresolved,
     SpecInvalid,
+    ToolstackError,
     Unsupported,
     WrongState,
 )
@@ -24,14 +26,14 @@ from hypervisor.toolstack.api import (
     MigrationStatus,
     MigrationTicket,
 )
-from hypervisor.toolstack.drivers._fake_mover import Mover, Phase, Role, drop, go
+from hypervisor.toolstack.drivers._fake_mover import Mover, Phase, Role, alone, drop, go
 from hypervisor.toolstack.drivers._fake_moves import PAGES_PER_MIB, Move
-from hypervisor.toolstack.drivers._fake_store import FakeDomain
+from hypervisor.toolstack.drivers._fake_store import FakeDomain, Store
 from hypervisor.toolstack.drivers._fake_templates import TemplateVerbs
 from hypervisor.toolstack.migration import check_ident
 
 BUILD = "fake-1"
-POINTS = ("starting", "copying", "switching", "complete", "moved")
+POINTS = ("starting", "copying", "standby", "switching", "complete", "moved")
 
 
 class MovingVerbs(Mover, TemplateVerbs):
@@ -156,12 +158,12 @@ class MovingVerbs(Mover, TemplateVerbs):
             raise MigrationRefused(f"type {spec.type.value}, {offer.memory_mib} MiB: this host has no such domains")
         self.check_room(spec, offer.memory_mib)
         used = {domain.domid for domain in self.store.domains()}
-        if mode is MigrationMode.LIVE and (offer.build != BUILD or offer.domid in used):
+        if mode is not MigrationMode.IMAGE and (offer.build != BUILD or offer.domid in used):
             what = (
                 f"domid {offer.domid} is in use here" if offer.domid in used else f"build {offer.build!r} is not ours"
             )
             raise MigrationNotTransparent(f"{what}: move it with mode image")
-        domid = offer.domid if mode is MigrationMode.LIVE else self.store.next_domid()
+        domid = offer.domid if mode is not MigrationMode.IMAGE else self.store.next_domid()
         domain = FakeDomain(
             spec=spec, domid=domid, created_at=time.time(), devices=self.new_devices(spec), migration=ident, hidden=True
         )
@@ -193,7 +195,7 @@ class MovingVerbs(Mover, TemplateVerbs):
                     raise WrongState(f"migration {ident} is {move.phase.value} here, too late to cancel: {move.detail}")
                 self.keep(move, MigrationCancelled(f"migration {ident} was cancelled: the domain runs on"))
             else:
-                if move.phase not in (Phase.WAITING, Phase.RECEIVING):
+                if move.phase not in (Phase.WAITING, Phase.RECEIVING, Phase.STANDBY):
                     raise WrongState(f"migration {ident} is {move.phase.value} here: {move.detail or 'too late'}")
                 drop(self.store, move, MigrationCancelled(f"migration {ident} was cancelled on the target"))
         if move.role is Role.SOURCE:
@@ -216,6 +218,32 @@ class MovingVerbs(Mover, TemplateVerbs):
                 go(self.store, ident)
             else:
                 drop(self.store, move, MigrationFailed(f"migration {ident} was resolved: it does not run here"))
+
+    def migration_takeover(self, ident: str, *, force: bool = False) -> None:
+        with self._verb("migration_takeover"):
+            move = self.move(ident)
+            if move.role is not Role.TARGET or move.mode is not MigrationMode.STANDBY:
+                raise WrongState(f"migration {ident} is no standby that this host could take over")
+            if move.phase is Phase.RUNNING:
+                return
+            if move.phase not in (Phase.STANDBY, Phase.COMPLETE):
+                raise WrongState(f"migration {ident} is {move.phase.value} here: there is no whole epoch to run")
+            if move.phase is Phase.COMPLETE and not force:
+                raise WrongState(f"the source cannot be asked: {move.detail}")
+            if force:
+                if move.phase is Phase.STANDBY:
+                    alone(self.store, move)
+                go(self.store, ident)
+        with contextlib.suppress(ToolstackError), contextlib.closing(Store(move.folder)) as network:
+            source = Mover()
+            source.store, source.state_dir = network, move.folder
+            if force:
+                source.was_taken(ident)
+            else:
+                source.hand_over(ident)
+        with self._verb("migration_takeover"):
+            if self.move(ident).phase is not Phase.RUNNING:
+                raise WrongState(f"the source does not hand domain {move.uuid} over: take it over by force, or wait")
 
     def migration_forget(self, ident: str) -> None:
         with self._verb("migration_forget"):

@@ -126,5 +126,8 @@ class OptionalVerbs:
     def migration_resolve(self, ident: str, *, keep: bool) -> None:
         self.migration_status(ident)
 
+    def migration_takeover(self, ident: str, *, force: bool = False) -> None:
+        self.migration_status(ident)
+
     def migration_forget(self, ident: str) -> None:
         """There is none."""

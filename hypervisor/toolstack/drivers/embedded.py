@@ -243,6 +243,9 @@ class EmbeddedToolstack:
     def migration_resolve(self, ident: str, *, keep: bool) -> None:
         self._client.call("migration.resolve", {"ident": ident, "keep": int(keep)}, BUILD)
 
+    def migration_takeover(self, ident: str, *, force: bool = False) -> None:
+        self._client.call("migration.takeover", {"ident": ident, "force": int(force)}, BUILD)
+
     def migration_forget(self, ident: str) -> None:
         self._client.call("migration.forget", {"ident": ident}, BUILD)
 

@@ -69,7 +69,7 @@ CAPABILITIES = frozenset(
         Capability.TEMPLATES,
     },
 )
-WITH_FOLDER = frozenset({Capability.LIVE_MIGRATION})
+WITH_FOLDER = frozenset({Capability.LIVE_MIGRATION, Capability.STANDBY})
 """What it can do besides when its state is in a folder, where other hosts find it."""
 _SETTINGS = {"state_dir", "cpus", "memory_mib", "hostname", "networks", "first_domid"}
 

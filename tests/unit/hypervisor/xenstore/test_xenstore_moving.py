@@ -168,6 +168,38 @@ def test_what_changes_after_the_nodes_went_ahead_comes_with_the_rest(hosts: tupl
     assert there.handle.read("/local/domain/7/data") is None
 
 
+def test_changes_are_taken_again_and_again_while_it_is_elsewhere(hosts: tuple[Host, Host, Guest]) -> None:
+    here, there, guest = hosts
+    known = moving.Given()
+    moving.take_nodes(there.server, 7, UUID, json.loads(json.dumps(moving.give_nodes(here.server, 7, UUID, known))))
+    data: dict[str, Any] = {}
+    for number in range(3):
+        here.handle.write(f"/local/domain/7/data/{number}", "x")
+        here.handle.remove(f"/local/domain/7/data/{number - 1}")
+        here.ring.close()
+        data = moving.take_changes(
+            there.server, 7, UUID, json.loads(json.dumps(moving.give(here.server, 7, UUID, known)))
+        )
+        here.serve(guest)
+        assert (data["nodes"], data["gone"]) == ([], [])
+        assert there.handle.read(f"/local/domain/7/data/{number}") == "x"
+        assert there.handle.read(f"/local/domain/7/data/{number - 1}") is None
+    for bad in (
+        {"nodes": data["nodes"]},
+        {**data, "gone": ["/local/domain/8/own"]},
+        {**data, "nodes": [["/x", "", ""]]},
+    ):
+        with pytest.raises(Invalid):
+            moving.take_changes(there.server, 7, UUID, bad)
+    moving.take(there.server, 7, UUID, data)
+    here.ring.close()
+    there.serve(guest)
+    there.ring.close()
+    assert moving.give(there.server, 7, UUID)["nodes"] == moving.give(here.server, 7, UUID)["nodes"]
+    with pytest.raises(Invalid):
+        moving.take_changes(there.server, 7, UUID, data)
+
+
 @pytest.mark.parametrize("gone", [["/local/domain/8/own"], ["/local/domain/7//x"], ["/local"], [7], None])
 def test_only_what_is_its_own_can_be_said_to_be_gone(hosts: tuple[Host, Host, Guest], gone: Any) -> None:
     here, there, _ = hosts

@@ -20,7 +20,7 @@ from authority import Authority
 from mover_rig import IDENT, TOKEN, Memory, bitmap, pair
 
 from hypervisor.errors import HostFailure, HostUnavailable, MigrationFailed, MigrationRefused, ToolstackError
-from hypervisor.host.mover import CLOSED, PagesSent, Receiver, Sender, TlsFiles, wire
+from hypervisor.host.mover import CLOSED, EPOCH, PagesSent, Receiver, Sender, TlsFiles, wire
 from hypervisor.host.mover.tls import names
 from hypervisor.host.mover.wire import Kind, Secret
 from hypervisor.host.zygote_client import ZygoteClient
@@ -80,6 +80,30 @@ def test_pages_and_blobs_arrive(place: Place) -> None:
             assert into.read(7) == memory.read(7) and into.read(8) != memory.read(8)
             await receiver.blob("complete", b"")
             assert await sender.receive(ROUND_TRIP) == ("complete", b"")
+
+    place.run(test)
+
+
+def test_an_epoch_arrives_whole(place: Place) -> None:
+    async def test() -> None:
+        memory, into = Memory(PAGES), Memory(PAGES)
+        async with pair(place.zygote, place.source, place.target, memory, into) as (sender, receiver):
+            await sender.commit(0)
+            for number in (1, 2):
+                memory.write(7, b"epoch %d" % number)
+                before, wanted = into.all(), memory.all()
+                # The guest runs on when it is told that it may.
+                sender.on_copied = lambda: memory.write(7, b"later")
+                sent = await sender.epoch(bitmap(PAGES, [7, 8]))
+                assert (sent.pages, sent.zero, memory.read(7)[:5]) == (2, 1, b"later")
+                await sender.blob("state", b"x")
+                assert await receiver.receive(ROUND_TRIP) == ("state", b"x")
+                assert into.all() == before, "nothing of it is there before it is whole"
+                await sender.commit(number)
+                assert await receiver.receive(ROUND_TRIP) == (EPOCH, b"%d" % number)
+                assert into.all() == wanted and not receiver.torn
+            with pytest.raises(HostFailure):
+                await sender.blob(EPOCH, b"3")
 
     place.run(test)
 

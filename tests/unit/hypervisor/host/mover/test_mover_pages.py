@@ -56,6 +56,8 @@ def deliver(stream: bytes, sink: PageSink, spool: Spool | None = None) -> list[A
     def on_record(head: wire.Header, body: memoryview) -> None:
         if head.kind in (Kind.PAGES, Kind.FILL, Kind.COPY):
             sink.take(head, body)
+        elif head.kind is Kind.EPOCH:
+            sink.commit() if head.count else sink.stage()
         elif head.kind not in (Kind.BLOB, Kind.DATA):
             heard.append(head)
         elif spool is not None:
@@ -211,6 +213,49 @@ def test_any_writes_at_any_time_arrive(rounds: list[Any], compress: bool) -> Non
     assert two.into.all() == two.memory.all()
 
 
+EPOCH_BEGINS, EPOCH_ENDS = wire.record(Kind.EPOCH), wire.record(Kind.EPOCH, count=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(epochs=st.lists(st.tuples(writes, writes), min_size=1, max_size=4), compress=st.booleans())
+def test_an_epoch_is_the_memory_at_one_moment_or_nothing(epochs: list[Any], compress: bool) -> None:
+    """The guest writes before an epoch is copied, and while it is sent; a part of it changes nothing."""
+    size = 300
+    two = Two(compress=compress, size=size)
+    two.round(set(range(size)))
+    deliver(EPOCH_BEGINS, two.sink)
+    watched = frozenset({0, 7})
+    dirty: set[int] = set()
+
+    def write(changes: list[tuple[int, int]]) -> None:
+        for page, content in changes:
+            two.memory.write(page, CONTENTS[content].ljust(PAGE_SIZE, b"\0"))
+            dirty.add(page)
+
+    for before, meanwhile in epochs:
+        write(before)
+        sending, dirty, there = dirty | watched, set(), two.into.all()
+        two.source.copy(bits(sending, size), bits(set(watched), size))
+        wanted = two.memory.all()
+        write(meanwhile)
+        stream = b"".join(bytes(piece) for record in two.source.copied() for piece in record)
+        deliver(stream, two.sink)
+        assert two.into.all() == there
+        deliver(EPOCH_ENDS, two.sink)
+        assert two.into.all() == wanted
+    # Handed over in the end, as a migration is.
+    deliver(stream_of(two.source, dirty | watched, watched, size) + EPOCH_ENDS, two.sink)
+    assert two.into.all() == two.memory.all()
+
+
+def test_an_epoch_is_no_larger_than_the_memory() -> None:
+    sink = PageSink(Memory(PAGES).fd, PAGES)
+    deliver(EPOCH_BEGINS, sink)
+    record = pages_record(list(range(PAGES)), b"\1" * PAGES * PAGE_SIZE)
+    with pytest.raises(BadRecord, match="an epoch of more"):
+        deliver(record * 6, sink)
+
+
 # -- records that no honest source sends
 
 
@@ -250,6 +295,7 @@ HOSTILE = {
     "unknown kind": wire.HEADER.pack(99, 0, 0, 0, 0),
     "unknown flags": wire.HEADER.pack(Kind.FILL, 1, 0, 1, 12),
     "not zero": wire.HEADER.pack(Kind.BYE, 0, 1, 0, 0),
+    "the end of no epoch": EPOCH_ENDS,
     "a greeting late": wire.record(Kind.HELLO, bytes(wire.HELLO.size)),
     "an empty batch": wire.header(Kind.PAGES, count=0, length=0),
     "a batch too large": wire.header(Kind.PAGES, count=wire.MAX_BATCH + 1, length=(wire.MAX_BATCH + 1) * 4100),
@@ -278,6 +324,7 @@ for _page in range(0, PAGES, 2):
 STREAM = stream_of(HONEST.source, set(range(PAGES)))
 HONEST.memory.write(33, HONEST.memory.read(2))
 STREAM += stream_of(HONEST.source, {33}) + wire.record(Kind.ROUND, count=1)
+STREAM += EPOCH_BEGINS + stream_of(HONEST.source, {8, 9}) + EPOCH_ENDS
 STREAM += wire.record(Kind.BLOB, b"state", count=5) + wire.record(Kind.DATA, b"hello") + wire.record(Kind.BYE)
 
 
