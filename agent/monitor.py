@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from agent import sdnotify
 from agent.conf_observe import HttpSettings
 from agent.errors import AgentError
 from agent.http import Answer, HttpServer
 from agent.metrics import Metrics
+from hypervisor import sdnotify
 from hypervisor.errors import ToolstackError
 
 LOG = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Monitor:
             if wrong:
                 LOG.error("not well, and the watchdog is not told: %s", wrong)
             else:
-                sdnotify.notify("WATCHDOG=1")
+                sdnotify.alive()
             self._stop.wait(interval)
 
 

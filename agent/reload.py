@@ -9,8 +9,9 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
-from agent import conf, logs, sdnotify
+from agent import conf, logs
 from agent.errors import ConfigError
+from hypervisor import sdnotify
 
 if TYPE_CHECKING:
     from agent.service import Service

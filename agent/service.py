@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from agent import conf, housekeeping, logs, oslo, reload, sdnotify
+from agent import conf, housekeeping, logs, oslo, reload
 from agent.api import Host
 from agent.configdrive.drives import Drives
 from agent.control import Control
@@ -47,6 +47,7 @@ from agent.rpc.peers import BrokerPeers
 from agent.rpc.publisher import Publisher
 from agent.rpc.queues import OsloQueues, declare_notifications
 from agent.usage import DESCRIPTION, EPILOG
+from hypervisor import sdnotify
 from hypervisor.errors import ToolstackError
 from hypervisor.toolstack.api import Toolstack
 
@@ -313,7 +314,7 @@ class Service:
         drained = True
         if hasattr(self, "monitor"):
             seconds = float(self.settings.drain_seconds)
-            sdnotify.stopping(seconds + GIVE_WAY_SECONDS + FLUSH_SECONDS + 10)
+            sdnotify.stopping(seconds + GIVE_WAY_SECONDS + FLUSH_SECONDS + 10, "waiting for running instructions")
             for consumer in self.consumers:
                 consumer.stop()
             drained = self.dispatcher.drain(seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import fcntl
 import logging
@@ -10,6 +11,7 @@ import os
 import resource
 from pathlib import Path
 
+from hypervisor import sdnotify
 from hypervisor.devices.block.backend import BlockBackend
 from hypervisor.errors import HostFailure
 from hypervisor.host import sandbox
@@ -26,10 +28,13 @@ from hypervisor.host.settings import HostSettings, available_mib
 from hypervisor.host.table import DomainTable
 from hypervisor.host.verbs import Verbs
 from hypervisor.host.zygote_client import ZygoteClient
+from hypervisor.waiting import within
 
 LOG = logging.getLogger(__name__)
 
 _PR_SET_CHILD_SUBREAPER = 36
+STOP_SECONDS = 60.0
+"""What the service manager is told that stopping may take; it takes one or two."""
 
 
 class HostProcess:
@@ -153,11 +158,23 @@ def _raise_limits() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+async def until(stop: asyncio.Event) -> None:
+    """Tells the service manager that this loop runs, if it asks for that."""
+    interval = sdnotify.watchdog_seconds() / 2
+    while interval and not stop.is_set():
+        sdnotify.alive()
+        with contextlib.suppress(TimeoutError):
+            await within(stop.wait(), interval)
+    await stop.wait()
+
+
 async def serve(settings: HostSettings, stop: asyncio.Event) -> None:
     """Run until `stop` is set."""
     host = HostProcess(settings)
     try:
         await host.start()
-        await stop.wait()
+        sdnotify.ready(f"serving at {settings.socket}")
+        await until(stop)
     finally:
+        sdnotify.stopping(STOP_SECONDS, "stopping; domains go on")
         await host.stop()

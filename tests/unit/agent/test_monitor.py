@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from agent import conf, reload, sdnotify
+from agent import conf, reload
 from agent.monitor import Monitor
 from agent.rpc.client import Client
 from agent.service import Service
+from hypervisor import sdnotify
 from hypervisor.errors import HostUnavailable
 from hypervisor.toolstack.drivers.fake import FakeToolstack
 

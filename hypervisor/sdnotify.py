@@ -1,6 +1,6 @@
 """What systemd's service manager wants to hear (sd_notify(3)): datagrams to the socket in ``NOTIFY_SOCKET``.
 
-Without that variable, as in a terminal, nothing is sent. Nothing here ever fails the agent.
+Without that variable, as in a terminal, nothing is sent. Nothing here ever fails a daemon.
 """
 
 from __future__ import annotations
@@ -44,9 +44,14 @@ def reloading() -> None:
     notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}", "STATUS=reading the configuration")
 
 
-def stopping(seconds: float) -> None:
+def stopping(seconds: float, status: str) -> None:
     """:param seconds: how long it may take."""
-    notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}", "STATUS=waiting for running instructions")
+    notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}", f"STATUS={status}")
+
+
+def alive() -> None:
+    """See `watchdog_seconds`."""
+    notify("WATCHDOG=1")
 
 
 def watchdog_seconds() -> float:
