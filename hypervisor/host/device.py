@@ -306,8 +306,7 @@ class Device:
         memory = self.memory
         if memory.front is not None and self._generation == await self._driver.ensure():
             return
-        opened = await self._open()
-        generation = await self._driver.ensure()
+        opened, generation = await self._open(), await self._driver.ensure()
         fds = list(opened.fds())
         try:
             message = {"devid": self.devid, "config": {"frontend": config, "device": opened.config}}
@@ -319,8 +318,7 @@ class Device:
             self._refuse(str(answer["broken"]))
             return
         self._generation = generation
-        fresh = memory.front is None
-        memory.front = config
+        fresh, memory.front = memory.front is None, config
         self._save()
         if fresh:
             self._bus.set_error("")
