@@ -47,11 +47,13 @@ def make_kit(folder: Path) -> kit.Kit:
             kit.CRASHES: guest("crash"),
             kit.ECHOES: guest(),
             kit.FOLLOWS: guest(),
+            kit.SUSPENDS: guest(),
         },
         line=LINE.encode(),
         memory_mib=16,
         boot_timeout=15.0,
         image_folder=folder / "images",
+        save_folder=folder / "saved",
         restart_host=lambda: None,  # the driver is stateless between calls: what it knows is on disk and in xenstore
         stop=stop,
     )

@@ -29,7 +29,12 @@ _RECORD = struct.Struct("<II")
 
 
 def opening(config: Mapping[str, Any]) -> bytes:
-    """All that comes before the libxc stream.
+    """All that comes before the libxc stream. :raises StreamInvalid: as `header`."""
+    return header(config) + _LIBXL.pack(IDENT, VERSION, 0) + _RECORD.pack(LIBXC_CONTEXT, 0)
+
+
+def header(config: Mapping[str, Any]) -> bytes:
+    """What `xl` writes before libxl does.
 
     :param config: JSON form of libxl's domain configuration. :raises StreamInvalid: it is too long.
     """
@@ -37,8 +42,7 @@ def opening(config: Mapping[str, Any]) -> bytes:
     if len(text) > MAX_CONFIG:
         raise StreamInvalid(f"the domain's configuration has {len(text)} bytes, at most {MAX_CONFIG} can be saved")
     data = _LENGTH.pack(len(text)) + text
-    head = MAGIC + _XL.pack(BYTE_ORDER, FLAG_JSON | FLAG_STREAM_V2, 0, len(data)) + data
-    return head + _LIBXL.pack(IDENT, VERSION, 0) + _RECORD.pack(LIBXC_CONTEXT, 0)
+    return MAGIC + _XL.pack(BYTE_ORDER, FLAG_JSON | FLAG_STREAM_V2, 0, len(data)) + data
 
 
 def closing() -> bytes:

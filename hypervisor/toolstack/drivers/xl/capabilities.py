@@ -19,6 +19,7 @@ DECLARED = frozenset(
         Capability.NIC,
         Capability.HOTPLUG,
         Capability.RESIZE,
+        Capability.SAVE,
     }
 )
 OF_XEN = {Capability.PV: "pv", Capability.PVH: "hvm", Capability.HVM: "hvm"}

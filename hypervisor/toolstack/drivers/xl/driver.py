@@ -17,6 +17,7 @@ from hypervisor.toolstack.api import (
     DomainSpec,
     DomainState,
     HostInfo,
+    SaveInfo,
 )
 from hypervisor.toolstack.devices import DeviceInfo, DiskSpec, NicSpec
 from hypervisor.toolstack.drivers._optional import OptionalVerbs
@@ -25,6 +26,7 @@ from hypervisor.toolstack.drivers.xl.devices import Devices
 from hypervisor.toolstack.drivers.xl.events import EVENTS
 from hypervisor.toolstack.drivers.xl.host import Host, Settings, state
 from hypervisor.toolstack.drivers.xl.life import Life
+from hypervisor.toolstack.drivers.xl.saving import Saving
 from hypervisor.toolstack.drivers.xl.sizing import Sizing
 from hypervisor.toolstack.drivers.xl.sweep import sweep
 from hypervisor.toolstack.info import still
@@ -45,6 +47,7 @@ class XlToolstack(OptionalVerbs):
         self._life = Life(self._host)
         self._sizing = Sizing(self._host, self._life)
         self._devices = Devices(self._host, self._life)
+        self._saving = Saving(self._host, self._life)
         self._changed = threading.Condition()
         self._changes = 0
         self._capabilities: frozenset[Capability] | None = None
@@ -147,6 +150,15 @@ class XlToolstack(OptionalVerbs):
 
     def detach_device(self, uuid: str, kind: str, ident: str, timeout: float, *, force: bool = False) -> None:
         self._devices.detach(uuid, kind, ident, timeout, force=force)
+
+    # save and restore
+
+    def save(self, uuid: str, path: str, *, keep_running: bool = False, timeout: float = 60.0) -> SaveInfo:
+        return self._saving.save(uuid, path, keep_running=keep_running, timeout=timeout)
+
+    def restore(self, path: str, *, owner: str, name: str = "", uuid: str = "") -> DomainInfo:
+        self._watch()
+        return self._saving.restore(path, owner=owner, name=name, uuid=uuid)
 
     # resize, and looking inside
 

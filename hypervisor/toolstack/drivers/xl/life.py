@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from hypervisor.errors import (
     DomainExists,
@@ -26,7 +26,7 @@ from hypervisor.toolstack.drivers._files import check_files
 from hypervisor.toolstack.drivers.xl import capabilities, config, parsers
 from hypervisor.toolstack.drivers.xl.host import ENDED, REASONS, SUSPENDED, Host, node, pick, split_name, state
 from hypervisor.toolstack.drivers.xl.records import Record
-from hypervisor.toolstack.drivers.xl.runner import BUILD
+from hypervisor.toolstack.drivers.xl.runner import BUILD, STREAM
 
 LOG = logging.getLogger(__name__)
 
@@ -76,19 +76,34 @@ class Life:
 
     def create(self, spec: DomainSpec) -> DomainInfo:
         spec.validate()
+        check_files(spec)
+        return self._made(spec, spec, "", lambda: self._start(spec))
+
+    def restore(self, spec: DomainSpec, run: DomainSpec, path: str) -> DomainInfo:
+        """As `create`, from a saved image that was looked at. :param run: as `Record.run`."""
+        spec.validate()
+        config_file = config.render(run, self._host.settings.networks)
+
+        def start() -> None:
+            file = self._records.config(spec.uuid, config_file)
+            self._xl.run("restore", "-e", "-p", str(file), path, timeout=STREAM)
+
+        return self._made(spec, run, "restored", start)
+
+    def _made(self, spec: DomainSpec, run: DomainSpec, how: str, start: Callable[[], None]) -> DomainInfo:
         self._host.claim()
         self.rows()  # what has ended makes room
         with self._records.lock(), self._records.lock(spec.uuid):
-            self.check(spec, self._host.rows())
-            check_files(spec)
-            record = Record(spec, spec, time.time(), log_start=self._log_size(spec))
+            self.check(run, self._host.rows())
+            record = Record(spec, run, time.time(), log_start=self._log_size(spec))
             self._records.put(record)
             try:
-                row = self.build(record)
+                start()
+                row = self.mark(record)
             except BaseException:
                 self.undo(spec.uuid)
                 raise
-        self._events.publish("created", spec.uuid)
+        self._events.publish("created", spec.uuid, how)
         return self._host.info(row)
 
     def check(self, spec: DomainSpec, rows: list[parsers.Row]) -> None:
@@ -113,10 +128,12 @@ class Life:
 
     def build(self, record: Record) -> parsers.Row:
         """Make it, paused, and mark it. Call with its lock held."""
-        spec = record.spec
+        self._start(record.spec)
+        return self.mark(dataclasses.replace(record, run=record.spec))
+
+    def _start(self, spec: DomainSpec) -> None:
         file = self._records.config(spec.uuid, config.render(spec, self._host.settings.networks))
         self._xl.run("create", "-e", "-p", str(file), timeout=BUILD)
-        return self.mark(dataclasses.replace(record, run=spec))
 
     def mark(self, record: Record) -> parsers.Row:
         """It is ours from now on: in xenstore, and on disk. Call with its lock held."""

@@ -14,7 +14,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
@@ -129,18 +129,19 @@ class Runner:
         path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
         return {"PATH": path.lstrip(":"), "LC_ALL": "C", **self.environment}
 
-    def run(self, *args: str, timeout: float = QUICK) -> str:
+    def run(self, *args: str, timeout: float = QUICK, give_up: Callable[[], None] | None = None) -> str:
         """Run ``xl args`` and return what it printed.
 
+        :param give_up: called twice a second or more; what it raises ends the command.
         :raises ToolstackError: it failed, complained, or cannot be run. :raises OperationTimeout: it took too long.
         """
-        output = self.attempt(*args, timeout=timeout)
+        output = self.attempt(*args, timeout=timeout, give_up=give_up)
         failure = output.failure()
         if failure is not None:
             raise failure
         return output.stdout
 
-    def attempt(self, *args: str, timeout: float = QUICK) -> Output:
+    def attempt(self, *args: str, timeout: float = QUICK, give_up: Callable[[], None] | None = None) -> Output:
         """As `run`, but the caller judges its end."""
         began = time.monotonic()
         try:
@@ -156,7 +157,7 @@ class Runner:
             name = exc.filename or self.program
             raise HostUnavailable(f"{name} cannot be run: {exc.strerror}: install Xen's tools (xen-utils)") from exc
         try:
-            out, err = _collect(process, args[0], began + timeout)
+            out, err = _collect(process, args[0], began + timeout, give_up or (lambda: None))
         finally:
             if process.poll() is None:
                 kill(process)
@@ -189,7 +190,9 @@ def kill(process: subprocess.Popen[bytes]) -> None:
         LOG.error("process %d (xl) cannot be killed: it is another user's", process.pid)
 
 
-def _collect(process: subprocess.Popen[bytes], verb: str, deadline: float) -> tuple[bytes, bytes]:
+def _collect(
+    process: subprocess.Popen[bytes], verb: str, deadline: float, give_up: Callable[[], None]
+) -> tuple[bytes, bytes]:
     """What it prints, until it ends. A child of its own that keeps the pipes open does not hold us."""
     assert process.stdout is not None and process.stderr is not None
     texts: dict[IO[bytes], bytearray] = {process.stdout: bytearray(), process.stderr: bytearray()}
@@ -197,6 +200,7 @@ def _collect(process: subprocess.Popen[bytes], verb: str, deadline: float) -> tu
         for pipe in texts:
             selector.register(pipe, selectors.EVENT_READ)
         while selector.get_map():
+            give_up()
             left = deadline - time.monotonic()
             if left <= 0:
                 raise OperationTimeout(

@@ -163,6 +163,18 @@ class XenstoreClient:
 
         self._transaction(path, act)
 
+    def swap(self, path: str, old: str, new: str) -> bool:
+        """Write `new` where the value is `old` still; False: it is another, or there is no node."""
+
+        def act(link: _Link, number: int) -> bool:
+            answer = link.call(Op.READ, _string(path), number)
+            if _errno(answer) == "ENOENT" or _judge(answer, path) != old.encode():
+                return False
+            _judge(link.call(Op.WRITE, _string(path) + new.encode(), number), path)
+            return True
+
+        return self._transaction(path, act)
+
     def set_perms(self, path: str, perms: Iterable[str]) -> None:
         """:param perms: the owner first, for example ``("n0",)``: nobody but dom0."""
         _judge(self._act(Op.SET_PERMS, _string(path) + b"".join(_string(perm) for perm in perms)), path)

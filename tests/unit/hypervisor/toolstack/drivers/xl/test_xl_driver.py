@@ -195,8 +195,8 @@ def test_an_xl_that_hangs_is_killed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -
     hanging.write_text(f"#!/bin/sh\necho $$ > {pid_file}\nexec sleep 1000\n")
     hanging.chmod(0o755)
     toolstack = xl.create({**rig.settings, "xl": str(hanging), "state_dir": str(rig.folder / "state")})
-    monkeypatch.setattr(runner.Runner.attempt, "__kwdefaults__", {"timeout": 0.3})
-    monkeypatch.setattr(runner.Runner.run, "__kwdefaults__", {"timeout": 0.3})
+    monkeypatch.setattr(runner.Runner.attempt, "__kwdefaults__", {"timeout": 0.3, "give_up": None})
+    monkeypatch.setattr(runner.Runner.run, "__kwdefaults__", {"timeout": 0.3, "give_up": None})
     with pytest.raises(errors.OperationTimeout, match="xl list did not end in time"):
         toolstack.list_domains()
     toolstack.close()

@@ -28,7 +28,7 @@ def died_in_create(rig: Rig, monkeypatch: pytest.MonkeyPatch, step: str) -> Doma
     with monkeypatch.context() as patch:
         patch.setattr(Life, "undo", lambda *_: None)
         if step == "before":
-            patch.setattr(Life, "build", dies)
+            patch.setattr(Life, "_start", dies)
         elif step == "unmarked":
             patch.setattr(Life, "mark", dies)
         elif step == "half":
@@ -80,7 +80,7 @@ def test_a_start_anew_that_was_interrupted(rig: Rig, monkeypatch: pytest.MonkeyP
     rig.toolstack._life.create(spec)  # without watching: nothing sweeps by itself
     with monkeypatch.context() as patch, pytest.raises(Died):
         if step == "build":
-            patch.setattr(Life, "build", dies)
+            patch.setattr(Life, "_start", dies)
         else:
             patch.setattr(XenstoreClient, "set_perms", dies)
         rig.toolstack.reset(spec.uuid)
