@@ -108,13 +108,13 @@ def _disks(
     disks += [disk.to_json() for disk in read]
     for disk in written:
         path = str(sources_of(host).disks.path(domain, disk.id, DiskFormat.QCOW2))
-        place = Place(domain, disk.id, path, "overlay", DiskFormat.QCOW2, _size(disk), True, disk.format.value)
+        place = Place(domain, disk.id, path, "overlay", DiskFormat.QCOW2, image_size(disk), True, disk.format.value)
         items.append({"place": dataclasses.asdict(place), "base": disk.path})
         disks.append(dataclasses.replace(disk, path=path, format=DiskFormat.QCOW2).to_json())
     return sorted(disks, key=lambda disk: str(disk.get("id"))), items
 
 
-def _size(disk: DiskSpec) -> int:
+def image_size(disk: DiskSpec) -> int:
     """Of the disk that an image holds, bytes. :raises InstructionError: it cannot be read."""
     try:
         with open(disk.path, "rb") as file:

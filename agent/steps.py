@@ -10,12 +10,23 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from agent.api import Check, Context, Host, JsonDict, Step, own_domain
-from hypervisor.errors import DeviceExists, DeviceNotFound, DomainNotFound, HostFailure, OperationTimeout
-from hypervisor.toolstack.api import DomainState
+from hypervisor.errors import DeviceExists, DeviceNotFound, DomainNotFound, HostFailure, OperationTimeout, Unsupported
+from hypervisor.toolstack.api import DomainState, Toolstack
 from hypervisor.toolstack.devices import DeviceInfo, DeviceState, DiskSpec, NicSpec
 
 DETACH_CHUNK = 5.0
 """Seconds of one call of the driver: between two of them the agent can be stopped."""
+
+
+def template_images(toolstack: Toolstack) -> set[str]:
+    """Images on which guests of templates come back: they are needed, whatever becomes of the domains.
+
+    :raises ToolstackError: nobody can tell.
+    """
+    try:
+        return {disk.path for template in toolstack.template_list() for disk in template.spec.disks}
+    except Unsupported:
+        return set()
 
 
 @dataclasses.dataclass(frozen=True)

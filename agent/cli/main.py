@@ -38,6 +38,7 @@ from agent.cli import (
     resize,
     saving,
     schema,
+    snapshot,
     template,
     top,
 )
@@ -67,6 +68,8 @@ COMMANDS: dict[str, Any] = {
     "domain detach-nic": devices.DomainDetachNic,
     "domain resize": resize.DomainResize,
     "domain save": saving.DomainSave,
+    "domain snapshot": snapshot.DomainSnapshot,
+    "domain revert": snapshot.DomainRevert,
     "domain restore": saving.DomainRestore,
     "template create": template.TemplateCreate,
     "template list": template.TemplateList,
@@ -113,8 +116,8 @@ DESCRIPTION = """\
 Look after a Reeve node: its domains, its images and what it needs.
 
 `node`, `domain`, `block`, `network` and `migration` commands and `top` talk to the driver on this machine;
-`domain migrate` and `host evacuate` ask the agent, since two hosts take part; `instruct` sends any instruction
-through the message broker, as a cloud scheduler would.
+`domain migrate` and `host evacuate` ask the agent, since two hosts take part, `domain snapshot` and `domain revert`
+too; `instruct` sends any instruction through the message broker, as a cloud scheduler would.
 Start with `reeve doctor`."""
 
 

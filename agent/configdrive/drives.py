@@ -18,6 +18,7 @@ from pathlib import Path
 from agent.configdrive.iso import maker_of, write_iso
 from agent.durable import private
 from agent.errors import ConfigError, InstructionError
+from agent.steps import template_images
 from hypervisor.errors import DomainNotFound
 from hypervisor.toolstack.api import Toolstack
 
@@ -137,7 +138,7 @@ class Drives:
 
 
 def wanted_drives(toolstack: Toolstack, domains: Set[str]) -> set[str]:
-    """For `Drives.sweep`: the domains, and the disks of those that are there.
+    """For `Drives.sweep`: the domains, and the disks of those that are there, or can come back from a template.
 
     A domain that was restored under another UUID has the drive of the one that was saved.
     :raises ToolstackError: the host does not answer.
@@ -146,7 +147,7 @@ def wanted_drives(toolstack: Toolstack, domains: Set[str]) -> set[str]:
     for domain in toolstack.list_domains():
         with contextlib.suppress(DomainNotFound):
             paths |= {disk.path for disk in toolstack.get_spec(domain.uuid).disks}
-    return paths | domains
+    return paths | domains | template_images(toolstack)
 
 
 def _saved(line: str) -> str:

@@ -14,6 +14,8 @@ from agent.configdrive.content import FirstBoot
 from agent.configdrive.drives import Drives
 from agent.configdrive.request import drive_files
 from agent.errors import InstructionError
+from agent.steps import template_images
+from hypervisor.errors import ToolstackError
 
 LOG = logging.getLogger(__name__)
 
@@ -58,10 +60,12 @@ class RemoveDriveStep(Step):
     domain: str
 
     def run(self, ctx: Context) -> JsonDict | None:
+        drives = drives_of(ctx.host)
         try:
-            drives_of(ctx.host).remove(self.domain)
-        except InstructionError as exc:
-            LOG.warning("%s", exc)
+            if str(drives.path(self.domain)) not in template_images(ctx.host.toolstack):
+                drives.remove(self.domain)
+        except (InstructionError, ToolstackError) as exc:
+            LOG.warning("config drive of domain %s stays: %s", self.domain, exc)
         return None
 
     def check(self, ctx: Context) -> Check:

@@ -147,6 +147,23 @@ def test_what_no_template_is_made_of(bench: Bench, guest: DomainInfo) -> None:
     assert toolstack.template_list() == [there]
 
 
+def test_its_domain_comes_back_as_it_was_on_other_disks(bench: Bench, guest: DomainInfo) -> None:
+    """What a snapshot is made of, and as often as it is wanted."""
+    bench.needs(Capability.DISK)
+    toolstack, disk = bench.toolstack, DiskSpec("xvda", bench.image())
+    one = bench.booted(SUSPENDS, disks=(disk,), metadata=(("colour", "red"),))
+    before, template = toolstack.get_spec(one.uuid), make(bench, one)
+    for _ in range(2):
+        other = dataclasses.replace(disk, path=bench.image())
+        info = toolstack.clone(template.name, dataclasses.replace(template.spec, owner=OWNER, disks=(other,)))
+        assert (info.uuid, info.name, info.state, info.owner) == (one.uuid, one.name, DomainState.PAUSED, OWNER)
+        now = toolstack.get_spec(one.uuid)
+        assert (now.disks, now.metadata, now.boot) == ((other,), before.metadata, before.boot)
+        toolstack.unpause(one.uuid)
+        bench.answers(one.uuid)
+        toolstack.destroy(one.uuid)
+
+
 def test_devices_of_the_guest_must_be_there(bench: Bench, guest: DomainInfo) -> None:
     bench.needs(Capability.DISK)
     bench.needs(Capability.NIC)

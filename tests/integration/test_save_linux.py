@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -20,9 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import xen_tree
 from net_guests import Guest, build_net_image, build_netload, net_host
 
+from agent.api import Host, JsonDict, NoPeers, Plugin
+from agent.cli.local import NoClaims, NoImages
+from agent.context import StepContext
 from agent.images import Image
+from agent.images.remote.disks import Disks
 from hypervisor.toolstack.api import DomainState, Toolstack
 from hypervisor.toolstack.devices import DeviceState, DiskSpec, NicSpec
+from plugins.revert import Revert
+from plugins.snapshot import Snapshot
 
 pytestmark = pytest.mark.timeout(1200)
 MIB = 1 << 20
@@ -204,3 +214,48 @@ def test_the_balloon_and_vcpus_still_follow(small: Guest, large: Guest, tmp_path
               "echo 1 >/sys/devices/system/cpu/cpu$n/online || true; done")  # fmt: skip
     _until(lambda: toolstack.get_domain(large.uuid).vcpus == 4, "four vCPUs")
     goes_on(large)
+
+
+def marked(guest: Guest) -> str:
+    """What memory and disk say that was written to both."""
+    read = "dd if=/dev/xvda bs=512 skip=30000 count=1 iflag=direct 2>/dev/null | head -c 3"
+    found = re.search(r"MARKS (\w+) (\w+)", guest.run(f"echo MARKS $(cat /tmp/mark) $({read})"))
+    assert found is not None and found[1] == found[2], found
+    return found[1]
+
+
+def carry_out(plugin: Plugin, args: JsonDict, host: Host) -> JsonDict:
+    plan = plugin.plan(args, host)
+    ctx = StepContext(host, str(uuid.uuid4()), threading.Event())
+    for step in plan.steps:
+        ctx.outputs[step.name] = step.run(ctx) or {}
+    return plugin.result(args, plan, ctx) or {}
+
+
+@pytest.mark.skipif(shutil.which("qemu-img") is None, reason="apt-get install qemu-utils")
+def test_a_snapshot_of_memory_and_disks(small: Guest, folder: Path) -> None:
+    toolstack = small.toolstack
+    sources: Any = SimpleNamespace(disks=Disks(folder / "images"))
+    owner = toolstack.get_domain(small.uuid).owner
+    host = Host("node1", owner, toolstack, NoClaims(), NoImages(), {}, NoPeers(), sources)
+
+    def mark(word: str) -> None:
+        small.run(f"echo {word} >/tmp/mark; dd if=/tmp/mark of=/dev/xvda bs=512 seek=30000 conv=sync,fsync 2>/dev/null")
+        assert marked(small) == word
+
+    mark("one")
+    before = toolstack.get_spec(small.uuid).disks[0].path
+    made = carry_out(Snapshot(), {"uuid": small.uuid, "name": "one"}, host)
+    image = Path(before).read_bytes()
+    small.reconnect()
+    mark("two")
+    kept = carry_out(Revert(), {"uuid": small.uuid, "name": "one"}, host)["kept_as"]
+    small.reconnect()
+    assert marked(small) == "one"
+    goes_on(small)
+    carry_out(Revert(), {"uuid": small.uuid, "name": kept}, host)
+    small.reconnect()
+    assert marked(small) == "two"
+    goes_on(small)
+    assert Path(before).read_bytes() == image, "the image below is as it was"
+    assert Path(made["disks"]["xvda"]).exists()

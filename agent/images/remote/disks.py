@@ -22,7 +22,7 @@ import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +136,44 @@ class Disks:
         """Whether anything would go with a domain that is destroyed."""
         return any(True for _ in self._going(domain))
 
-    def forget(self, domain: str) -> None:
+    def goes(self, domain: str, path: str) -> bool:
+        """Whether a disk of the domain would go with it."""
+        return any(note.file == self._name(path) for _, note in self._going(domain))
+
+    def forget(self, domain: str, needed: Collection[str] = ()) -> None:
         """Remove the kernel and ramdisk of a domain that is destroyed, and the disks that are to go with it.
 
-        :raises InstructionError: something stays.
+        :param needed: images that others need still; they stay, and so do those on which any that stays lies.
+        :raises InstructionError: something stays that should go.
         """
-        for what, note in list(self._going(domain)):
+        going = {note.file: (what, note) for what, note in self._going(domain)}
+        for path in needed:
+            going.pop(self._name(path), None)
+        while going and (below := self._below(going) & set(going)):
+            for name in below:
+                del going[name]
+        for what, note in going.values():
             self._remove(domain, what, note)
+
+    def _below(self, going: Collection[str]) -> set[str]:
+        """Names of the files here on which overlays lie that stay. :raises InstructionError: nobody can tell."""
+        found = set()
+        for path in self.folder.glob("*.qcow2"):
+            if path.name in going:
+                continue
+            try:
+                backing = _backing(path)
+            except FileNotFoundError:
+                continue
+            except OSError as exc:
+                raise _untold(path, exc) from exc
+            found.add(self._name(backing))
+        return found
+
+    def _name(self, path: str) -> str:
+        """Of a file in the folder; "" for others."""
+        folder, name = os.path.split(path)
+        return name if folder and os.path.realpath(folder) == os.path.realpath(self.folder) else ""
 
     def bases(self) -> set[str]:
         """Keys of the cached images that disks lie on. :raises InstructionError: nobody can tell."""

@@ -11,6 +11,8 @@ from agent.api import Check, Context, Host, JsonDict, Step
 from agent.errors import InstructionError
 from agent.images.remote.disks import Place
 from agent.images.remote.source import Source
+from agent.steps import template_images
+from hypervisor.errors import ToolstackError
 
 if TYPE_CHECKING:
     from agent.images.remote.download import Progress
@@ -115,9 +117,9 @@ class RemoveFilesStep(Step):
 
     def run(self, ctx: Context) -> JsonDict | None:
         try:
-            sources_of(ctx.host).disks.forget(self.domain)
-        except InstructionError as exc:
-            LOG.warning("%s", exc)
+            sources_of(ctx.host).disks.forget(self.domain, template_images(ctx.host.toolstack))
+        except (InstructionError, ToolstackError) as exc:
+            LOG.warning("files of domain %s stay: %s", self.domain, exc)
         return None
 
     def check(self, ctx: Context) -> Check:

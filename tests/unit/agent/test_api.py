@@ -25,7 +25,8 @@ def test_plans_of_every_verb_survive_json(rig: Rig, tmp_path: Path) -> None:
     disk, nic = {"id": "xvda", "path": str(tmp_path / "disk")}, {"id": 0}
     uuid = rig.create(disks=[disk], nics=[nic])
     resized = rig.create("resized")
-    rig.toolstack.template_create(rig.create("kept"), "kept", ident="0")
+    kept = rig.create("kept")
+    rig.toolstack.template_create(kept, "kept", ident="0")
     rig.ok("resize", {"uuid": resized, "mode": "cold", "memory_mib": 128})
     args: dict[str, Any] = {
         "create": {"name": "other", "memory_mib": 8, "kernel": str(rig.kernel), "metadata": {"k": "v"}},
@@ -45,6 +46,8 @@ def test_plans_of_every_verb_survive_json(rig: Rig, tmp_path: Path) -> None:
         "migrations": {},
         "template_create": {"uuid": uuid, "name": "base"},
         "template_list": {},
+        "snapshot": {"uuid": rig.create("plain"), "name": "snap"},
+        "revert": {"uuid": kept, "name": "kept"},
         "template_remove": {"name": "kept"},
         "cancel_migration": {"ident": uuid},
         "resolve_migration": {"ident": uuid, "keep": True},
