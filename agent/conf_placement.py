@@ -99,7 +99,7 @@ class PlacementSettings(conf_keystone.KeystoneSettings):
     interval: int = 60
     timeout: float = 10.0
     ca_file: str = ""
-    project_name: str = "service"
+    project_name: str = dataclasses.field(default="service", kw_only=True)
 
 
 def settings(values: Mapping[str, Any], host: str) -> PlacementSettings:
