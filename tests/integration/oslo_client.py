@@ -47,8 +47,8 @@ def listen(conf: cfg.ConfigOpts, topics: list) -> None:
     transport = oslo_messaging.get_notification_transport(conf)
     targets = [oslo_messaging.Target(topic=topic) for topic in topics]
     listener = oslo_messaging.get_notification_listener(transport, targets, [Endpoint()], executor="threading")
+    answer({"ready": True})  # before: it may hear something at once
     listener.start()
-    answer({"ready": True})
     sys.stdin.read()
     listener.stop()
     listener.wait()
