@@ -24,7 +24,8 @@ UUID = "12345678-1234-4234-8234-1234567890ab"
 @pytest.fixture
 def kernel(tmp_path: Path) -> str:
     path = tmp_path / "kernel"
-    path.write_bytes(b"\x7fELF" + bytes(500))
+    if not path.exists():  # an instruction may be reading it
+        path.write_bytes(b"\x7fELF" + bytes(500))
     return str(path)
 
 
