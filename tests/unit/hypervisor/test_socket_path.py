@@ -22,7 +22,7 @@ def test_a_path_of_any_length(tmp_path: Path) -> None:
         assert (folder / "sock").is_socket()
         with short_path(folder / "sock") as address:
             client.connect(address)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

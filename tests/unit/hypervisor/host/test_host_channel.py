@@ -49,7 +49,7 @@ def test_nonsense_is_refused_and_its_descriptors_closed(data: bytes) -> None:
         socket.send_fds(theirs, [data], [file.fileno()] * 3)
     with pytest.raises(BadMessage):
         one.receive()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_too_long_is_refused_on_both_sides() -> None:

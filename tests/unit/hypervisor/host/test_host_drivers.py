@@ -185,7 +185,7 @@ def test_what_was_written_is_asked_over_the_channel(tmp_path: Path) -> None:
     def tell(op: str, *, fds: int = 1, **fields: object) -> dict[str, object]:
         before = len(os.listdir("/proc/self/fd"))
         answer = process._answer({"op": op, "devid": 5, **fields}, [os.open(record, os.O_RDONLY) for _ in range(fds)])
-        assert len(os.listdir("/proc/self/fd")) == before, "a descriptor is left"
+        assert len(os.listdir("/proc/self/fd")) <= before, "a descriptor is left"
         return answer["result"]  # type: ignore[no-any-return]
 
     process._driver = toy_device.ToyDriver(toy_device.NoLink(), loop, lambda *_: None)

@@ -151,7 +151,7 @@ def test_the_log_ends_and_leaves_nothing(rig: Rig) -> None:
     assert rig.part.state() == {"frozen": False, "incoming": False, "logged": True}
     rig.ask("log", on=False)
     rig.ask("log", on=False)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     assert rig.guest.punched is None and rig.log is not None and rig.log.range == (0, 0)
     with pytest.raises(WrongState, match="migration_log"):
         rig.ask("dirty")

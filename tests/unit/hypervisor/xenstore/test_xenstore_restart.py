@@ -365,7 +365,7 @@ def test_a_new_file_that_cannot_be_written_is_given_up(tmp_path: Path, monkeypat
     for number in range(300):
         handle.write("/a", str(number))
     assert "is not made smaller" in caplog.text and "cannot be kept" not in caplog.text
-    assert len(os.listdir("/proc/self/fd")) == fds
+    assert len(os.listdir("/proc/self/fd")) <= fds
     assert Handle(open_server_elsewhere(path, tmp_path, monkeypatch, real)).read("/a") == "299"
 
 

@@ -171,7 +171,7 @@ def test_nothing_is_left_behind(rig: Rig) -> None:
     assert rig.guest.mapped == 2
     rig.driver.disconnect(51712)
     assert rig.guest.mapped == 0
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.parametrize("what", ["ring", "port"])
@@ -182,7 +182,7 @@ def test_unusable_connection(rig: Rig, what: str) -> None:
     with pytest.raises(DeviceBroken, match="4711" if what == "port" else "mapped"):
         rig.connect(front)
     assert rig.guest.mapped == 0
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_guest_that_ends(rig: Rig) -> None:

@@ -117,7 +117,7 @@ def test_bad_qcow2_headers_are_refused(home: Path, changes: dict[str, Any], mess
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises((ImageInvalid, ImageInUse), match=message):
         opened(home, path, "qcow2")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_loops_end(home: Path) -> None:

@@ -415,7 +415,7 @@ def test_no_process_and_no_descriptor_is_left(place: Place) -> None:
         async with pair(place.zygote, place.source, place.target, memory, into) as (sender, receiver):
             await sender.blob("state", b"x")
             await receiver.receive(ROUND_TRIP)
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before
         async with asyncio.timeout(ROUND_TRIP):
             while children().strip():
                 await asyncio.sleep(0.01)
