@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 from agent.api import Check, Context, Host, InstructionError, JsonDict, Step, own_domain
 from agent.from_template import OverlayStep, image_size
 from agent.images.remote.disks import Place
+from agent.steps import is_here
 from hypervisor.errors import DomainNotFound, TemplateExists, TemplateNotFound
-from hypervisor.toolstack.api import DomainSpec, DomainState, TemplateInfo
+from hypervisor.toolstack.api import DomainSpec, TemplateInfo
 from hypervisor.toolstack.devices import DiskFormat
 
 
@@ -55,13 +56,13 @@ class TemplateStep(Step):
         if self._mine(ctx) is None:
             return Check.NOT_DONE
         # Whole, and its domain still here: the host process is about to take it away.
-        return Check.UNKNOWN if _here(ctx, self.uuid) and not self.keep_running else Check.DONE
+        return Check.UNKNOWN if is_here(ctx.host, self.uuid) and not self.keep_running else Check.DONE
 
     def undo(self, ctx: Context) -> None:
         made = self._mine(ctx)
         if made is None:
             return
-        if not _here(ctx, self.uuid):
+        if not is_here(ctx.host, self.uuid):
             ctx.host.toolstack.clone(self.template, dataclasses.replace(made.spec, owner=ctx.host.owner))
             ctx.host.toolstack.unpause(self.uuid)
         with contextlib.suppress(TemplateNotFound):
@@ -92,10 +93,10 @@ class EndStep(Step):
         return None
 
     def check(self, ctx: Context) -> Check:
-        return Check.NOT_DONE if _here(ctx, self.uuid) else Check.DONE
+        return Check.NOT_DONE if is_here(ctx.host, self.uuid) else Check.DONE
 
     def undo(self, ctx: Context) -> None:
-        if not _here(ctx, self.uuid):
+        if not is_here(ctx.host, self.uuid):
             ctx.host.toolstack.create(DomainSpec.from_json(self.spec))
             ctx.host.toolstack.unpause(self.uuid)
 
@@ -126,32 +127,12 @@ class GoOnStep(Step):
         return None
 
     def check(self, ctx: Context) -> Check:
-        return Check.DONE if _here(ctx, self.uuid) else Check.NOT_DONE
+        return Check.DONE if is_here(ctx.host, self.uuid) else Check.NOT_DONE
 
     def undo(self, ctx: Context) -> None:
         with contextlib.suppress(DomainNotFound):
             own_domain(ctx.host, self.uuid)
             ctx.host.toolstack.destroy(self.uuid)
-
-
-@dataclasses.dataclass(frozen=True)
-class StartStep(Step):
-    name: ClassVar[str] = "start"
-    title: ClassVar[str] = "let it run on"
-
-    uuid: str
-
-    def run(self, ctx: Context) -> JsonDict | None:
-        own_domain(ctx.host, self.uuid)
-        ctx.host.toolstack.unpause(self.uuid)
-        return {"domain": ctx.host.toolstack.get_domain(self.uuid).to_json()}
-
-    def check(self, ctx: Context) -> Check:
-        state = ctx.host.toolstack.get_domain(self.uuid).state
-        return Check.UNKNOWN if state is DomainState.UNKNOWN else Check.NOT_DONE  # the driver takes it quietly
-
-    def undo(self, ctx: Context) -> None:
-        """The step before it takes the domain away."""
 
 
 def going_on(spec: DomainSpec, host: Host, template: str, ident: str, mark: str) -> tuple[tuple[Step, ...], GoOnStep]:
@@ -193,11 +174,3 @@ def result(uuid: str, host: Host, outputs: Mapping[str, Any]) -> JsonDict:
     spec = host.toolstack.get_spec(uuid)
     domain = outputs.get("start", {}).get("domain") or host.toolstack.get_domain(uuid).to_json()
     return {"domain": domain, "disks": {disk.id: disk.path for disk in spec.disks}}
-
-
-def _here(ctx: Context, uuid: str) -> bool:
-    try:
-        own_domain(ctx.host, uuid)
-    except DomainNotFound:
-        return False
-    return True

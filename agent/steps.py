@@ -1,4 +1,4 @@
-"""Steps that several verbs take: claim, attach, wait for a device, detach."""
+"""Steps that several verbs take: claim, attach, wait for a device, detach, let a domain run on."""
 
 from __future__ import annotations
 
@@ -160,6 +160,37 @@ class DetachStep(Step):
         except OperationTimeout:
             return False
         return True
+
+
+@dataclasses.dataclass(frozen=True)
+class StartStep(Step):
+    """The last of a plan that has built a domain."""
+
+    name: ClassVar[str] = "start"
+    title: ClassVar[str] = "let it run on"
+
+    uuid: str
+
+    def run(self, ctx: Context) -> JsonDict | None:
+        own_domain(ctx.host, self.uuid)
+        ctx.host.toolstack.unpause(self.uuid)
+        return {"domain": ctx.host.toolstack.get_domain(self.uuid).to_json()}
+
+    def check(self, ctx: Context) -> Check:
+        state = ctx.host.toolstack.get_domain(self.uuid).state
+        return Check.UNKNOWN if state is DomainState.UNKNOWN else Check.NOT_DONE  # the driver takes it quietly
+
+    def undo(self, ctx: Context) -> None:
+        """The step before it takes the domain away."""
+
+
+def is_here(host: Host, uuid: str) -> bool:
+    """Whether there is such a domain, of this agent. :raises ToolstackError: as `own_domain`, but for its absence."""
+    try:
+        own_domain(host, uuid)
+    except DomainNotFound:
+        return False
+    return True
 
 
 def find_device(host: Host, uuid: str, kind: str, ident: str) -> DeviceInfo | None:

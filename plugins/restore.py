@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from agent.api import NAME_SCHEMA, UUID_SCHEMA, Check, Context, Host, JsonDict, Plan, Plugin, Step, own_domain
+from agent.steps import StartStep, is_here
 from hypervisor.errors import DomainExists, DomainNotFound
-from hypervisor.toolstack.api import DomainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,38 +29,12 @@ class BuildStep(Step):
         return {"domain": info.to_json()}
 
     def check(self, ctx: Context) -> Check:
-        try:
-            own_domain(ctx.host, self.uuid)
-        except DomainNotFound:
-            return Check.NOT_DONE
-        return Check.DONE
+        return Check.DONE if is_here(ctx.host, self.uuid) else Check.NOT_DONE
 
     def undo(self, ctx: Context) -> None:
         with contextlib.suppress(DomainNotFound):
             own_domain(ctx.host, self.uuid)
             ctx.host.toolstack.destroy(self.uuid)
-
-
-@dataclasses.dataclass(frozen=True)
-class StartStep(Step):
-    name: ClassVar[str] = "start"
-    title: ClassVar[str] = "let it run on"
-
-    uuid: str
-
-    def run(self, ctx: Context) -> JsonDict | None:
-        own_domain(ctx.host, self.uuid)
-        ctx.host.toolstack.unpause(self.uuid)
-        return {"domain": ctx.host.toolstack.get_domain(self.uuid).to_json()}
-
-    def check(self, ctx: Context) -> Check:
-        state = ctx.host.toolstack.get_domain(self.uuid).state
-        if state is DomainState.UNKNOWN:
-            return Check.UNKNOWN
-        return Check.NOT_DONE  # also when it runs: the driver takes it quietly
-
-    def undo(self, ctx: Context) -> None:
-        """The step before it takes the domain away."""
 
 
 class Restore(Plugin):

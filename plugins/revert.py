@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from agent.api import NAME_SCHEMA, UUID_SCHEMA, WAIT_SCHEMA, Context, Host, JsonDict, Plan, Plugin, Step, own_domain
 from agent.from_template import OverlayStep
-from agent.snapshots import EndStep, GoOnStep, StartStep, TemplateStep, check_new, going_on, result, snapshot_of
+from agent.snapshots import EndStep, GoOnStep, TemplateStep, check_new, going_on, result, snapshot_of
+from agent.steps import StartStep
 from hypervisor.errors import DomainNotFound
 
 

@@ -23,7 +23,8 @@ from agent.api import (
     own_domain,
 )
 from agent.configdrive.steps import drives_of
-from hypervisor.errors import DomainNotFound, HostFailure
+from agent.steps import is_here
+from hypervisor.errors import HostFailure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class SaveStep(Step):
 
     def check(self, ctx: Context) -> Check:
         whole = os.path.lexists(self.path)
-        if self._here(ctx) and not self.keep_running:
+        if is_here(ctx.host, self.uuid) and not self.keep_running:
             # Whole, and still here: the host process is about to take it away.
             return Check.UNKNOWN if whole else Check.NOT_DONE
         return Check.DONE if whole else Check.NOT_DONE
@@ -59,18 +60,11 @@ class SaveStep(Step):
     def undo(self, ctx: Context) -> None:
         if not os.path.lexists(self.path):
             return
-        if not self._here(ctx):
+        if not is_here(ctx.host, self.uuid):
             ctx.host.toolstack.restore(self.path, owner=ctx.host.owner)
             ctx.host.toolstack.unpause(self.uuid)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
-
-    def _here(self, ctx: Context) -> bool:
-        try:
-            own_domain(ctx.host, self.uuid)
-        except DomainNotFound:
-            return False
-        return True
 
 
 class Save(Plugin):

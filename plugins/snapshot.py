@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from agent.api import NAME_SCHEMA, UUID_SCHEMA, WAIT_SCHEMA, Context, Host, JsonDict, Plan, Plugin, own_domain
 from agent.from_template import OverlayStep
-from agent.snapshots import GoOnStep, StartStep, TemplateStep, check_new, going_on, result
+from agent.snapshots import GoOnStep, TemplateStep, check_new, going_on, result
+from agent.steps import StartStep
 
 
 class Snapshot(Plugin):
