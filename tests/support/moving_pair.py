@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import signal
 import uuid
@@ -206,3 +207,14 @@ def kill_all(pids: list[int]) -> None:
 
 
 Check = Callable[[], bool]
+
+
+def is_whole(pair: Pair, domain: str) -> None:
+    """A guest `memtouch` runs in one place, and everything it wrote is there."""
+    places = pair.places(domain)
+    assert list(places.values()) == [DomainState.RUNNING], places
+    toolstack = pair.toolstack(pair.rigs[next(iter(places))])
+    toolstack.shutdown(domain)
+    until(lambda: b"pages wrong" in toolstack.console_log(domain), "what the guest says of its memory", 60)
+    said = toolstack.console_log(domain)
+    assert re.search(rb"memtouch: OK, 0 pages wrong", said), said[-300:]

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from agent import executor
 from agent.api import Host, NoPeers, Peers
 from agent.executor import Executor
 from agent.images.remote.fetcher import Fetcher
@@ -23,6 +26,10 @@ from hypervisor.toolstack.api import DomainSpec, KernelBoot
 from hypervisor.toolstack.drivers.fake import FakeToolstack
 
 HOST = "node1"
+
+
+class Killed(BaseException):
+    """What SIGKILL does, as far as a thread can see it."""
 
 
 @dataclasses.dataclass
@@ -54,6 +61,21 @@ class Rig:
         reply = self.run(verb, args, **fields)
         assert reply.error is None and reply.result is not None, reply.error
         return reply.result
+
+    def killed(self, monkeypatch: pytest.MonkeyPatch, at: str, args: Mapping[str, Any]) -> None:
+        """Killed at a boundary ("verb:…"), the agent takes the instruction up again, and it succeeds."""
+
+        def boundary(name: str) -> None:
+            if name == at:
+                raise Killed
+
+        ident = self.accept(at.partition(":")[0], args)
+        monkeypatch.setattr(executor, "boundary", boundary)
+        with pytest.raises(Killed):
+            self.executor.run(ident)
+        monkeypatch.undo()
+        self.executor.run(ident)
+        assert self.reply(ident).ok, self.reply(ident).error
 
     def refused(self, code: str, verb: str, args: Mapping[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
         """The instruction fails with `code`, in one line, and leaves no claim and no open row."""

@@ -8,12 +8,7 @@ from pathlib import Path
 import pytest
 from agent_rig import Rig
 
-from agent import executor
 from hypervisor.errors import HostFailure, InsufficientMemory
-
-
-class Killed(BaseException):
-    pass
 
 
 def path(rig: Rig, name: str = "web.save") -> Path:
@@ -85,7 +80,8 @@ def test_a_restore_that_fails_leaves_the_file(rig: Rig, when: str) -> None:
 @pytest.mark.parametrize("at", ["save:planned", "save:save:begun", "save:save:ran", "save:save:done", "save:finishing"])
 def test_save_killed_at(rig: Rig, monkeypatch: pytest.MonkeyPatch, at: str, keep: bool) -> None:
     uuid = rig.create()
-    crash(rig, monkeypatch, at, {"uuid": uuid, "name": "a", "keep_running": keep})
+    rig.killed(monkeypatch, at, {"uuid": uuid, "name": "a", "keep_running": keep})
+    rig.clean()
     assert states(rig) == (["running"] if keep else []) and path(rig, "a").exists()
 
 
@@ -99,21 +95,7 @@ def test_save_killed_at(rig: Rig, monkeypatch: pytest.MonkeyPatch, at: str, keep
 def test_restore_killed_at(rig: Rig, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
     uuid = rig.create()
     rig.ok("save", {"uuid": uuid, "name": "a"})
-    crash(rig, monkeypatch, at, {"uuid": uuid, "name": "a"})
+    rig.killed(monkeypatch, at, {"uuid": uuid, "name": "a"})
+    rig.clean()
     assert states(rig) == ["running"]
     assert rig.toolstack.get_domain(uuid).domid == 2, "it was built once"
-
-
-def crash(rig: Rig, monkeypatch: pytest.MonkeyPatch, at: str, args: dict[str, object]) -> None:
-    def boundary(name: str) -> None:
-        if name == at:
-            raise Killed
-
-    ident = rig.accept(at.partition(":")[0], args)
-    monkeypatch.setattr(executor, "boundary", boundary)
-    with pytest.raises(Killed):
-        rig.executor.run(ident)
-    monkeypatch.undo()
-    rig.executor.run(ident)
-    assert rig.reply(ident).ok, rig.reply(ident).error
-    rig.clean()

@@ -13,17 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "agent" / "images")
 from agent_rig import Rig, make_rig
 from fetch_rig import fetcher
 
-from agent import executor
 from agent.configdrive.drives import wanted_drives
 from agent.images.remote.disks import Disks, Place
 from hypervisor.errors import HostFailure
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="apt-get install qemu-utils")
 SNAPSHOT = ("overlay", "template", "go_on", "start")
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture
@@ -135,7 +130,8 @@ def test_killed_at(rig: Rig, monkeypatch: pytest.MonkeyPatch, verb: str, at: str
     if verb == "revert":
         rig.ok("snapshot", {"uuid": uuid, "name": "one"})
     before = overlays(rig)
-    crash(rig, monkeypatch, f"{verb}:{at}", {"uuid": uuid, "name": "one"})
+    rig.killed(monkeypatch, f"{verb}:{at}", {"uuid": uuid, "name": "one"})
+    rig.clean()
     assert rig.toolstack.get_domain(uuid).state == "running" and "one" in names(rig)
     assert overlays(rig) == before | {xvda(rig, uuid)} and len(names(rig)) == len(overlays(rig))
 
@@ -171,18 +167,3 @@ def test_the_config_drive_stays_for_its_snapshots(rig: Rig) -> None:
     rig.toolstack.destroy(uuid)
     rig.ok("template_remove", {"name": "one"})
     assert drive not in wanted_drives(rig.toolstack, set())
-
-
-def crash(rig: Rig, monkeypatch: pytest.MonkeyPatch, at: str, args: dict[str, object]) -> None:
-    def boundary(name: str) -> None:
-        if name == at:
-            raise Killed
-
-    ident = rig.accept(at.partition(":")[0], args)
-    monkeypatch.setattr(executor, "boundary", boundary)
-    with pytest.raises(Killed):
-        rig.executor.run(ident)
-    monkeypatch.undo()
-    rig.executor.run(ident)
-    assert rig.reply(ident).ok, rig.reply(ident).error
-    rig.clean()

@@ -14,14 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "agent" / "images")
 from agent_rig import Rig, make_rig
 from fetch_rig import fetcher, qcow2
 
-from agent import executor
 from hypervisor.errors import HostFailure
 
 needs_qemu_img = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="apt-get install qemu-utils")
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture
@@ -91,14 +86,14 @@ def test_another_of_that_name_is_left_alone(rig: Rig) -> None:
 @pytest.mark.parametrize("at", ["planned", "template:begun", "template:ran", "template:done", "finishing"])
 def test_create_killed_at(rig: Rig, monkeypatch: pytest.MonkeyPatch, at: str, keep: bool) -> None:
     uuid = rig.create()
-    crash(rig, monkeypatch, f"template_create:{at}", {"uuid": uuid, "name": "a", "keep_running": keep})
+    rig.killed(monkeypatch, f"template_create:{at}", {"uuid": uuid, "name": "a", "keep_running": keep})
     assert states(rig) == (["running"] if keep else []) and names(rig) == ["a"]
 
 
 @pytest.mark.parametrize("at", ["planned", "remove:begun", "remove:ran", "remove:done"])
 def test_remove_killed_at(rig: Rig, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
     rig.ok("template_create", {"uuid": rig.create(), "name": "a"})
-    crash(rig, monkeypatch, f"template_remove:{at}", {"name": "a"})
+    rig.killed(monkeypatch, f"template_remove:{at}", {"name": "a"})
     assert names(rig) == []
 
 
@@ -189,20 +184,6 @@ def test_a_create_that_fails_leaves_nothing(rig: Rig, tmp_path: Path, call: str,
 def test_create_from_a_checkpoint_killed_at(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
     (tmp_path / "data").write_bytes(bytes(1 << 20))
     template(rig, disks=[{"id": "xvda", "path": str(tmp_path / "data")}])
-    crash(rig, monkeypatch, f"create:{at}", {"name": "w", "from_checkpoint": "web"})
+    rig.killed(monkeypatch, f"create:{at}", {"name": "w", "from_checkpoint": "web"})
     assert states(rig) == ["running"]
     assert rig.host.sources is not None and len(list(rig.host.sources.disks.folder.glob("*.qcow2"))) == 1
-
-
-def crash(rig: Rig, monkeypatch: pytest.MonkeyPatch, at: str, args: dict[str, object]) -> None:
-    def boundary(name: str) -> None:
-        if name == at:
-            raise Killed
-
-    ident = rig.accept(at.partition(":")[0], args)
-    monkeypatch.setattr(executor, "boundary", boundary)
-    with pytest.raises(Killed):
-        rig.executor.run(ident)
-    monkeypatch.undo()
-    rig.executor.run(ident)
-    assert rig.reply(ident).ok, rig.reply(ident).error
