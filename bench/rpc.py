@@ -34,12 +34,12 @@ from typing import Any
 
 import amqp
 from common import BenchFailed, Result, count, parser, positive, rounded, run, say
+from fleet import ROOT, clean_env, lay_plugin
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "integration"))
 
-from oslo_venvs import NEW, OsloMissing, make  # noqa: E402
-from rabbitmq import Rabbit, RabbitMissing, private_broker  # noqa: E402
+from oslo_venvs import NEW, OsloMissing, make
+from rabbitmq import Rabbit, RabbitMissing, private_broker
 
 EXCHANGE, SERVER = "bench", "node1"
 READY_SECONDS = 60.0
@@ -161,20 +161,13 @@ class Side:
 
 @contextlib.contextmanager
 def reeve(folder: Path, rabbit: Rabbit, prefetch: int) -> Iterator[Side]:
-    plugin = folder / "plugin"
-    info = plugin / "reeve_bench-0.dist-info"
-    info.mkdir(parents=True)
-    (plugin / "rpc_noop.py").write_text((ROOT / "bench" / "rpc_noop.py").read_text())
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: reeve-bench\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[reeve.instructions]\nnoop = rpc_noop:Noop\n")
     command = [
         sys.executable, "-m", "agent.service", "--agent-state-dir", str(folder / "state"), "--agent-host", SERVER,
         "--log-file", str(folder / "agent.log"), "--broker-url", rabbit.url, "--driver-name", "fake",
         "--broker-prefetch", str(prefetch), "--oslo-exchange", EXCHANGE, "--oslo-topic", "reeve-bench",
     ]  # fmt: skip
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("OS_", "REEVE_"))}
-    path = os.pathsep.join([str(plugin), *filter(None, [env.get("PYTHONPATH")])])
-    with running(Side, "reeve", "reeve-bench", command, env | {"PYTHONPATH": path}, folder) as side:
+    env = clean_env() | {"PYTHONPATH": lay_plugin(folder / "plugin", "noop", "rpc_noop", "Noop")}
+    with running(Side, "reeve", "reeve-bench", command, env, folder) as side:
         yield side
 
 
