@@ -18,11 +18,11 @@ import queue
 import re
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import clonewhere
 from common import PROMPT, READY, BenchFailed, Result, count, median, parser, plain_image, positive, rounded, run, say
-from sides import Node, describe
+from sides import Node, cpu_seconds, describe
 
 from hypervisor.toolstack.api import DomainEvent
 
@@ -54,15 +54,17 @@ def make_template(node: Node, options: argparse.Namespace) -> Result:
     return {"seconds": rounded(taken), "disk_mib": rounded(made["bytes"] / MIB), "pages": made["pages"]}
 
 
-def clone(node: Node, events: queue.Queue[DomainEvent], timeout: float) -> dict[str, float]:
-    """Seconds after the message until the domain was there, its guest ran, the shell answered; and of the steps."""
+def clone(
+    node: Node, events: queue.Queue[DomainEvent], timeout: float
+) -> tuple[dict[str, float], list[clonewhere.Stage]]:
+    """Seconds after the message until the domain was there and the shell answered; and of the steps. And its stages."""
     while not events.empty():
         events.get()
     number = time.monotonic_ns()
     started = time.monotonic()
     instruction = node.client.send("create", {"name": f"clone-{number}", "from_checkpoint": TEMPLATE})
-    told = {event.kind: (event, at) for event, at in _until(events, "created", timeout)}
-    console = node.toolstack.open_console(told["created"][0].uuid)
+    created, at = _until(events, "created", timeout)
+    console = node.toolstack.open_console(created.uuid)
     try:
         console.write(b"echo clone''-answers\n")
         seen = b""
@@ -71,38 +73,50 @@ def clone(node: Node, events: queue.Queue[DomainEvent], timeout: float) -> dict[
                 raise BenchFailed(f"the shell does not answer: {seen[-300:]!r}")
             seen += console.read(timeout=timeout)
         taken = time.monotonic() - started
+        used = cpu_seconds(max(node.domain_pids(), key=_started_at))
     finally:
         console.close()
     reply = node.reply(instruction)
     steps = {f"step_{step['name']}": float(step["seconds"]) for step in reply.steps}
-    return {"there": told["created"][1] - started, "shell": taken, **steps}
+    state = node.folder / "hypervisor"
+    logs = {"host": node.folder / "hypervisor.log", "domain": state / "domains" / created.uuid / "domain.log"}
+    stages = clonewhere.stages(logs, started, started + taken)
+    stages.append(("domain: answers", taken, used))
+    return {"there": at - started, "shell": taken, **steps}, stages
 
 
-def _until(events: queue.Queue[DomainEvent], kind: str, timeout: float) -> Iterator[tuple[DomainEvent, float]]:
+def _started_at(pid: int) -> int:
+    """In ticks since boot (proc_pid_stat(5))."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def _until(events: queue.Queue[DomainEvent], kind: str, timeout: float) -> tuple[DomainEvent, float]:
     while True:
         try:
             event = events.get(timeout=timeout)
         except queue.Empty:
             raise BenchFailed(f"no domain was {kind} within {timeout:g} s") from None
-        yield event, time.monotonic()
         if event.kind == kind:
-            return
+            return event, time.monotonic()
 
 
 def measure(options: argparse.Namespace, folder: Path) -> Result:
     image = plain_image(options.images_dir)
     most = (options.clones + 2) * (options.memory + 32)
-    with Node(folder, options.images_dir, options.timeout, f"memory_mib = {most}") as node:
+    settings = f"memory_mib = {most}" + ("\nlog_level = debug" if options.where else "")
+    with Node(folder, options.images_dir, options.timeout, settings) as node:
         about = describe(node, image)
         template = make_template(node, options)
         pids = node.pids()
         before = {name: smaps(pids[name]) for name in DAEMONS}
         events: queue.Queue[DomainEvent] = queue.Queue()
         stop = node.toolstack.subscribe(events.put)
-        times = []
+        times, stages = [], []
         try:
             for number in range(1, options.clones + 1):
-                times.append(clone(node, events, options.timeout))
+                took, passed = clone(node, events, options.timeout)
+                times.append(took)
+                stages.append(passed)
                 if number in (1, options.clones) or not number % 10:
                     say(f"clone {number}: a shell after {times[-1]['shell'] * 1000:.0f} ms")
         finally:
@@ -110,6 +124,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Result:
         say(f"waiting {options.settle:g} s")
         time.sleep(options.settle)
         domains = [smaps(pid) for pid in node.domain_pids()]
+        kinds = clonewhere.memory(node.domain_pids())
         after = {name: smaps(pids[name]) for name in DAEMONS}
     if len(domains) != options.clones:
         raise BenchFailed(f"{len(domains)} domain processes run where {options.clones} should")
@@ -124,6 +139,8 @@ def measure(options: argparse.Namespace, folder: Path) -> Result:
         "of_which_mib": {**{name: rounded(value) for name, value in each.items()}, "daemons_growth": rounded(growth)},
         "clones": options.clones,
         "memory_mib": options.memory,
+        "memory_mib_by_kind": kinds,
+        **({"stages": clonewhere.summed(stages[UNCOUNTED:] or stages)} if options.where else {}),
         "steps_ms": {name: rounded(median([item[name] for item in counted]) * 1000) for name in counted[0]},
         "template": template,
         "with": about,
@@ -138,6 +155,10 @@ def table(result: Result) -> list[list[object]]:
     rows += [[f"  {name}", value] for name, value in result["steps_ms"].items()]
     rows.append(["added by an idle one, MiB", result["mib_per_clone"]])
     rows += [[f"  {name}", value] for name, value in result["of_which_mib"].items()]
+    for name, value in result["memory_mib_by_kind"].items():
+        rows.append([f"  {name}: share, of which its alone", "{pss:g}, {dirty:g}".format(**value)])
+    for stage in result.get("stages", ()):
+        rows.append(["  {stage}".format(**stage), "after {after_ms:g} ms, {cpu_ms:g} ms of CPU".format(**stage)])
     return rows
 
 
@@ -145,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--clones", type=count, default=50, metavar="N", help="how many (%(default)s)")
     options.add_argument("--memory", type=count, default=256, metavar="MIB", help="of each guest (%(default)s)")
+    options.add_argument("--where", action="store_true", help="and the stages of each, from the logs")
     options.add_argument("--settle", type=positive, default=10.0, metavar="SECONDS", help="before memory is looked at")
     return run(options.parse_args(argv), "clone", measure, table)
 

@@ -40,6 +40,7 @@ from hypervisor.host.poller import Poller
 from hypervisor.host.runtime import BuildRequest, Ended, Guest, Runtime, Template
 from hypervisor.host.saving_thread import Saving
 from hypervisor.host.surroundings import own_surroundings
+from hypervisor.stages import stage
 from hypervisor.toolstack.api import DomainState, ShutdownReason
 
 LOG = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class DomainProcess(DomainVerbs):
             return
         gc.collect()
         gc.freeze()
+        stage("collected")
         threading.Thread(target=self._serve, name="channel", daemon=True).start()
         try:
             ended = guest.run()
@@ -133,7 +135,9 @@ class DomainProcess(DomainVerbs):
             self._neighbours = neighbours_of(target, self.handles.memory, self._poller, self._ask_for)
             self._migration = moving.part(guest.moving(), log, target.writable, self._neighbours)
         report = sealed[0] if sealed else sandbox.restrict()
+        stage("linked")
         self._report = sandbox.lock_down(report, required=self.sandbox_required, profile=moving.profile(log))
+        stage("locked")
         return guest
 
     def _seal(self, sealed: list[sandbox.Report]) -> None:
@@ -303,6 +307,7 @@ def run_child(
     try:
         sandbox.close_other_fds([0, 1, 2, *fds])
         own_surroundings(f"reeve-dom{request.domid}", fds[1], log_level)
+        stage("forked")
         process = DomainProcess(
             request,
             Handles.unpack(fds[2 : 2 + Handles.COUNT]),

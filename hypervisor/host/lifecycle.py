@@ -36,6 +36,7 @@ from hypervisor.host.table import Attachment, Devices, Domain, DomainTable
 from hypervisor.host.word_size import is_64bit
 from hypervisor.host.zygote_client import ZygoteClient
 from hypervisor.memory import layout
+from hypervisor.stages import stage
 from hypervisor.toolstack.api import DomainSpec, DomainState, DomainType, OnEvent, ShutdownReason
 
 LOG = logging.getLogger(__name__)
@@ -226,9 +227,12 @@ class Lifecycle(Suspension):
         wide = is_64bit(spec.boot.kernel) if image is None else image.bits == 64
         record.claim = self._claim(spec, frames, most + layout.xen_frames(max_pages), wide=wide)
         record.domid = self.records.next_domid(self.table.domids())
+        stage("claimed")
         self.records.save(record)
+        stage("saved")
         assert domain.devices is not None
         await domain.devices.open_all()
+        stage("devices")
         request = BuildRequest(
             spec=spec if image is None else record.run.applied(spec),
             domid=record.domid,
@@ -244,18 +248,24 @@ class Lifecycle(Suspension):
             template=bool(record.template),
         )
         await self.fork(domain, request, frames, image.descriptors if image is not None else ())
+        stage("spawned")
         process = domain.process
         assert process is not None
         timeout = self.settings.build_timeout + (image.seconds if image is not None else 0)
         boot = await building.built(domain, folder, timeout)
+        stage("built")
         domain.attachment = self.backends.attach(domain, boot, adopted=False)
         domain.devices.begin()
+        stage("attached")
         await process.request("commit")
+        stage("committed")
         await priority.apply(process.pid, spec.weight)
+        stage("weighted")
         record.pid = process.pid
         record.phase = Phase.MADE
         record.started_at = time.time()
         self.records.save(record)
+        stage("made")
         self.watch(domain)
         if image is not None:
             self.resizer.begin(domain)
@@ -321,6 +331,7 @@ class Lifecycle(Suspension):
         assert process is not None
         try:
             await process.request(op)
+            stage(op)
         except HostUnavailable:
             if not await process.gone(1.0):
                 raise

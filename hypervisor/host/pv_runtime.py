@@ -36,6 +36,7 @@ from hypervisor.host.guest_link_state import LinkTarget
 from hypervisor.host.runtime import CONSOLE_PORT, STORE_PORT, BuildRequest, Ended, RuntimeFacts, Template
 from hypervisor.machine import Machine
 from hypervisor.moving import MovingState
+from hypervisor.stages import stage
 from hypervisor.suspended.rebuild import rebuild
 from hypervisor.suspended.saver import MachineSaver
 from hypervisor.suspended.state import GuestState
@@ -267,16 +268,23 @@ class PvRuntime:
     ) -> PvGuest:
         """:raises ToolstackError: the template is damaged, or needs what is not here."""
         engine = self._engine(request.engine)()
+        stage("engine")
         seal()
+        stage("sealed")
         state, frames = read_state(template.state, request.max_pages)
+        stage("state")
         if os.fstat(template.memory).st_size != request.max_pages * PAGE_SIZE:
             raise StreamInvalid("the template is damaged: its memory has another size; make it again")
         machine = self._suspended_machine(request, state, memory, notify_host, engine)
+        stage("machine")
         ram = machine.domain.memory
         ram.private = CowMemory(ram, template.own, template.memory, request.max_pages)
         os.close(template.memory)
         os.close(template.state)
-        return self._go_on(request, machine, state, frames)
+        stage("mapped")
+        guest = self._go_on(request, machine, state, frames)
+        stage("rebuilt")
+        return guest
 
     def _suspended_machine(
         self, request: BuildRequest, state: GuestState, memory: mmap.mmap, notify: Callable[[int], None], engine: Any
