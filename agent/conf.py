@@ -204,6 +204,7 @@ class Settings:
     broker_url: str
     broker_tls: BrokerTls
     prefetch: int
+    broker_quorum: bool
     poll_seconds: float
     reply_seconds: int
     oslo: conf_oslo.OsloSettings
@@ -335,6 +336,7 @@ def _settings(values: Mapping[str, Mapping[str, Any]]) -> Settings:
         broker_url=broker["url"] or f"filesystem://{state_dir / 'broker'}",
         broker_tls=conf_broker.tls(broker),
         prefetch=broker["prefetch"],
+        broker_quorum=broker["queues"] == conf_broker.QUORUM,
         poll_seconds=broker["poll_seconds"],
         reply_seconds=broker["reply_seconds"],
         oslo=conf_oslo.settings(values["oslo"]),

@@ -9,14 +9,24 @@ from oslo_config import cfg
 
 from agent.rpc.tls import BrokerTls
 
+DURABLE, QUORUM = "durable", "quorum"
+
 OPTIONS = (
     cfg.StrOpt(
         "url",
         sample_default="filesystem:///var/lib/reeve/broker",
         secret=True,
         help="Where instructions come from: amqp://user:password@host:5672/vhost (RabbitMQ), the same with amqps:// "
-        "and port 5671 (with TLS) or filesystem:///folder (no broker: a folder that sender and agent share). Default: "
-        "the folder broker/ in state_dir.",
+        "and port 5671 (with TLS) or filesystem:///folder (no broker: a folder that sender and agent share). The nodes "
+        "of a cluster: amqp://user:password@host1:5672,host2:5672,host3:5672/vhost. Default: the folder broker/ in "
+        "state_dir.",
+    ),
+    cfg.StrOpt(
+        "queues",
+        default=DURABLE,
+        choices=(DURABLE, QUORUM),
+        help="What the queues of native instructions, replies and reports are: durable, which lie on one node of the "
+        "broker, or quorum, which a cluster has on several, so that one may fail. All hosts and senders have the same.",
     ),
     cfg.StrOpt(
         "tls-ca-file",

@@ -45,7 +45,7 @@ from agent.rpc import connection as broker
 from agent.rpc.consumer import Consumer
 from agent.rpc.peers import BrokerPeers
 from agent.rpc.publisher import Publisher
-from agent.rpc.queues import OsloQueues, declare_notifications
+from agent.rpc.queues import OsloQueues, declare_notifications, native
 from agent.usage import DESCRIPTION, EPILOG
 from hypervisor import sdnotify
 from hypervisor.errors import ToolstackError
@@ -160,6 +160,7 @@ class Service:
                 max_message_bytes=settings.max_message_bytes,
                 tls=settings.broker_tls,
                 signer=self.signer,
+                quorum=settings.broker_quorum,
             ),
             sources=self.sources,
             control=self.control,
@@ -257,7 +258,7 @@ class Service:
             prefetch=settings.prefetch,
             poll_seconds=settings.poll_seconds,
             max_message_bytes=settings.max_message_bytes,
-            sources=queues.sources() if queues else (),
+            sources=queues.sources() if queues else (native(settings.host, settings.broker_quorum),),
             tls=settings.broker_tls,
         )
 

@@ -39,7 +39,13 @@ def ask(
     ident = ident or str(uuid.uuid4())
     if not connection.broker_url:
         raise UsageError("no broker known: give --config-file with the agent's configuration")
-    with Client(connection.broker_url, connection.host, tls=connection.broker_tls, signer=connection.signer) as client:
+    with Client(
+        connection.broker_url,
+        connection.host,
+        tls=connection.broker_tls,
+        signer=connection.signer,
+        quorum=connection.broker_quorum,
+    ) as client:
         client.listen(
             lambda report: tell(report.data) if report.data.get("instruction") == ident else None,
             f"progress.{connection.host}",

@@ -273,7 +273,11 @@ def agent(connection: Connection, broker_finding: Finding) -> Finding:
     began = time.monotonic()
     try:
         with Client(
-            connection.broker_url, connection.host, tls=connection.broker_tls, signer=connection.signer
+            connection.broker_url,
+            connection.host,
+            tls=connection.broker_tls,
+            signer=connection.signer,
+            quorum=connection.broker_quorum,
         ) as client:
             reply = client.call("list", {}, timeout=AGENT_SECONDS)
     except (AgentError, OSError) as exc:

@@ -92,7 +92,13 @@ class Instruct(Show):
             raise UsageError("no broker known: give --broker URL, or --config-file with the agent's configuration")
         timeout = parsed_args.timeout
         with (
-            Client(broker, host, tls=self.connection.broker_tls, signer=self.connection.signer) as client,
+            Client(
+                broker,
+                host,
+                tls=self.connection.broker_tls,
+                signer=self.connection.signer,
+                quorum=self.connection.broker_quorum,
+            ) as client,
             progress(f"{host} carries out {parsed_args.verb}"),
         ):
             deadline = None if parsed_args.no_deadline else time.time() + timeout

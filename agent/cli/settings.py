@@ -93,6 +93,11 @@ class Connection:
     def broker_url(self) -> str:
         return str(self._conf.broker_url)
 
+    @property
+    def broker_quorum(self) -> bool:
+        """Whether the broker's queues are quorum queues."""
+        return bool(self._conf.broker_quorum)
+
     @functools.cached_property
     def broker_tls(self) -> Any:
         """An `agent.rpc.tls.BrokerTls`."""

@@ -22,6 +22,8 @@ import kombu
 from agent import trace, wire
 from agent.errors import BrokerError, MessageError, ReplyTimeout
 from agent.rpc import connection as broker
+from agent.rpc.addresses import Turn
+from agent.rpc.queues import declare_native
 from agent.rpc.tls import VERIFIED, BrokerTls, explain
 from agent.signing import Signer
 
@@ -29,14 +31,19 @@ LOG = logging.getLogger(__name__)
 
 SEND_SECONDS = 30
 """How long a broker may take to confirm a message."""
+FAILOVER_SECONDS = 15.0
+FAILOVER_PAUSE = 0.3
+"""How long the nodes of a cluster are tried, one after the other, when the one in use has failed, and how often."""
 
 
 class Client:
     """One sender with a reply queue of its own. Not for several threads at once.
 
+    When a node of a cluster fails, the next one in the URL is used; replies and reports wait in their queues.
+
     :param broker_url: ``amqp://…`` or ``filesystem:///folder``.
     :param host: the host whose agent is addressed. :param tls: for ``amqps`` URLs.
-    :param signer: signs what is sent.
+    :param signer: signs what is sent. :param quorum: the queues it makes are quorum queues.
     :raises ConfigError: the URL is not usable.
     :raises BrokerError: the broker cannot be reached.
     """
@@ -50,28 +57,64 @@ class Client:
         max_message_bytes: int = wire.MAX_BYTES,
         tls: BrokerTls = VERIFIED,
         signer: Signer | None = None,
+        quorum: bool = False,
     ) -> None:
         self._signer = signer
+        self._quorum = quorum
+        self._tls = tls
+        self._poll_seconds = poll_seconds
         self.host = wire.check_host_name(host)
         self.reply_to = f"{broker.REPLY_PREFIX}{uuid.uuid4().hex}"
         self._max_message_bytes = max_message_bytes
         self._replies: dict[str, wire.Reply] = {}
-        self._listeners: list[Any] = []
+        self._listeners: dict[str, tuple[str, Callable[[Any], None]]] = {}  # by queue: (pattern, callback)
+        self._turn = Turn(broker_url)
+        self._connection: kombu.Connection
+        self._errors: tuple[type[BaseException], ...] = ()
+        try:
+            self._open()
+        except BrokerError:
+            if len(self._turn) == 1:
+                raise
+            self._failover()
+
+    def _open(self) -> None:
+        """Connect to the node whose turn it is, and take what comes. :raises BrokerError: it is not there."""
         # No heartbeat: the caller may be busy with something else for minutes between two calls.
-        self._connection = broker.connect(broker_url, poll_seconds=poll_seconds, heartbeat=0, tls=tls)
+        self._connection = broker.connect(self._turn.url, poll_seconds=self._poll_seconds, heartbeat=0, tls=self._tls)
         self._errors = broker.broker_errors(self._connection)
-        self._url = broker_url
         try:
             self._connection.connect()
             self._channel = self._connection.channel()
-            self._queue = broker.reply_queue(self.reply_to)(self._channel)
+            self._queue = broker.reply_queue(self.reply_to, self._quorum)(self._channel)
             self._queue.declare()
-            broker.instruction_queue(self.host)(self._channel).declare()
+            declare_native(self._connection, broker.instruction_queue(self.host, self._quorum))
             self._producer = kombu.Producer(self._channel)
             self._consumer = kombu.Consumer(self._channel, [self._queue], on_message=self._on_reply)
             self._consumer.consume()
+            for name in self._listeners:
+                self._listen(name)
         except self._errors as exc:
             raise self._unreachable(exc) from exc
+
+    def _failover(self) -> None:
+        """Try the other nodes, and all again. :raises BrokerError: none of them can be used."""
+        end = time.monotonic() + FAILOVER_SECONDS
+        while True:
+            self._release()
+            self._turn.next()
+            try:
+                return self._open()
+            except BrokerError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(FAILOVER_PAUSE)
+
+    def _release(self) -> None:
+        try:
+            self._connection.release()
+        except self._errors as exc:
+            LOG.debug("while closing: %s", explain(exc))
 
     def call(
         self, verb: str, args: Mapping[str, Any] | None = None, timeout: float = 60.0, *, expire: bool = True
@@ -114,21 +157,30 @@ class Client:
 
     def send_raw(self, body: bytes, *, correlation_id: str = "", headers: Mapping[str, Any] | None = None) -> None:
         """Send bytes as they are to the host's queue (for tests of hostile input)."""
-        try:
-            self._producer.publish(
-                body,
-                exchange="",
-                routing_key=wire.queue_name(self.host),
-                content_type=wire.CONTENT_TYPE,
-                content_encoding="utf-8",
-                delivery_mode=2,
-                reply_to=self.reply_to,
-                correlation_id=correlation_id or None,
-                headers={**(self._signer.headers(body) if self._signer else {}), **(headers or {})},
-                timeout=SEND_SECONDS,
-            )
-        except self._errors as exc:
-            raise self._unreachable(exc) from exc
+        end = time.monotonic() + FAILOVER_SECONDS
+        while True:
+            try:
+                return self._publish(body, correlation_id, headers or {})
+            except self._errors as exc:
+                if len(self._turn) == 1 or time.monotonic() > end:
+                    raise self._unreachable(exc) from exc
+            # It may have come through all the same: then the same id comes twice, which does no harm.
+            time.sleep(FAILOVER_PAUSE)
+            self._failover()
+
+    def _publish(self, body: bytes, correlation_id: str, headers: Mapping[str, Any]) -> None:
+        self._producer.publish(
+            body,
+            exchange="",
+            routing_key=wire.queue_name(self.host),
+            content_type=wire.CONTENT_TYPE,
+            content_encoding="utf-8",
+            delivery_mode=2,
+            reply_to=self.reply_to,
+            correlation_id=correlation_id or None,
+            headers={**(self._signer.headers(body) if self._signer else {}), **headers},
+            timeout=SEND_SECONDS,
+        )
 
     def wait(self, instruction_id: str, timeout: float) -> wire.Reply:
         """The reply to one instruction, from this or an earlier `send`. :raises ReplyTimeout: none in time."""
@@ -138,7 +190,7 @@ class Client:
             if left <= 0:
                 raise ReplyTimeout(
                     f"no reply from host {self.host!r} within {timeout:g} s: is reeve-agent running there with this "
-                    f"broker ({broker.redact(self._url)})? Ask again with the same id, {instruction_id}"
+                    f"broker ({broker.redact(self._turn.url)})? Ask again with the same id, {instruction_id}"
                 )
             self._drain(min(left, 1.0))
         return self._replies.pop(instruction_id)
@@ -166,14 +218,18 @@ class Client:
                 LOG.warning("a report that cannot be read was dropped: %s", exc)
 
         name = f"{broker.REPORT_PREFIX}{uuid.uuid4().hex}"
+        self._listeners[name] = (pattern, receive)
         try:
-            channel = self._connection.channel()
-            queue = broker.report_queue(name, pattern)(channel)
-            queue.declare()
-            kombu.Consumer(channel, [queue], on_message=receive).consume()
+            self._listen(name)
         except self._errors as exc:
             raise self._unreachable(exc) from exc
-        self._listeners.append(queue)
+
+    def _listen(self, name: str) -> None:
+        pattern, receive = self._listeners[name]
+        channel = self._connection.channel()
+        queue = broker.report_queue(name, pattern, self._quorum)(channel)
+        queue.declare()
+        kombu.Consumer(channel, [queue], on_message=receive).consume()
 
     def drain(self, seconds: float) -> None:
         """Take in what arrives within `seconds`; returns after the first message."""
@@ -181,11 +237,12 @@ class Client:
 
     def close(self) -> None:
         try:
-            for queue in (self._queue, *self._listeners):
-                queue.delete()
+            self._queue.delete()
+            for name, (pattern, _) in self._listeners.items():
+                broker.report_queue(name, pattern, self._quorum)(self._channel).delete()
         except self._errors as exc:
             LOG.debug("reply queue not removed (it expires by itself): %s", exc)
-        self._connection.release()
+        self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -199,7 +256,10 @@ class Client:
         except TimeoutError:
             return
         except self._errors as exc:
-            raise self._unreachable(exc) from exc
+            if len(self._turn) == 1:
+                raise self._unreachable(exc) from exc
+            LOG.warning("%s", self._unreachable(exc))
+            self._failover()
 
     def _on_reply(self, message: Any) -> None:
         message.ack()
@@ -211,7 +271,9 @@ class Client:
         self._replies[reply.id or str(message.properties.get("correlation_id") or "")] = reply
 
     def _unreachable(self, exc: BaseException) -> BrokerError:
-        return BrokerError(f"the broker {broker.redact(self._url)} cannot be used ({explain(exc)}): is it running?")
+        return BrokerError(
+            f"the broker {broker.redact(self._turn.url)} cannot be used ({explain(exc)}): is it running?"
+        )
 
 
 def _body(message: Any) -> bytes:

@@ -1,8 +1,8 @@
 """A broker's URL as a kombu connection, the queues on it, and the errors it may raise.
 
-``amqp://user:password@host:port/vhost`` (RabbitMQ; ``amqps://`` with TLS) or ``filesystem:///folder``
-(no broker: one folder that sender and agent share). Queue and exchange arguments live here only:
-sender and agent must agree on them.
+``amqp://user:password@host:port/vhost`` (RabbitMQ; ``amqps://`` with TLS; several nodes: `agent.rpc.addresses`) or
+``filesystem:///folder`` (no broker: one folder that sender and agent share). Queue and exchange arguments live here
+only: sender and agent must agree on them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import kombu
+from amqp.exceptions import MessageNacked
 from kombu.exceptions import KombuError
 
 from agent.errors import ConfigError
+from agent.rpc.addresses import addresses
+from agent.rpc.addresses import redact as redact
 from agent.rpc.tls import VERIFIED, BrokerTls
 from agent.wire import MAX_BYTES, REPORT_EXCHANGE, queue_name
 
@@ -45,13 +48,20 @@ def connect(
     confirm: bool = True,
     tls: BrokerTls = VERIFIED,
 ) -> kombu.Connection:
-    """A connection, not yet opened.
+    """A connection, not yet opened. Of several nodes it is the first; all are checked.
 
     :param confirm: every ``publish`` waits for the broker's confirmation.
     :param heartbeat: seconds; whoever asks for it must call ``heartbeat_check`` about once a second. 0 for none.
     :param tls: for ``amqps`` URLs.
     :raises ConfigError: the URL is not usable, or a file of `tls` is not.
     """
+    first, *others = addresses(url)
+    if others:
+        connections = [
+            connect(each, max_message_bytes=max_message_bytes, heartbeat=heartbeat, confirm=confirm, tls=tls)
+            for each in (first, *others)
+        ]
+        return connections[0]
     scheme = urlsplit(url).scheme
     transport = _TRANSPORTS.get(scheme)
     if transport is None:
@@ -119,30 +129,41 @@ def is_filesystem(url: str) -> bool:
     return urlsplit(url).scheme == "filesystem"
 
 
-def redact(url: str) -> str:
-    """The URL without its password, for logs."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    return parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")).geturl()
-
-
-def instruction_queue(host: str) -> kombu.Queue:
-    """Durable: instructions wait there while the agent is away."""
+def instruction_queue(host: str, quorum: bool = False) -> kombu.Queue:
+    """Durable: instructions wait there while the agent is away. :param quorum: kept by several nodes of a cluster."""
     name = queue_name(host)
-    return kombu.Queue(name, exchange=kombu.Exchange(""), routing_key=name, durable=True)
-
-
-def reply_queue(name: str) -> kombu.Queue:
-    return kombu.Queue(name, exchange=kombu.Exchange(""), routing_key=name, durable=True, expires=REPLY_EXPIRES_SECONDS)
-
-
-def report_queue(name: str, pattern: str) -> kombu.Queue:
     return kombu.Queue(
-        name, exchange=REPORTS, routing_key=pattern, durable=True, expires=REPLY_EXPIRES_SECONDS, max_length=10000
+        name, exchange=kombu.Exchange(""), routing_key=name, durable=True, queue_arguments=_arguments(quorum)
     )
 
 
+def reply_queue(name: str, quorum: bool = False) -> kombu.Queue:
+    return kombu.Queue(
+        name,
+        exchange=kombu.Exchange(""),
+        routing_key=name,
+        durable=True,
+        expires=REPLY_EXPIRES_SECONDS,
+        queue_arguments=_arguments(quorum),
+    )
+
+
+def report_queue(name: str, pattern: str, quorum: bool = False) -> kombu.Queue:
+    return kombu.Queue(
+        name,
+        exchange=REPORTS,
+        routing_key=pattern,
+        durable=True,
+        expires=REPLY_EXPIRES_SECONDS,
+        max_length=10000,
+        queue_arguments=_arguments(quorum),
+    )
+
+
+def _arguments(quorum: bool) -> dict[str, str]:
+    return {"x-queue-type": "quorum"} if quorum else {}
+
+
 def broker_errors(connection: kombu.Connection) -> tuple[type[BaseException], ...]:
-    """What a broken or refusing broker raises."""
-    return (*connection.connection_errors, *connection.channel_errors, KombuError, OSError, TimeoutError)
+    """What a broken or refusing broker raises. A queue may refuse a message, too: one that has just lost its leader."""
+    return (*connection.connection_errors, *connection.channel_errors, KombuError, MessageNacked, OSError, TimeoutError)

@@ -24,6 +24,7 @@ from agent.errors import AlreadyRunning, ConfigError, JournalCorrupt, JournalErr
 from agent.faults import boundary
 from agent.rpc import connection as broker
 from agent.rpc import filesystem, queues
+from agent.rpc.addresses import Turn
 from agent.rpc.tls import VERIFIED, BrokerTls, explain
 
 LOG = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Consumer:
     ) -> None:
         self._tls = tls
         self._url = url
+        self._turn = Turn(url)
         self._host = host
         self._receive = receive
         self._room = room
@@ -116,7 +118,7 @@ class Consumer:
         while not self._stop.is_set():
             try:
                 connection = broker.connect(
-                    self._url,
+                    self._turn.url,
                     poll_seconds=self._poll_seconds,
                     max_message_bytes=self._max_message_bytes,
                     tls=self._tls,
@@ -134,7 +136,8 @@ class Consumer:
             except broker.broker_errors(connection) as exc:
                 if self.connected.is_set():
                     pause = 0.2
-                LOG.warning("broker %s: %s; trying again in %.1f s", broker.redact(self._url), explain(exc), pause)
+                LOG.warning("broker %s: %s; trying again in %.1f s", broker.redact(self._turn.url), explain(exc), pause)
+                self._turn.next()
             except Exception as exc:
                 LOG.exception("a mistake in the consumer")
                 self._on_fatal(exc)
@@ -162,7 +165,7 @@ class Consumer:
                 ),
             )
         names = ", ".join(source.queue.name for source in self._sources)
-        LOG.info("taking instructions from %s of %s", names, broker.redact(self._url))
+        LOG.info("taking instructions from %s of %s", names, broker.redact(self._turn.url))
         self.connected.set()
         folder = broker.is_filesystem(self._url)
         idle = FOLDER_DRAIN_SECONDS if folder else DRAIN_SECONDS

@@ -50,7 +50,9 @@ class BrokerPeers:
         ask_again_seconds: float = ASK_AGAIN_SECONDS,
         tls: BrokerTls = VERIFIED,
         signer: Signer | None = None,
+        quorum: bool = False,
     ) -> None:
+        self._quorum = quorum
         self._signer = signer
         self._tls = tls
         self._url = url
@@ -160,6 +162,7 @@ class BrokerPeers:
                 max_message_bytes=self._max_message_bytes,
                 tls=self._tls,
                 signer=self._signer,
+                quorum=self._quorum,
             )
         except BrokerError:
             raise

@@ -23,6 +23,7 @@ from agent.faults import boundary
 from agent.heartbeats import Heartbeats
 from agent.journal import Journal, OutboxRow
 from agent.rpc import connection as broker
+from agent.rpc.addresses import Turn
 from agent.rpc.sender import AmqpSender, FolderSender
 from agent.rpc.tls import VERIFIED, BrokerTls, explain
 from agent.signing import Signer
@@ -64,6 +65,7 @@ class Publisher:
         self._tls = tls
         self._prepare = prepare
         self._url = url
+        self._turn = Turn(url)
         self._heartbeats = heartbeats or Heartbeats()
         self._journal = journal
         self.reply_seconds = reply_seconds
@@ -109,7 +111,7 @@ class Publisher:
         pause = 0.2
         while not self._stop.is_set():
             try:
-                connection = broker.connect(self._url, confirm=False, tls=self._tls)
+                connection = broker.connect(self._turn.url, confirm=False, tls=self._tls)
             except ConfigError as exc:  # a folder or file that was there at the start
                 LOG.warning("%s; trying again in %.1f s", exc, pause)
                 self._stop.wait(pause)
@@ -123,7 +125,8 @@ class Publisher:
             except broker.broker_errors(connection) as exc:
                 if self.connected.is_set():
                     pause = 0.2
-                LOG.warning("broker %s: %s; trying again in %.1f s", broker.redact(self._url), explain(exc), pause)
+                LOG.warning("broker %s: %s; trying again in %.1f s", broker.redact(self._turn.url), explain(exc), pause)
+                self._turn.next()
             except Exception:
                 LOG.exception("a mistake in the publisher; trying again in %.1f s", pause)
             finally:

@@ -112,20 +112,39 @@ class OsloQueues:
         return {"x-queue-type": "quorum"} | ({"x-delivery-limit": self.delivery_limit} if self.delivery_limit else {})
 
 
-def native(host: str) -> Source:
-    return Source(broker.instruction_queue(host), wire.DIALECT, exclusive=True)
+def native(host: str, quorum: bool = False) -> Source:
+    return Source(broker.instruction_queue(host, quorum), wire.DIALECT, exclusive=True)
 
 
 def declare(connection: kombu.Connection, channel: Any, sources: Sequence[Source]) -> None:
-    """Make what is missing. An exchange that is there with other arguments is used as it is."""
+    """Make what is missing. What is there with other arguments is used as it is."""
     for exchange in {source.queue.exchange.name: source.queue.exchange for source in sources}.values():
         if exchange.name:
             _declare_exchange(connection, exchange)
     for source in sources:
+        if source.dialect == wire.DIALECT:
+            declare_native(connection, source.queue)
+            continue
         queue = source.queue(channel)
         queue.queue_declare()
         if source.queue.exchange.name:
             queue.queue_bind()
+
+
+def declare_native(connection: kombu.Connection, queue: kombu.Queue) -> None:
+    """A host's queue for native instructions, made by whoever comes first: a sender or the agent."""
+    channel = connection.channel()  # of its own: a refusal closes it
+    try:
+        queue(channel).queue_declare()
+    except amqp.exceptions.PreconditionFailed as exc:
+        LOG.warning(
+            "queue %s is used as it is (%s): set [broker] queues to what it is, or delete it while it is empty",
+            queue.name,
+            " ".join(str(exc).split())[:200],
+        )
+    finally:
+        with contextlib.suppress(*broker.broker_errors(connection)):
+            channel.close()
 
 
 def declare_notifications(connection: kombu.Connection, oslo_queues: OsloQueues, names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""A private RabbitMQ broker on loopback: own folders, own node name, own ports, stopped by its process group.
+"""A private RabbitMQ broker or cluster on loopback: own folders, node names, ports, cookie; stopped by process group.
 
 Nothing of the machine's own broker is used or touched. Runs as any user, root included.
 """
@@ -32,15 +32,16 @@ class RabbitMissing(Exception):
 
 @dataclasses.dataclass
 class Rabbit:
-    """:ivar folder: everything it writes."""
+    """:ivar folder: everything it writes. :ivar home: where the Erlang cookie is, which nodes of a cluster share."""
 
     folder: Path
     port: int
     dist_port: int
     epmd_port: int
     node: str
-    tls_port: int
-    authority: Authority
+    home: Path
+    tls_port: int = 0
+    authority: Authority | None = None
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -56,7 +57,7 @@ class Rabbit:
         folder = self.folder
         return {
             "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
-            "HOME": str(folder),
+            "HOME": str(self.home),
             "LANG": "C.UTF-8",
             "RABBITMQ_NODENAME": self.node,
             "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
@@ -78,6 +79,10 @@ class Rabbit:
 
     def start(self) -> None:
         """:raises RabbitMissing: it does not come up; with the end of its output."""
+        self.launch()
+        self.wait()
+
+    def launch(self) -> None:
         with open(self.folder / "output", "ab") as output:
             self.process = subprocess.Popen(
                 [_script("rabbitmq-server")],
@@ -88,6 +93,10 @@ class Rabbit:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def wait(self) -> None:
+        """Until it speaks AMQP. :raises RabbitMissing: it does not."""
+        assert self.process is not None
         end = time.monotonic() + START_SECONDS
         while not self._answers():
             if self.process.poll() is not None or time.monotonic() > end:
@@ -152,31 +161,71 @@ class Rabbit:
 @contextlib.contextmanager
 def private_broker(folder: Path) -> Iterator[Rabbit]:
     """A running broker with its data in `folder`. :raises RabbitMissing: not installed or not startable."""
-    if _script("rabbitmq-server") is None:
-        raise RabbitMissing("rabbitmq-server is not installed: apt-get install rabbitmq-server")
+    _look()
     if shutil.which("openssl") is None:
         raise RabbitMissing("openssl is not installed: it makes the broker's certificate")
-    for name in ("mnesia", "log", "generated"):
-        (folder / name).mkdir()
-    (folder / "enabled_plugins").write_text("[].\n")
     *ports, tls_port = _free_ports(4)
     authority = Authority(folder)
     files = authority.host("broker")
-    (folder / "rabbitmq.conf").write_text(
-        "vm_memory_high_watermark.relative = 0.9\ndisk_free_limit.absolute = 1MB\n"
+    _lay_out(
+        folder,
         f"listeners.ssl.1 = 127.0.0.1:{tls_port}\n"
         f"ssl_options.cacertfile = {files.ca}\n"
         f"ssl_options.certfile = {files.certificate}\n"
         f"ssl_options.keyfile = {files.key}\n"
-        "ssl_options.verify = verify_peer\nssl_options.fail_if_no_peer_cert = true\n"
+        "ssl_options.verify = verify_peer\nssl_options.fail_if_no_peer_cert = true\n",
     )
-    node = f"reeve-{uuid.uuid4().hex[:8]}@localhost"
-    rabbit = Rabbit(folder, *ports, node=node, tls_port=tls_port, authority=authority)
+    rabbit = Rabbit(folder, *ports, _node(), folder, tls_port, authority)
     try:
         rabbit.start()
         yield rabbit
     finally:
         rabbit.stop()
+
+
+@contextlib.contextmanager
+def private_cluster(folder: Path, size: int = 3) -> Iterator[list[Rabbit]]:
+    """Running brokers that are one cluster. :raises RabbitMissing: not installed or not startable."""
+    _look()
+    cookie = folder / ".erlang.cookie"
+    cookie.write_text(uuid.uuid4().hex)
+    cookie.chmod(0o400)
+    (epmd_port, *ports), names = _free_ports(1 + 2 * size), [_node() for _ in range(size)]
+    peers = "".join(f"cluster_formation.classic_config.nodes.{n} = {name}\n" for n, name in enumerate(names, 1))
+    nodes = []
+    for number, name in enumerate(names):
+        place = folder / f"node{number}"
+        place.mkdir()
+        _lay_out(place, f"cluster_formation.peer_discovery_backend = classic_config\n{peers}")
+        nodes.append(Rabbit(place, ports[2 * number], ports[2 * number + 1], epmd_port, name, folder))
+    try:
+        for node in nodes:
+            node.launch()
+        for node in nodes:
+            node.wait()
+        yield nodes
+    finally:
+        for node in nodes:
+            node.stop()
+
+
+def _node() -> str:
+    return f"reeve-{uuid.uuid4().hex[:8]}@localhost"
+
+
+def _look() -> None:
+    if _script("rabbitmq-server") is None:
+        raise RabbitMissing("rabbitmq-server is not installed: apt-get install rabbitmq-server")
+
+
+def _lay_out(folder: Path, more: str) -> None:
+    """The folders and the configuration of a node."""
+    for name in ("mnesia", "log", "generated"):
+        (folder / name).mkdir()
+    (folder / "enabled_plugins").write_text("[].\n")
+    (folder / "rabbitmq.conf").write_text(
+        f"vm_memory_high_watermark.relative = 0.9\ndisk_free_limit.absolute = 1MB\n{more}"
+    )
 
 
 def _script(name: str) -> str | None:

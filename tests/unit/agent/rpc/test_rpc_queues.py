@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from agent import oslo, wire
+from agent.rpc import connection as broker
 from agent.rpc import queues
 from agent.rpc.queues import OsloQueues
 
@@ -81,3 +82,12 @@ def test_modes(options: dict[str, Any], own: Any, fanout: Any, fanout_exchange_d
 def test_the_native_queue() -> None:
     source = queues.native("node1")
     assert (source.queue.name, source.dialect, source.exclusive) == ("reeve.node1", wire.DIALECT, True)
+
+
+@pytest.mark.parametrize(("quorum", "arguments"), [(False, {}), (True, {"x-queue-type": "quorum"})])
+def test_native_queues_of_a_cluster(quorum: bool, arguments: dict[str, str]) -> None:
+    source = queues.native("node1", quorum)
+    assert source.queue.name == "reeve.node1" and source.exclusive and source.dialect == wire.DIALECT
+    made = (source.queue, broker.reply_queue("r", quorum), broker.report_queue("l", "#", quorum))
+    assert [queue.queue_arguments for queue in made] == [arguments] * 3
+    assert all(queue.durable for queue in made)
