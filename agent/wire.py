@@ -30,6 +30,9 @@ DIALECT = "reeve/1.0"
 CONTENT_TYPE = "application/json"
 REPORT_EXCHANGE = "reeve.reports"
 
+REPLY_HEAD = b'{"reeve":"1.0","kind":"reply",'
+"""How every reply in this form begins, and nothing else does."""
+
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_DEADLINE = 253402300799.0

@@ -25,7 +25,7 @@ from agent.rpc import connection as broker
 from agent.rpc.addresses import Turn
 from agent.rpc.queues import declare_native
 from agent.rpc.tls import VERIFIED, BrokerTls, explain
-from agent.signing import Signer
+from agent.signing import HEADER, Signer
 
 LOG = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ class Client:
 
     :param broker_url: ``amqp://…`` or ``filesystem:///folder``.
     :param host: the host whose agent is addressed. :param tls: for ``amqps`` URLs.
-    :param signer: signs what is sent. :param quorum: the queues it makes are quorum queues.
+    :param signer: signs what is sent; replies that it has not signed are dropped.
+    :param quorum: the queues it makes are quorum queues.
     :raises ConfigError: the URL is not usable.
     :raises BrokerError: the broker cannot be reached.
     """
@@ -263,12 +264,15 @@ class Client:
 
     def _on_reply(self, message: Any) -> None:
         message.ack()
+        correlation = str(message.properties.get("correlation_id") or "")
         try:
+            if self._signer is not None and self._signer.replies:
+                self._signer.check_reply(_body(message), correlation, (message.headers or {}).get(HEADER))
             reply = wire.Reply.from_json(wire.parse(_body(message), max_bytes=64 << 20))
         except (MessageError, KeyError, TypeError) as exc:
-            LOG.warning("a reply that cannot be read was dropped: %s", exc)
+            LOG.warning("a reply to %.60s was dropped: %s", correlation or "?", exc)
             return
-        self._replies[reply.id or str(message.properties.get("correlation_id") or "")] = reply
+        self._replies[reply.id or correlation] = reply
 
     def _unreachable(self, exc: BaseException) -> BrokerError:
         return BrokerError(

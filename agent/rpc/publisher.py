@@ -208,11 +208,12 @@ class Publisher:
         self._journal.postpone(RETURNED_PAUSE, *again)
 
     def _headers(self, row: OutboxRow) -> dict[str, str]:
-        """Instructions to other agents are signed when they are sent, however long they have waited."""
-        instruction = not row.exchange and row.routing_key.startswith(wire.queue_name(""))
-        if self._signer is None or not instruction or row.routing_key.startswith(broker.REPLY_PREFIX):
+        """Instructions to other agents and replies are signed when they are sent, however long they have waited."""
+        if self._signer is None or row.exchange:
             return {}
-        return self._signer.headers(row.body)
+        if row.body.startswith(wire.REPLY_HEAD):
+            return self._signer.reply_headers(row.body, row.correlation_id)
+        return self._signer.headers(row.body) if row.routing_key.startswith(wire.queue_name("")) else {}
 
     def _keep_alive(self, connection: kombu.Connection) -> None:
         if broker.is_filesystem(self._url):

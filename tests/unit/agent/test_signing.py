@@ -17,7 +17,7 @@ from agent.cli.main import main
 from agent.errors import ConfigError, MessageError
 from agent.rpc.client import Client
 from agent.service import Service
-from agent.signing import HEADER, Signer
+from agent.signing import HEADER, REFUSED, Signer
 from agent.wire import Raw
 from hypervisor.toolstack.drivers.fake import FakeToolstack
 
@@ -73,6 +73,40 @@ def test_an_old_copy_or_a_wrong_clock_is_refused(now: float, monkeypatch: pytest
     with pytest.raises(MessageError) as caught:
         Signer([OTHER], 300).check(raw(BODY, header), now)
     assert caught.value.code == "message.bad_signature"
+
+
+REPLY = wire.encode_reply(wire.Reply("id-1", "node1", "list", result={}), "reeve.reply.x").body
+
+
+def test_a_reply_is_signed_with_its_correlation_id() -> None:
+    header = Signer([KEY, OTHER], 300).reply_headers(REPLY, "id-1")[HEADER]
+    Signer([OTHER, KEY], 1).check_reply(REPLY, "id-1", header)  # while keys are changed, and after any window
+    for signer, body, correlation, given in (
+        (Signer([OTHER], 300), REPLY, "id-1", header),
+        (Signer([KEY], 300), REPLY, "id-2", header),
+        (Signer([KEY], 300), REPLY, "", header),
+        (Signer([KEY], 300), REPLY + b" ", "id-1", header),
+        (Signer([KEY], 300), REPLY, "id-1", header[:-1]),
+        (Signer([KEY], 300), REPLY, "id-1", header.replace("v1 ", "v1 1")),
+        (Signer([KEY], 300), REPLY, "id-1", [header]),
+        (Signer([KEY], 300), REPLY, "id-1", Signer([KEY], 300).headers(REPLY)[HEADER]),  # an instruction's
+    ):
+        with pytest.raises(MessageError) as caught:
+            signer.check_reply(body, correlation, given)
+        assert caught.value.code == "message.bad_signature"
+    with pytest.raises(MessageError) as caught:
+        Signer([KEY], 300).check_reply(REPLY, "id-1", None)
+    assert caught.value.code == "message.unsigned"
+    with pytest.raises(MessageError) as caught:
+        Signer([KEY], 300).check(raw(REPLY, header), time.time())  # a reply's is no instruction's
+    assert caught.value.code == "message.bad_signature"
+
+
+@pytest.mark.parametrize("code", sorted(REFUSED))
+def test_what_anyone_can_have_said_is_not_signed(code: str) -> None:
+    error = MessageError("no", code=code).to_json()
+    body = wire.encode_reply(wire.Reply("id-1", "node1", error=error), "reeve.reply.x").body
+    assert Signer([KEY], 300).reply_headers(body, "id-1") == {}
 
 
 def key_file(folder: Path, text: str = KEY.hex(), mode: int = 0o600) -> Path:
@@ -139,6 +173,46 @@ def test_an_agent_with_a_key(service: Service, capsys: pytest.CaptureFixture[str
         with service.journal._read() as db:
             rows = db.execute("SELECT count(*) FROM instructions WHERE id = ?", (ident,)).fetchone()
         assert rows == (1,)
+
+
+def test_only_signed_replies_are_taken(service: Service) -> None:
+    """Someone who can write to the reply queue, and to the agent's, but has no key."""
+    url, signer = service.settings.broker_url, service.signer
+    assert signer is not None
+    with Client(url, "node1", signer=signer) as client, Client(url, "node1") as forger:
+        ident = str(uuid.uuid4())
+        forged = wire.encode_reply(wire.Reply(ident, "node1", "list", result={"domains": ["forged"]}), client.reply_to)
+        for headers in ({}, signer.headers(forged.body), signer.reply_headers(forged.body, str(uuid.uuid4()))):
+            forger._producer.publish(
+                forged.body,
+                exchange="",
+                routing_key=client.reply_to,
+                content_type=forged.content_type,
+                content_encoding="utf-8",
+                correlation_id=ident,
+                headers=headers,
+            )
+        # An unsigned instruction with another's id and reply queue: its refusal must not pass for the answer.
+        body = wire.encode_instruction(wire.Instruction(ident, "list", "node1", {}, client.reply_to))
+        forger.send_raw(body, correlation_id=ident)
+        client.send("list", instruction_id=ident)
+        reply = client.wait(ident, 20)
+        assert reply.ok and reply.result == {"domains": []}
+    lenient = Signer([KEY], 300, replies=False)
+    with Client(url, "node1", signer=lenient) as client:
+        client._on_reply(Unsigned(forged.body, {"correlation_id": ident}))
+        assert client.wait(ident, 20).result == {"domains": ["forged"]}
+
+
+class Unsigned:
+    """A reply of an agent of a version that does not sign them."""
+
+    def __init__(self, body: bytes, properties: dict[str, str]) -> None:
+        self.body, self.properties = body, properties
+        self.headers: dict[str, str] = {}
+
+    def ack(self) -> None:
+        pass
 
 
 def test_an_id_is_remembered_for_as_long_as_a_copy_is_good(tmp_path: Path) -> None:

@@ -187,3 +187,12 @@ def test_any_value_in_any_field_is_taken_or_refused(field: str, value: Any) -> N
         assert exc.code.startswith("message.")
     else:
         assert decode(wire.encode_instruction(instruction)) == instruction
+
+
+def test_a_reply_can_be_told_by_its_beginning() -> None:
+    """The publisher signs by it what it finds in the outbox."""
+    for reply in (wire.Reply("", "node1", error={"code": "x"}), wire.Reply("i", "node1", "list", result={})):
+        assert wire.encode_reply(reply, "queue").body.startswith(wire.REPLY_HEAD)
+    instruction = wire.Instruction("i", "list", "node1", {})
+    assert not wire.encode_instruction(instruction).startswith(wire.REPLY_HEAD)
+    assert not wire.encode_report(wire.Report("agent", "node1", 0.0, 1, {})).body.startswith(wire.REPLY_HEAD)
