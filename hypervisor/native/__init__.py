@@ -159,16 +159,17 @@ class FastPath:
         context.raise_exception = view.raise_exception
         for name in _OFFSETS:
             setattr(context, name, view.offsets[name])
-        if self.apart:
-            self._keep_apart(view, view.translations)
-
-    def _keep_apart(self, view: NativeView, translations: Translations) -> None:
-        tables, size = self.tables, translations.size
-        tables.own, tables.words = translations.at, size // 8
+        translations, tables = view.translations, self.tables
+        tables.own, tables.words = translations.at, translations.size // 8
         tables.env, tables.cpu = view.env, translations.cpu
         tables.hflags, tables.cr3 = view.offsets["hflags"], view.offsets["cr"] + 24
         tables.flush, tables.flush_page = translations.flush, translations.flush_page
         tables.to_host, tables.mark = translations.to_host, translations.mark
+        if self.apart:
+            self._keep_apart(translations)
+
+    def _keep_apart(self, translations: Translations) -> None:
+        tables, size = self.tables, translations.size
         # The engine allocates what a set refers to: its first set goes aside, and it makes another.
         self._other = ctypes.create_string_buffer(size)
         tables.other = ctypes.addressof(self._other)

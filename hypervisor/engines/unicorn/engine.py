@@ -135,8 +135,8 @@ class UnicornEngine(Segments, Intercepts, Flushing):
                 native.attach(view)
                 self._hooks.append((interrupt, syscall, native))
                 interrupt, syscall, data = _INTR_CB(native.interrupt), _INSN_CB(native.syscall), native.data
-            if native is not None and native.apart:
-                self._apart = native
+            if native is not None:
+                self._apart = native if native.apart else None
                 self._add_hook(uc_const.UC_HOOK_EDGE_GENERATED, _PTR(native.translated), data=native.tables_data)
             self._add_hook(unicorn.UC_HOOK_INTR, interrupt, data=data)
             self._add_hook(unicorn.UC_HOOK_INSN_INVALID, _INVALID_CB(self._direct_invalid))
