@@ -130,7 +130,7 @@ static void switch_mode(struct context *c, u64 kernel)
     BASE(c, GS) = s->gs_base_other;
     s->gs_base_other = base;
     if (c->tables)
-        tables_switch(c->tables, kernel ? s->kernel_cr3 : s->user_cr3, (int)kernel);
+        reeve_switch(c->tables, kernel ? s->kernel_cr3 : s->user_cr3, (int)kernel);
     else
         c->load_cr3(c->env, kernel ? s->kernel_cr3 : s->user_cr3);
 }
@@ -298,7 +298,7 @@ static int page_fault(struct context *c)
 }
 
 /* The hook of `syscall`: RIP is at the instruction, and its length is added behind the hook. */
-__attribute__((visibility("default"))) void reeve_syscall(void *engine, void *data)
+EXPORTED void reeve_syscall(void *engine, void *data)
 {
     struct context *c = data;
 
@@ -321,7 +321,7 @@ done:
 }
 
 /* The hook of exceptions and interrupts. */
-__attribute__((visibility("default"))) void reeve_interrupt(void *engine, u32 number, void *data)
+EXPORTED void reeve_interrupt(void *engine, u32 number, void *data)
 {
     struct context *c = data;
 
@@ -342,7 +342,7 @@ static int port_allowed(struct context *c)
     return 1;
 }
 
-__attribute__((visibility("default"))) u32 reeve_port_in(void *engine, u32 port, int size, void *data)
+EXPORTED u32 reeve_port_in(void *engine, u32 port, int size, void *data)
 {
     struct context *c = data;
 
@@ -352,7 +352,7 @@ __attribute__((visibility("default"))) u32 reeve_port_in(void *engine, u32 port,
     return 0xffffffff;
 }
 
-__attribute__((visibility("default"))) void reeve_port_out(void *engine, u32 port, int size, u32 value, void *data)
+EXPORTED void reeve_port_out(void *engine, u32 port, int size, u32 value, void *data)
 {
     struct context *c = data;
 
@@ -362,7 +362,7 @@ __attribute__((visibility("default"))) void reeve_port_out(void *engine, u32 por
 }
 
 /* What Python's structures are compared with: sizes, then offsets of the last fields. */
-__attribute__((visibility("default"))) const u32 reeve_layout[] = {
+EXPORTED const u32 reeve_layout[] = {
     sizeof(struct context), offsetof(struct context, state), offsetof(struct context, old_exception),
     offsetof(struct context, ports), sizeof(struct vcpu_state), offsetof(struct vcpu_state, iopl),
     offsetof(struct vcpu_state, syscall_masks), offsetof(struct vcpu_state, trap_address),

@@ -13,6 +13,8 @@
  */
 #include <stdint.h>
 
+#define EXPORTED __attribute__((visibility("default")))
+
 struct tables {
     uint64_t *own, *other; /* the set in use, inside of the CPU state, and the one that is not; 0: there is one only */
     uint64_t words;        /* of a set */
@@ -45,18 +47,18 @@ static void tables_exchange(struct tables *t)
     }
 }
 
-static void tables_tag(struct tables *t, int kernel)
+EXPORTED void reeve_tag(struct tables *t, int kernel)
 {
     uint32_t *mode = (uint32_t *)(t->env + t->hflags);
 
     *mode = kernel ? *mode | KERNEL_TAG : *mode & ~(uint32_t)KERNEL_TAG;
 }
 
-static void tables_switch(struct tables *t, uint64_t cr3, int kernel)
+EXPORTED void reeve_switch(struct tables *t, uint64_t cr3, int kernel)
 {
     uint64_t *current = (uint64_t *)(t->env + t->cr3);
 
-    tables_tag(t, kernel);
+    reeve_tag(t, kernel);
     tables_exchange(t);
     if (t->other_cr3 != cr3)
         t->stale = 1;
@@ -67,18 +69,6 @@ static void tables_switch(struct tables *t, uint64_t cr3, int kernel)
         t->flush(t->cpu);
     }
     t->switches++;
-}
-
-#define EXPORTED __attribute__((visibility("default")))
-
-EXPORTED void reeve_switch(struct tables *t, uint64_t cr3, int kernel)
-{
-    tables_switch(t, cr3, kernel);
-}
-
-EXPORTED void reeve_tag(struct tables *t, int kernel)
-{
-    tables_tag(t, kernel);
 }
 
 EXPORTED void reeve_flush_page(struct tables *t, uint64_t va)
