@@ -61,10 +61,10 @@ class Machine(Trapping, Posting):
     :param engine: a fresh engine; None: one is made.
     :param use_private: False makes the engine use its public path only.
     :param fast_path: of `native.MODES`: ``auto``: plain traps natively where that can be, ``off``: never, ``on``: or no
-        machine, ``apart``: and address translations of kernel and program are kept apart.
+        machine.
     :ivar on_suspend: called in the run loop when the guest has suspended itself; then the machine waits for `resume` or
         `stop`. None: a suspension ends the run.
-    :raises native.Unavailable: `fast_path` is ``on`` or ``apart``, and cannot be.
+    :raises native.Unavailable: `fast_path` is ``on``, and cannot be.
     """
 
     def __init__(
@@ -122,12 +122,11 @@ class Machine(Trapping, Posting):
         """Set the engine's handler, with the native fast path before it."""
         domain, traps = self.domain, self._traps
         code, why = native.library() if mode != "off" else (None, "it is off")
-        apart = mode == "apart"
-        fast = native.FastPath(domain.memory, *domain.area.windows(), apart=apart) if code is not None else None
+        fast = native.FastPath(domain.memory, *domain.area.windows()) if code is not None else None
         if self.engine.set_handler(self, fast):
             self._native = traps.native = fast
             traps.set_vcpu(traps.vcpu)
-        elif mode in ("on", "apart"):
+        elif mode == "on":
             raise native.Unavailable(why if fast is None else "the engine is on its public path")
 
     @property

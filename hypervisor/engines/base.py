@@ -74,7 +74,7 @@ class NativeView:
     """Where an engine's registers are, and what takes over from native hooks. Addresses in this process.
 
     :ivar env: the registers; `offsets` within, by the names of the engine's layout.
-    :ivar read_eflags, load_cr3, stop: C functions: ``u64 (*)(env)``, ``void (*)(env, u64)``, ``void (*)(engine)``.
+    :ivar read_eflags, stop: C functions: ``u64 (*)(env)``, ``void (*)(engine)``.
     :ivar raise_exception: ``void (*)(env, int vector, int error)``: from the hook of a port, which it never returns to.
     :ivar syscall, interrupt: what is called for what native hooks leave: ``void (*)(engine, data)``,
         ``void (*)(engine, u32 number, data)``.
@@ -83,7 +83,6 @@ class NativeView:
     env: int
     offsets: Mapping[str, int]
     read_eflags: int
-    load_cr3: int
     stop: int
     raise_exception: int
     syscall: int
@@ -94,10 +93,11 @@ class NativeView:
 class NativeHooks(Protocol):
     """C functions that are called instead of the handler, and call it for what they do not do themselves.
 
+    It keeps translations of the kernel's and the program's tables apart, by `switch`, `flush_page` (in both) and
+    `forget_other`.
+
     :ivar syscall, interrupt: their addresses; `data` is passed to all.
     :ivar translated: called with `tables_data` for each new block of code.
-    :ivar apart: translations of the kernel's and the program's tables are kept apart, by `switch`, `flush_page` (in
-        both) and `forget_other`.
     :ivar port_in, port_out: what `in` and `out` do: ``u32 (*)(engine, u32 port, int size, data)``,
         ``void (*)(engine, u32 port, int size, u32 value, data)``.
     """
@@ -109,7 +109,6 @@ class NativeHooks(Protocol):
     data: int
     translated: int
     tables_data: int
-    apart: bool
 
     def attach(self, view: NativeView) -> None: ...
 

@@ -117,7 +117,6 @@ OPTIONS = [
         choices=[
             ("auto", "by compiled code where there is some, in Python otherwise"),
             ("on", "by compiled code; make no domain without"),
-            ("apart", "as on, and a system call forgets no address translation: faster, and young, so not the default"),
             ("off", "in Python"),
         ],
         help="How the plainest traps of 64-bit guests are handled: system calls of programs, returns, page faults.",

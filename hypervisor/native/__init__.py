@@ -20,7 +20,7 @@ from hypervisor.memory.physical import DomainMemory
 
 LOG = logging.getLogger(__name__)
 
-MODES = ("auto", "on", "apart", "off")
+MODES = ("auto", "on", "off")
 
 _U64, _U32, _PTR = ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p
 _OFFSETS = (
@@ -66,7 +66,6 @@ class Context(ctypes.Structure):
         ("limit", _U64),
         ("env", _PTR),
         ("read_eflags", _PTR),
-        ("load_cr3", _PTR),
         ("stop", _PTR),
         ("raise_exception", _PTR),
         ("python_syscall", _PTR),
@@ -128,11 +127,10 @@ class FastPath:
     """The C code in the service of one 64-bit domain; a `hypervisor.engines.base.NativeHooks`.
 
     :param windows: word offset in the memory of the L1 entries of vCPU 0's descriptor windows; `pages` of them each.
-    :param apart: keep cached translations of the kernel's and the program's tables apart (`switch`).
     :raises Unavailable: see `library`.
     """
 
-    def __init__(self, memory: DomainMemory, windows: int, pages: int, *, apart: bool = False) -> None:
+    def __init__(self, memory: DomainMemory, windows: int, pages: int) -> None:
         code, why = library()
         if code is None:
             raise Unavailable(why)
@@ -150,11 +148,10 @@ class FastPath:
         self._code = ctypes.PyDLL(code._name)  # keeps the interpreter lock: for leaf calls
         self.tables = Tables()
         self.tables_data = ctypes.addressof(self.tables)
-        self.apart = apart
 
     def attach(self, view: NativeView) -> None:
         context = self.context
-        context.env, context.read_eflags, context.load_cr3 = view.env, view.read_eflags, view.load_cr3
+        context.env, context.read_eflags = view.env, view.read_eflags
         context.stop, context.python_syscall, context.python_interrupt = view.stop, view.syscall, view.interrupt
         context.raise_exception = view.raise_exception
         for name in _OFFSETS:
@@ -165,8 +162,7 @@ class FastPath:
         tables.hflags, tables.cr3 = view.offsets["hflags"], view.offsets["cr"] + 24
         tables.flush, tables.flush_page = translations.flush, translations.flush_page
         tables.to_host, tables.mark = translations.to_host, translations.mark
-        if self.apart:
-            self._keep_apart(translations)
+        self._keep_apart(translations)
 
     def _keep_apart(self, translations: Translations) -> None:
         tables, size = self.tables, translations.size
@@ -203,8 +199,7 @@ class FastPath:
         context.state = ctypes.addressof(state)
         context.windows = self._windows + number * self._pages
         context.on = plain
-        if self.apart:
-            self._tag(self.tables_data, state.kernel_mode)
+        self._tag(self.tables_data, state.kernel_mode)
 
     def leaving(self, on: bool) -> None:
         """The run is being left: from now on no event is delivered."""

@@ -38,12 +38,11 @@ struct context {
     u64 base, limit;  /* its machine address, its bytes */
     u8 *env;          /* the engine's CPU state */
     u64 (*read_eflags)(void *env);
-    void (*load_cr3)(void *env, u64 cr3);
     void (*stop)(void *engine);
     void (*raise)(void *env, int vector, int error); /* does not return */
     void (*python_syscall)(void *engine, void *data);
     void (*python_interrupt)(void *engine, u32 number, void *data);
-    struct tables *tables;    /* 0: the engine has one set of translations */
+    struct tables *tables;
     struct vcpu_state *state; /* of the vCPU that runs */
     u64 windows;              /* its descriptor windows: word offset of their L1 entries in the memory */
     u32 leaving;              /* the run is being left: no event is delivered any more */
@@ -129,10 +128,7 @@ static void switch_mode(struct context *c, u64 kernel)
     s->kernel_mode = kernel;
     BASE(c, GS) = s->gs_base_other;
     s->gs_base_other = base;
-    if (c->tables)
-        reeve_switch(c->tables, kernel ? s->kernel_cr3 : s->user_cr3, (int)kernel);
-    else
-        c->load_cr3(c->env, kernel ? s->kernel_cr3 : s->user_cr3);
+    reeve_switch(c->tables, kernel ? s->kernel_cr3 : s->user_cr3, (int)kernel);
 }
 
 struct frame {

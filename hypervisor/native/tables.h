@@ -16,7 +16,7 @@
 #define EXPORTED __attribute__((visibility("default")))
 
 struct tables {
-    uint64_t *own, *other; /* the set in use, inside of the CPU state, and the one that is not; 0: there is one only */
+    uint64_t *own, *other; /* the set in use, inside of the CPU state, and the one that is not */
     uint64_t words;        /* of a set */
     uint8_t *env;
     void *cpu;
@@ -88,7 +88,7 @@ static int mark(struct tables *t, uint64_t va)
     if (!host)
         return 0;
     t->mark(t->cpu, host & ~4095ULL, 4096);
-    if (t->other && !t->stale) {
+    if (!t->stale) {
         tables_exchange(t);
         t->mark(t->cpu, host & ~4095ULL, 4096);
         tables_exchange(t);

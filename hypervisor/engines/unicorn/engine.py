@@ -64,7 +64,7 @@ class UnicornEngine(Segments, Intercepts, Flushing):
         self._code_buffer = CodeBuffer(areas)
         self._handle = handle_of(self._uc)
         self._handler: TrapHandler | None = None
-        self._apart: NativeHooks | None = None
+        self._native: NativeHooks | None = None
         self._error: BaseException | None = None
         self._stopping = False
         self._epoch = 0
@@ -135,8 +135,7 @@ class UnicornEngine(Segments, Intercepts, Flushing):
                 native.attach(view)
                 self._hooks.append((interrupt, syscall, native))
                 interrupt, syscall, data = _INTR_CB(native.interrupt), _INSN_CB(native.syscall), native.data
-            if native is not None:
-                self._apart = native if native.apart else None
+                self._native = native
                 self._add_hook(uc_const.UC_HOOK_EDGE_GENERATED, _PTR(native.translated), data=native.tables_data)
             self._add_hook(unicorn.UC_HOOK_INTR, interrupt, data=data)
             self._add_hook(unicorn.UC_HOOK_INSN_INVALID, _INVALID_CB(self._direct_invalid))
@@ -372,6 +371,6 @@ class UnicornEngine(Segments, Intercepts, Flushing):
         if self._direct:
             assert self.layout is not None
             self._f_cr3(self._env, self._direct.cr3)
-        if self._apart is not None:
-            self._apart.forget_other()
+        if self._native is not None:
+            self._native.forget_other()
         self._epoch += 1

@@ -15,7 +15,7 @@ _CTL_TLB_FLUSH = 1 << 30 | uc_const.UC_CTL_TLB_FLUSH  # public unicorn.h: UC_CTL
 class Flushing:
     """A part of `hypervisor.engines.unicorn.engine.UnicornEngine`."""
 
-    _apart: NativeHooks | None
+    _native: NativeHooks | None
     _direct: Any
     _uc: Any
     _leaf: ctypes.PyDLL
@@ -32,15 +32,15 @@ class Flushing:
         return self._epoch
 
     def switch_tables(self, mpa: int, kernel: bool) -> None:
-        if self._apart is not None:
-            self._apart.switch(mpa, kernel)
+        if self._native is not None:
+            self._native.switch(mpa, kernel)
         else:
             self.load_cr3(mpa)
 
     def load_cr3(self, mpa: int) -> None:
         self._epoch += 1
-        if self._apart is not None:
-            self._apart.forget_other()
+        if self._native is not None:
+            self._native.forget_other()
         if self._direct:
             self._f_cr3(self._env, mpa)
         else:
@@ -48,16 +48,16 @@ class Flushing:
 
     def flush_all(self) -> None:
         self._epoch += 1
-        if self._apart is not None:
-            self._apart.forget_other()
+        if self._native is not None:
+            self._native.forget_other()
         if self._direct:
             self._f_flush(self._cpu)
         else:
             self._leaf.uc_ctl(_PTR(self._handle), ctypes.c_int(_CTL_TLB_FLUSH))
 
     def flush_page(self, va: int) -> None:
-        if self._apart is not None:
-            self._apart.flush_page(va)
+        if self._native is not None:
+            self._native.flush_page(va)
         elif self._direct:
             self._f_flush_page(self._cpu, va)
         else:

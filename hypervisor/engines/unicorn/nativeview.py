@@ -20,7 +20,6 @@ def native_view(library: ctypes.CDLL, cpu: int, env: int, layout: Layout, syscal
         env=env,
         offsets={name[4:]: at for name, at in dataclasses.asdict(layout).items() if name.startswith("env_")},
         read_eflags=address(library.helper_read_eflags_x86_64),
-        load_cr3=address(library.cpu_x86_update_cr3_x86_64),
         stop=address(library.uc_emu_stop),
         raise_exception=address(library.raise_exception_err_x86_64),
         syscall=address(syscall),
