@@ -207,6 +207,9 @@ class PvRuntime:
         self._check = unicorn.selfcheck()
         self._engines = engines.available()
         self._tsc_khz = measure_khz()
+        # For the first domain of this process, which in a child of the zygote is the only one: a copy of it is there
+        # at once, and shares the pages that it does not write.
+        self._ready: Any = self._engines[engines.DEFAULT]() if engines.DEFAULT in self._engines else None
 
     def facts(self) -> RuntimeFacts:
         private = self._check.layout is not None
@@ -221,7 +224,7 @@ class PvRuntime:
         """:raises ToolstackError: kernel, ramdisk or memory are not what a guest can be made of."""
         kernel, ramdisk = self._read(request) if request.incoming is None else (None, None)
         # The engine looks at this process's memory map when it is made, and then no more files.
-        engine = self._engine(request.engine)()
+        engine = self._new_engine(request.engine)
         seal()
         facts = _Facts.of_kernel(kernel, request) if kernel is not None else _Facts.of_guest(request)
         config = self._config(request, facts)
@@ -247,7 +250,7 @@ class PvRuntime:
         image: int,
     ) -> PvGuest:
         """:raises ToolstackError: the image is damaged, or needs what is not here."""
-        engine = self._engine(request.engine)()
+        engine = self._new_engine(request.engine)
         seal()
         source = Source(lambda size: os.read(image, size))
         incoming = Incoming(source)
@@ -267,7 +270,7 @@ class PvRuntime:
         template: Template,
     ) -> PvGuest:
         """:raises ToolstackError: the template is damaged, or needs what is not here."""
-        engine = self._engine(request.engine)()
+        engine = self._new_engine(request.engine)
         stage("engine")
         seal()
         stage("sealed")
@@ -325,6 +328,13 @@ class PvRuntime:
             bits=facts.bits,
             mcg_cap=facts.mcg_cap,
         )
+
+    def _new_engine(self, name: str) -> Any:
+        kind = self._engine(name)
+        if kind is self._engines.get(engines.DEFAULT) and self._ready is not None:
+            engine, self._ready = self._ready, None
+            return engine
+        return kind()
 
     def _engine(self, name: str) -> Any:
         if not self._engines:

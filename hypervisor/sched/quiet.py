@@ -15,6 +15,8 @@ LITTLE = 0.03
 """Of one CPU."""
 MUCH_NS = 1_000_000_000
 """CPU time since the last time, from which it is worth while."""
+FIRST_NS = 50_000_000
+"""The same for the first time: a domain that began from a template has done little, but all of it for its beginning."""
 
 
 class QuietDomain:
@@ -26,10 +28,12 @@ class QuietDomain:
         self._release = release
         self._since = 0
         self._cpu_ns = 0
-        self._released_at_cpu_ns = 0
+        self._released_at_cpu_ns = FIRST_NS - MUCH_NS
 
     def look(self, now: int, cpu_ns: int) -> None:
         """The domain goes idle at `now` (ns) with `cpu_ns` of CPU time used in all."""
+        if not self._since:
+            self._since, self._cpu_ns = now, cpu_ns
         window = now - self._since
         if window < WINDOW_NS:
             return

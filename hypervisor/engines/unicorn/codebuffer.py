@@ -16,8 +16,8 @@ LOG = logging.getLogger(__name__)
 
 _MADV_DONTNEED = 4
 _SMALLEST = 16 << 20
-_KEPT = 2 << 20
-"""The start holds code that entering and leaving translated code needs; it stays."""
+_KEPT = 64 << 10
+"""The start holds code that entering and leaving translated code needs, a page or two of it; it stays."""
 
 
 def executable_areas() -> set[tuple[int, int]]:
@@ -41,7 +41,7 @@ def executable_areas() -> set[tuple[int, int]]:
 class CodeBuffer:
     """:param before: `executable_areas` before the engine was made; it is made now."""
 
-    __slots__ = ("_area", "_madvise")
+    __slots__ = ("_area", "_madvise", "_trim")
 
     def __init__(self, before: set[tuple[int, int]]) -> None:
         # Areas that touch are shown as one: only what is new counts, and only if it is one piece.
@@ -50,6 +50,8 @@ class CodeBuffer:
         libc: Any = ctypes.PyDLL(None, use_errno=True)
         self._madvise = libc.madvise
         self._madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        self._trim = libc.malloc_trim
+        self._trim.argtypes = [ctypes.c_size_t]
 
     @property
     def known(self) -> bool:
@@ -65,3 +67,4 @@ class CodeBuffer:
         if self._area:
             start, end = self._area
             self._madvise(start + _KEPT, end - start - _KEPT, _MADV_DONTNEED)
+            self._trim(0)  # the library's tables of what was there, and what building left

@@ -17,7 +17,7 @@ def released(looks: list[tuple[float, float]]) -> list[int]:
 
 
 def test_once_after_a_busy_start_and_a_quiet_window() -> None:
-    assert released([(5, 4.9), (11, 5), (15, 5.0), (22, 5.1), (33, 5.2), (44, 5.3)]) == [3]
+    assert released([(5, 4.9), (11, 5), (15, 5.0), (22, 5.1), (33, 5.2), (44, 5.3)]) == [2]
 
 
 def test_not_while_it_works() -> None:
@@ -25,7 +25,11 @@ def test_not_while_it_works() -> None:
 
 
 def test_not_for_a_domain_that_never_did_much() -> None:
-    assert released([(11, 0.1), (22, 0.2), (33, 0.3)]) == []
+    assert released([(11, 0.01), (22, 0.02), (33, 0.03)]) == []
+
+
+def test_a_short_beginning_counts_once_and_not_before_a_window_has_passed() -> None:
+    assert released([(11, 0.2), (12, 0.2), (22, 0.25), (33, 0.3), (44, 0.5)]) == [2]
 
 
 def test_again_after_it_worked_again() -> None:
