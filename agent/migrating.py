@@ -7,12 +7,30 @@ its journal.
 
 from __future__ import annotations
 
+import dataclasses
 import uuid as uuid_module
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from agent.api import NAME_SCHEMA, UUID_SCHEMA, Context, InstructionError, JsonDict
-from hypervisor.errors import MigrationNotFound, MigrationUnresolved, WrongState
+from agent.api import (
+    NAME_SCHEMA,
+    UUID_SCHEMA,
+    BrokerError,
+    Check,
+    Context,
+    InstructionError,
+    JsonDict,
+    ReplyTimeout,
+    Step,
+    own_domain,
+)
+from hypervisor.errors import (
+    MigrationNotFound,
+    MigrationNotTransparent,
+    MigrationUnresolved,
+    Unsupported,
+    WrongState,
+)
 from hypervisor.toolstack.api import MigrationPhase, MigrationRole, MigrationStatus, Toolstack
 
 IDENT_SCHEMA: Mapping[str, Any] = {**UUID_SCHEMA, "description": "Of the migration: the id of the instruction migrate."}
@@ -49,6 +67,8 @@ ATTEMPTS = 4
 PAUSE = 0.5
 ANSWER_SECONDS = 30.0
 """For another agent's answer to something quick."""
+PREPARE_SECONDS = 60.0
+"""For the target to check and set aside what it needs."""
 
 UNDER_WAY = (
     MigrationPhase.STARTING,
@@ -123,9 +143,11 @@ def settle_half(toolstack: Toolstack, ident: str, *, keep: bool) -> MigrationSta
     status = find_status(toolstack, ident)
     if status is None:
         return None
-    if status.phase in UNDER_WAY:
+    arriving: tuple[MigrationPhase, ...] = (MigrationPhase.WAITING, MigrationPhase.RECEIVING)
+    if status.role is MigrationRole.TARGET and not keep:
+        arriving += (MigrationPhase.STANDBY,)  # the source has ended it, and this half may not know yet
+    elif status.phase in UNDER_WAY:
         raise WrongState(f"migration {ident} is still {status.phase.value}: wait for it, or cancel it")
-    arriving = (MigrationPhase.WAITING, MigrationPhase.RECEIVING)
     if status.role is MigrationRole.TARGET and keep and status.phase in (*arriving, MigrationPhase.DROPPED):
         raise MigrationUnresolved(f"migration {ident} is {status.phase.value} here: there is no whole copy to run")
     if status.phase in arriving:
@@ -136,3 +158,89 @@ def settle_half(toolstack: Toolstack, ident: str, *, keep: bool) -> MigrationSta
     elif not (status.phase is MigrationPhase.DROPPED and not keep):
         toolstack.migration_resolve(ident, keep=keep)
     return toolstack.migration_status(ident)
+
+
+def settling(ctx: Context, uuid: str, *, keep: bool) -> JsonDict:
+    """Arguments of ``migrate_settle``."""
+    return {"ident": ctx.instruction, "uuid": uuid, "keep": keep}
+
+
+def unresolved(status: MigrationStatus) -> MigrationUnresolved:
+    """What is said of a half that an operator has to decide for."""
+    how = " or ".join(commands(status)) or f"reeve migration show {status.ident}"
+    return MigrationUnresolved(f"migration {status.ident} of domain {status.uuid} is {status.phase.value}: {how}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckStep(Step):
+    """Of ``migrate`` and ``standby``, as is `PrepareStep`."""
+
+    name: ClassVar[str] = "check"
+    title: ClassVar[str] = "see what the target must know"
+    changes: ClassVar[bool] = False
+
+    uuid: str
+
+    def run(self, ctx: Context) -> JsonDict | None:
+        own_domain(ctx.host, self.uuid)
+        return {"offer": ctx.host.toolstack.migration_offer(self.uuid).to_json()}
+
+    def check(self, ctx: Context) -> Check:
+        return Check.NOT_DONE
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareStep(Step):
+    """:ivar token: the secret by which the target knows the source's connection."""
+
+    name: ClassVar[str] = "prepare"
+    title: ClassVar[str] = "have the target check and set aside what it needs"
+
+    uuid: str
+    target: str
+    token: str
+    mode: str
+
+    def run(self, ctx: Context) -> JsonDict | None:
+        modes = ("live", "image") if self.mode == "auto" else (self.mode,)
+        why: InstructionError | None = None
+        for mode in modes:
+            args = {
+                "ident": ctx.instruction,
+                "token": self.token,
+                "source": ctx.host.name,
+                "mode": mode,
+                "offer": ctx.outputs["check"]["offer"],
+            }
+            seconds = ctx.seconds_left(PREPARE_SECONDS)
+            try:
+                return ask(ctx, self.target, "migrate_in", args, step=f"prepare-{mode}", timeout=seconds, expire=True)
+            except InstructionError as exc:
+                if why is not None and exc.code == Unsupported.code:
+                    raise why from None  # it takes no images: why it cannot come live is what helps
+                if exc.code != MigrationNotTransparent.code or mode == modes[-1]:
+                    raise
+                why = exc
+        raise AssertionError("unreachable")
+
+    def check(self, ctx: Context) -> Check:
+        # Also when it was: the target answers from its journal.
+        return Check.NOT_DONE
+
+    def undo(self, ctx: Context) -> None:
+        # The step after this one was undone before: the domain runs here, or it was never begun. Only then may the
+        # target's half go.
+        status = find_status(ctx.host.toolstack, ctx.instruction)
+        if status is not None and status.phase is not MigrationPhase.KEPT:
+            raise MigrationUnresolved(f"the source is {status.phase.value}")
+        args = settling(ctx, self.uuid, keep=False)
+        try:
+            ask(ctx, self.target, "migrate_settle", args, step="drop")
+        except (BrokerError, ReplyTimeout) as exc:
+            if isinstance(exc, BrokerError):
+                tell(ctx, self.target, "migrate_settle", args, step="drop")
+            # It lies in the target's queue, or will: its agent will do it.
+            raise MigrationUnresolved(
+                f"the domain runs here; {exc.message} What host {self.target} has set aside goes when it is told"
+            ) from exc
+        ctx.host.toolstack.migration_forget(ctx.instruction)

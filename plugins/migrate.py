@@ -31,15 +31,18 @@ from agent.migrating import (
     HOST_SCHEMA,
     MODE_SCHEMA,
     OPTIONS_SCHEMA,
+    PREPARE_SECONDS,
+    CheckStep,
+    PrepareStep,
     ask,
-    commands,
     find_status,
+    settling,
     tell,
+    unresolved,
 )
 from hypervisor.errors import (
     HostUnavailable,
     MigrationFailed,
-    MigrationNotTransparent,
     MigrationUnresolved,
     OperationTimeout,
     ToolstackError,
@@ -56,83 +59,9 @@ from hypervisor.toolstack.api import (
     MigrationTicket,
 )
 
-PREPARE_SECONDS = 60.0
 CANCEL_SECONDS = 60.0
 MARGIN = 120.0
 """Seconds beyond the options' own timeout: for the switch."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckStep(Step):
-    name: ClassVar[str] = "check"
-    title: ClassVar[str] = "see what the target must know"
-    changes: ClassVar[bool] = False
-
-    uuid: str
-
-    def run(self, ctx: Context) -> JsonDict | None:
-        own_domain(ctx.host, self.uuid)
-        return {"offer": ctx.host.toolstack.migration_offer(self.uuid).to_json()}
-
-    def check(self, ctx: Context) -> Check:
-        return Check.NOT_DONE
-
-
-@dataclasses.dataclass(frozen=True)
-class PrepareStep(Step):
-    """:ivar token: the secret by which the target knows the source's connection."""
-
-    name: ClassVar[str] = "prepare"
-    title: ClassVar[str] = "have the target check and set aside what it needs"
-
-    uuid: str
-    target: str
-    token: str
-    mode: str
-
-    def run(self, ctx: Context) -> JsonDict | None:
-        modes = ("live", "image") if self.mode == "auto" else (self.mode,)
-        why: InstructionError | None = None
-        for mode in modes:
-            args = {
-                "ident": ctx.instruction,
-                "token": self.token,
-                "source": ctx.host.name,
-                "mode": mode,
-                "offer": ctx.outputs["check"]["offer"],
-            }
-            seconds = ctx.seconds_left(PREPARE_SECONDS)
-            try:
-                return ask(ctx, self.target, "migrate_in", args, step=f"prepare-{mode}", timeout=seconds, expire=True)
-            except InstructionError as exc:
-                if why is not None and exc.code == Unsupported.code:
-                    raise why from None  # it takes no images: why it cannot come live is what helps
-                if exc.code != MigrationNotTransparent.code or mode == modes[-1]:
-                    raise
-                why = exc
-        raise AssertionError("unreachable")
-
-    def check(self, ctx: Context) -> Check:
-        # Also when it was: the target answers from its journal.
-        return Check.NOT_DONE
-
-    def undo(self, ctx: Context) -> None:
-        # The step after this one was undone before: the domain runs here, or it was never begun. Only then may the
-        # target's half go.
-        status = find_status(ctx.host.toolstack, ctx.instruction)
-        if status is not None and status.phase is not MigrationPhase.KEPT:
-            raise MigrationUnresolved(f"the source is {status.phase.value}")
-        args = _settling(ctx, self.uuid, keep=False)
-        try:
-            ask(ctx, self.target, "migrate_settle", args, step="drop")
-        except (BrokerError, ReplyTimeout) as exc:
-            if isinstance(exc, BrokerError):
-                tell(ctx, self.target, "migrate_settle", args, step="drop")
-            # It lies in the target's queue, or will: its agent will do it.
-            raise MigrationUnresolved(
-                f"the domain runs here; {exc.message} What host {self.target} has set aside goes when it is told"
-            ) from exc
-        ctx.host.toolstack.migration_forget(ctx.instruction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +85,7 @@ class TransferStep(Step):
         if status is None:
             raise OperationTimeout(f"domain {self.uuid} did not move in time: it is kept here")
         if status.phase is MigrationPhase.UNRESOLVED:
-            raise _unresolved(status)
+            raise unresolved(status)
         if status.phase is MigrationPhase.KEPT:
             raise from_json(status.error) if status.error else MigrationFailed(f"domain {self.uuid} runs on here")
         return {"status": status.to_json()}
@@ -226,7 +155,7 @@ class SettleStep(Step):
     target: str
 
     def run(self, ctx: Context) -> JsonDict | None:
-        args = _settling(ctx, self.uuid, keep=True)
+        args = settling(ctx, self.uuid, keep=True)
         try:
             return ask(ctx, self.target, "migrate_settle", args, step="settle")
         except (BrokerError, ReplyTimeout) as exc:
@@ -259,15 +188,6 @@ class FinishStep(Step):
 
     def check(self, ctx: Context) -> Check:
         return Check.NOT_DONE
-
-
-def _settling(ctx: Context, uuid: str, *, keep: bool) -> JsonDict:
-    return {"ident": ctx.instruction, "uuid": uuid, "keep": keep}
-
-
-def _unresolved(status: MigrationStatus) -> MigrationUnresolved:
-    how = " or ".join(commands(status)) or f"reeve migration show {status.ident}"
-    return MigrationUnresolved(f"migration {status.ident} of domain {status.uuid} is {status.phase.value}: {how}")
 
 
 class Migrate(Plugin):

@@ -1,6 +1,7 @@
-"""``migrate_in``: the target's side of ``migrate``: may it come here? From then on what it needs is set aside.
+"""``migrate_in``: the target's side of ``migrate`` and ``standby``: may it come here?
 
-Asked by the source's agent. The claim lasts until the driver has set the memory aside, which is when this ends.
+From then on what it needs is set aside. Asked by the source's agent.
+The claim lasts until the driver has set the memory aside, which is when this ends.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class MigrateIn(Plugin):
             "source": HOST_SCHEMA,
             "mode": {
                 "type": "string",
-                "enum": [MigrationMode.LIVE.value, MigrationMode.IMAGE.value],
-                "description": "How it is to be moved.",
+                "enum": [mode.value for mode in MigrationMode],
+                "description": "How it is to be moved; standby: kept here as well.",
             },
             "offer": {"type": "object", "description": "A hypervisor.toolstack.migration.MigrationOffer."},
         },

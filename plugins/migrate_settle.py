@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from agent.api import UUID_SCHEMA, Check, Context, Host, JsonDict, Plan, Plugin, Step, own_domain
-from agent.migrating import IDENT_SCHEMA, settle_half
+from agent.migrating import IDENT_SCHEMA, UNDER_WAY, find_status, settle_half
 from hypervisor.errors import DomainNotFound, MigrationNotFound
+from hypervisor.toolstack.api import MigrationRole
+
+END_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,7 @@ class SettleStep(Step):
 
     def run(self, ctx: Context) -> JsonDict | None:
         toolstack = ctx.host.toolstack
+        ctx.poll(lambda _left: self._decided(ctx), END_SECONDS)
         status = settle_half(toolstack, self.ident, keep=self.keep)
         if not self.keep:
             toolstack.migration_forget(self.ident)
@@ -38,6 +42,11 @@ class SettleStep(Step):
 
     def check(self, ctx: Context) -> Check:
         return Check.NOT_DONE
+
+    def _decided(self, ctx: Context) -> bool:
+        """A source of which a standby was taken over may be about to write down that it has left."""
+        status = find_status(ctx.host.toolstack, self.ident)
+        return status is None or status.role is not MigrationRole.SOURCE or status.phase not in UNDER_WAY
 
 
 class MigrateSettle(Plugin):

@@ -39,6 +39,7 @@ from agent.cli import (
     saving,
     schema,
     snapshot,
+    standby,
     template,
     top,
 )
@@ -76,6 +77,10 @@ COMMANDS: dict[str, Any] = {
     "template show": template.TemplateShow,
     "template remove": template.TemplateRemove,
     "domain migrate": migration.DomainMigrate,
+    "domain standby start": standby.StandbyStart,
+    "domain standby status": standby.StandbyStatus,
+    "domain standby stop": standby.StandbyStop,
+    "domain standby takeover": standby.StandbyTakeover,
     "domain sysrq": inside.DomainSysrq,
     "domain dump-core": inside.DomainDumpCore,
     "block list": devices.BlockList,
@@ -116,8 +121,8 @@ DESCRIPTION = """\
 Look after a Reeve node: its domains, its images and what it needs.
 
 `node`, `domain`, `block`, `network` and `migration` commands and `top` talk to the driver on this machine;
-`domain migrate` and `host evacuate` ask the agent, since two hosts take part, `domain snapshot` and `domain revert`
-too; `instruct` sends any instruction through the message broker, as a cloud scheduler would.
+`domain migrate`, `domain standby` and `host evacuate` ask the agent, since two hosts take part, `domain snapshot` and
+`domain revert` too; `instruct` sends any instruction through the message broker, as a cloud scheduler would.
 Start with `reeve doctor`."""
 
 

@@ -52,7 +52,7 @@ class DomainMigrate(Show):
             info = find_domain(toolstack, parsed_args.domain)
         args = {"uuid": info.uuid, "target": parsed_args.target, **_asked(parsed_args)}
         ident = str(uuid.uuid4())
-        with _bar(f"{info.name} to {parsed_args.target}") as tell:
+        with migration_bar(f"{info.name} to {parsed_args.target}") as tell:
             result = ask(self.connection, "migrate", args, parsed_args.timeout, tell, ident)
         data = {"migration": ident, "uuid": info.uuid, "name": info.name, **plain(result)}
         domain = data.pop("domain") or {}
@@ -87,7 +87,7 @@ class HostEvacuate(List):
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
         args = {"target": parsed_args.target, "at_once": parsed_args.at_once, **_asked(parsed_args)}
-        with _bar(f"domains to {parsed_args.target}") as tell:
+        with migration_bar(f"domains to {parsed_args.target}") as tell:
             result = ask(self.connection, "evacuate", args, parsed_args.timeout, tell)
         if left := result["failed"] + result["not_begun"]:
             text = (
@@ -244,7 +244,7 @@ def _shown(status: MigrationStatus) -> tuple[tuple[str, ...], tuple[object, ...]
 
 
 @contextlib.contextmanager
-def _bar(what: str) -> Iterator[Tell]:
+def migration_bar(what: str) -> Iterator[Tell]:
     """What hears of progress: a bar on standard error, nothing when that is no terminal."""
     if not sys.stderr.isatty():
         yield lambda data: None

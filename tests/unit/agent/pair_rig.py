@@ -35,12 +35,14 @@ class Network:
 
     :ivar down: hosts whose agent is not there: what is sent to it waits.
     :ivar broken: the broker is gone.
+    :ivar asker: the host whose instruction it is that asks the others.
     :ivar asked: (host, verb, id) of everything that was sent.
     """
 
     rigs: dict[str, Rig] = dataclasses.field(default_factory=dict)
     down: set[str] = dataclasses.field(default_factory=set)
     broken: bool = False
+    asker: str = "node1"
     asked: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
     queues: dict[str, list[Instruction]] = dataclasses.field(default_factory=dict)
 
@@ -56,7 +58,7 @@ class Network:
         try:
             self.deliver(host)
         except Killed:
-            if host == "node1":
+            if host == self.asker:
                 raise  # it is its own instruction that it waits for
             self.restart(host)
             raise ReplyTimeout(f"the agent of host {host!r} died") from None
@@ -92,7 +94,7 @@ class Network:
     def deliver(self, host: str) -> None:
         """The agent carries out what it had begun, then what lies in its queue."""
         rig = self.rigs[host]
-        if host != "node1":  # which is in the middle of something, if anybody asks it
+        if host != self.asker:  # which is in the middle of something, if anybody asks it
             for ident in rig.journal.unfinished():
                 rig.executor.run(ident)
         queue = self.queues.get(host, [])
@@ -148,6 +150,11 @@ class Pair:
 
     def live_through(self, at: str, monkeypatch: pytest.MonkeyPatch, **args: Any) -> Reply:
         """Migrate; whichever agent reaches `at` dies there and is started again."""
+        return self.lives("migrate", {"uuid": self.uuid, "target": "node2", **args}, at, monkeypatch)
+
+    def lives(self, verb: str, args: JsonDict, at: str, monkeypatch: pytest.MonkeyPatch, ident: str = IDENT) -> Reply:
+        """An instruction of the host that asks; whichever agent reaches `at` dies there and is started again."""
+        asker = self.network.rigs[self.network.asker]
         fired: list[str] = []
 
         def boundary(name: str) -> None:
@@ -158,13 +165,12 @@ class Pair:
         monkeypatch.setattr(executor, "boundary", boundary)
         try:
             with contextlib.suppress(Killed):
-                ident = self.here.accept("migrate", {"uuid": self.uuid, "target": "node2", **args}, id=IDENT)
-                self.here.executor.run(ident)
+                asker.executor.run(asker.accept(verb, args, id=ident))
         finally:
             monkeypatch.undo()
         assert fired, f"{at} was not reached"
         self.restart()
-        return self.here.reply(IDENT)
+        return asker.reply(ident)
 
     def restart(self) -> None:
         """Both agents start, the target's first; whatever the driver has begun goes to its end."""

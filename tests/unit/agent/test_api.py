@@ -11,6 +11,7 @@ from agent_rig import Rig
 from agent.api import InstructionError, Plan, own_domain
 from agent.control import Control
 from hypervisor.errors import NotOurs
+from hypervisor.toolstack.api import MigrationMode, MigrationPhase, MigrationRole, MigrationStatus
 
 
 class Agent(Control):
@@ -20,7 +21,7 @@ class Agent(Control):
         return [{"seq": seq}]
 
 
-def test_plans_of_every_verb_survive_json(rig: Rig, tmp_path: Path) -> None:
+def test_plans_of_every_verb_survive_json(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "disk").write_bytes(bytes(4096))
     disk, nic = {"id": "xvda", "path": str(tmp_path / "disk")}, {"id": 0}
     uuid = rig.create(disks=[disk], nics=[nic])
@@ -57,8 +58,14 @@ def test_plans_of_every_verb_survive_json(rig: Rig, tmp_path: Path) -> None:
                        "offer": rig.toolstack.migration_offer(uuid).to_json()},
     }  # fmt: skip
     # These two need a host that can be reached.
+    args |= {"standby": {"uuid": uuid, "target": "node2"}, "standby_stop": {"uuid": uuid}}
+    args |= {"standby_takeover": {"uuid": uuid, "force": True}}
     args |= {"migrate": {"uuid": uuid, "target": "node2"}, "evacuate": {"target": "node2"}}
     rig.toolstack.state_dir = str(tmp_path)
+    halves = [
+        MigrationStatus(uuid, uuid, role, MigrationPhase.STANDBY, MigrationMode.STANDBY) for role in MigrationRole
+    ]
+    monkeypatch.setattr(rig.toolstack, "migration_list", lambda: halves)
     args |= {"cancel": {"id": uuid}, "locks": {}, "break_lock": {"domain": uuid}}
     args |= {"quarantine_drop": {"seq": 1}, "quarantine_list": {}, "quarantine_retry": {"seq": 1}}
     host = dataclasses.replace(rig.host, control=Agent(rig.journal))

@@ -1,4 +1,4 @@
-"""`reeve domain migrate`, `host evacuate` and `migration …`, with two agents in this process over fake hosts."""
+"""`reeve domain migrate`, `domain standby …`, `host evacuate` and `migration …`: two agents here, over fake hosts."""
 
 from __future__ import annotations
 
@@ -169,6 +169,50 @@ def test_evacuate_that_leaves_some(site: Site) -> None:
     assert result.code == 1 and '"code": "cli.incomplete"' in result.err
     assert '"failed"' in result.out and "domain.name_in_use" in result.out
     assert [info.name for info in site.here.list_domains()] == ["b"]
+
+
+def test_a_standby_kept_looked_at_and_ended(site: Site) -> None:
+    info = site.create()
+    words = ["--interval", "50", "--bandwidth", "1G", "--compress", "zstd", "--timeout", "60"]
+    data = site.reeve("domain", "standby", "start", "web", "node2", *words, "-f", "json").json
+    assert (data["uuid"], data["role"], data["peer"]) == (info.uuid, "source", "node2")
+    assert data["phase"] == MigrationPhase.STANDBY and data["epochs"] >= 1
+    for words in ([], ["web"], [info.uuid], [data["ident"]]):
+        (row,) = site.reeve("domain", "standby", "status", *words, "-f", "json").json
+        assert (row["name"], row["phase"]) == ("web", MigrationPhase.STANDBY)
+    assert site.here.get_domain(info.uuid).state == "running"
+    (ended,) = site.reeve("domain", "standby", "stop", "web", "-f", "json").json
+    assert ended["phase"] == MigrationPhase.KEPT and ended["dropped"]
+    assert site.reeve("domain", "standby", "status", "-f", "json").json == []
+    assert site.here.get_domain(info.uuid).state == "running" and site.there.migration_list() == []
+
+
+def test_a_standby_taken_over(site: Site) -> None:
+    """`reeve` speaks to the first host: it is the one that keeps the domain here."""
+    info = site.create()
+    site.reeve("domain", "migrate", "web", "node2")
+    args = ("--host", "node2", "--arg", f"uuid={info.uuid}", "--arg", "target=testnode")
+    assert site.reeve("instruct", "standby", *args, "-f", "json").json["ok"]
+    data = site.reeve("domain", "standby", "takeover", "web", "-f", "json").json
+    assert (data["uuid"], data["state"], data["source"], data["source_dropped"]) == (
+        info.uuid,
+        "running",
+        "node2",
+        True,
+    )
+    assert data["lost_ms"] == 0 and data["source_error"] == ""
+    assert site.here.get_domain(info.uuid).state == "running" and site.there.list_domains() == []
+
+
+def test_a_standby_that_is_not_there(site: Site) -> None:
+    site.create()
+    for command in (["stop", "web"], ["takeover", "web"], ["takeover", "web", "--force"], ["status", "web"]):
+        error = site.reeve("domain", "standby", *command, "-f", "json").error
+        assert error["code"] == "migration.not_found", command
+    assert site.reeve("domain", "standby", "start", "wep", "node2", "-f", "json").error["code"] == "domain.not_found"
+    assert site.reeve("domain", "standby", "start", "web", "testnode", "-f", "json").error["code"] == (
+        "instruction.bad_args"
+    )
 
 
 def test_progress_in_words() -> None:
