@@ -40,6 +40,7 @@ class XlConsole:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env=runner.variables(),
+                cwd="/",
                 start_new_session=True,
                 bufsize=0,
             )

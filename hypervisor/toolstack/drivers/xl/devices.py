@@ -13,7 +13,15 @@ import threading
 import time
 from collections.abc import Mapping
 
-from hypervisor.errors import DeviceExists, HostFailure, ImageInvalid, OperationTimeout, SpecInvalid, ToolstackError
+from hypervisor.errors import (
+    DeviceExists,
+    DomainNotFound,
+    HostFailure,
+    ImageInvalid,
+    OperationTimeout,
+    SpecInvalid,
+    ToolstackError,
+)
 from hypervisor.toolstack.devices import DeviceInfo, DeviceState, DiskSpec, NicSpec, check_devices
 from hypervisor.toolstack.drivers._devices import attached, check_disk, check_nic, image_size, with_one_more
 from hypervisor.toolstack.drivers.xl import config, parsers
@@ -175,9 +183,15 @@ class Devices:
             stop()
 
     def _there(self, row: parsers.Row, kind: str) -> dict[int, parsers.DeviceRow]:
-        """Of each device's number what the host has."""
+        """Of each device's number what the host has.
+
+        :raises DomainNotFound: it ended meanwhile: of a domain that is not there ``xl`` prints a table without rows.
+        """
         verb, parse = _KINDS[kind]
-        return {found.devid: found for found in parse(self._xl.run(f"{verb}-list", str(row.domid)))}
+        found = {found.devid: found for found in parse(self._xl.run(f"{verb}-list", str(row.domid)))}
+        if not found and self._host.row(row.uuid).domid != row.domid:
+            raise DomainNotFound(f"domain {row.uuid} started anew meanwhile: look again")
+        return found
 
 
 def _with(record: Record, disks: tuple[DiskSpec, ...], nics: tuple[NicSpec, ...]) -> Record:

@@ -28,6 +28,7 @@ from hypervisor.errors import (
     OperationTimeout,
     StreamInvalid,
     ToolstackError,
+    WrongState,
 )
 
 LOG = logging.getLogger(__name__)
@@ -54,7 +55,13 @@ HARMLESS = re.compile(
 """Beginnings of lines on stderr of commands that succeed (xl and libxl 4.17)."""
 
 _CAUSES: tuple[tuple[str, type[ToolstackError], str], ...] = (
-    (r"is an invalid domain identifier|[Dd]omain .* does not exist|Non-existent domain", DomainNotFound, "list them"),
+    (r"is an invalid domain identifier|[Dd]omain .* does not exist", DomainNotFound, "list them"),
+    (
+        r"killing execution of .* because of timeout",
+        OperationTimeout,
+        "a hotplug script took longer than libxl waits: is dom0 overloaded, or a device's file out of reach?",
+    ),
+    (r"Bad mfn 0x?[0-9a-f]* for p2m frame list", WrongState, "its guest has not booted far enough: try again then"),
     (
         r"[Nn]ot enough (free )?memory|failed to free memory|[Oo]ut of memory|[Cc]annot allocate memory|ERROR_NOMEM",
         InsufficientMemory,
@@ -69,7 +76,12 @@ _CAUSES: tuple[tuple[str, type[ToolstackError], str], ...] = (
         "is this a dom0, and does xenstored run? ask reeve doctor",
     ),
     (r"xc_dom_|[Kk]ernel image|panic: xc_dom|invalid kernel", KernelInvalid, "give a kernel for this domain type"),
-    (r"(xc|libxl).*(restore|stream|[Rr]ecord|Invalid marker)|[Ss]avefile has", StreamInvalid, "give another file"),
+    (
+        r"libxl_stream_read|restoring domain|xc: .*([Rr]estore|[Rr]ecord|from stream|Invalid marker)"
+        r"|[Ss]avefile has|File has wrong magic number",
+        StreamInvalid,
+        "give another file",
+    ),
 )
 
 
@@ -151,6 +163,7 @@ class Runner:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env=self.variables(),
+                cwd="/",  # Debian's xl is a shell script, which complains where our folder was removed
                 start_new_session=True,
             )
         except OSError as exc:

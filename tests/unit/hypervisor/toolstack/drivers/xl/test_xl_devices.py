@@ -11,6 +11,7 @@ from xl_rig import Rig
 
 from hypervisor.errors import (
     DeviceExists,
+    DomainNotFound,
     HostFailure,
     ImageInUse,
     NetworkUnknown,
@@ -248,3 +249,22 @@ def test_the_first_verb_of_a_driver_may_be_one_that_claims(rig: Rig) -> None:
         toolstack = rig.connect()
         act(toolstack)
         toolstack.close()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_domain_that_ends_while_its_devices_are_looked_at(rig: Rig, again: bool) -> None:
+    """Real ``xl`` prints a table without rows then, and ends well: no device is missing, the domain is."""
+    uuid = running(rig, disks=(disk(rig),))
+    domain = rig.machine.find(uuid)
+
+    def ends(words: list[str]) -> str:
+        del rig.machine.faults["block-list"]
+        with rig.machine.changed:
+            rig.machine.do_destroy(str(domain.domid))
+            if again:
+                rig.machine.add(domain.config)
+        return rig.machine.do_block_list(*words)
+
+    rig.machine.faults["block-list"] = ends
+    with pytest.raises(DomainNotFound):
+        rig.toolstack.list_devices(uuid)

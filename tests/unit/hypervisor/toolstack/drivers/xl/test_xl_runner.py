@@ -42,6 +42,28 @@ def test_status_and_stderr_are_judged(status: int, stderr: str, error: type[erro
     assert "\n" not in failure.message and "\x1b" not in failure.message
 
 
+SAMPLES = Path(__file__).parent / "samples"
+
+
+@pytest.mark.parametrize(
+    ("sample", "status", "error"),
+    [
+        ("create_no-kernel", 3, errors.KernelInvalid),
+        ("create_no-memory", 3, errors.InsufficientMemory),
+        ("create_slow-script", 3, errors.OperationTimeout),
+        ("network-attach_nobody", 1, errors.DomainNotFound),
+        ("restore_cut-short", 1, errors.StreamInvalid),
+        ("restore_no-image", 1, errors.StreamInvalid),
+        ("save_not-booted", 1, errors.WrongState),
+    ],
+)
+def test_what_a_real_xl_complained_of(sample: str, status: int, error: type[errors.ToolstackError]) -> None:
+    verb = sample.partition("_")[0]
+    failure = Output((verb,), status, "", (SAMPLES / f"xl_{sample}.err").read_text()).failure()
+    assert type(failure) is error, failure
+    assert "\n" not in failure.message and failure.message.startswith(f"xl {verb}")
+
+
 def test_harmless_lines_are_no_failure() -> None:
     assert Output(("create",), 0, "", "Parsing config from /x.cfg\nlibxl: info: all well\n").failure() is None
     assert Output(("create",), 1, "", "Parsing config from /x.cfg\n").failure() is not None
@@ -76,6 +98,15 @@ def test_endless_output_is_cut_off(tmp_path: Path) -> None:
 def test_no_program(tmp_path: Path) -> None:
     with pytest.raises(errors.HostUnavailable, match="cannot be run"):
         Runner(str(tmp_path / "nothing")).run("list")
+
+
+def test_it_runs_where_a_folder_always_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's xl is a script of sh, which says `getcwd() failed` in a folder that was removed."""
+    runner, gone = program(tmp_path, "pwd"), tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert runner.run("list") == "/\n"
 
 
 def test_behind_a_prefix_root_ends_it_itself() -> None:
