@@ -239,7 +239,7 @@ class FakeXen:
         assert verbose == "-v"
         rows = [HEADER, _row("Domain-0", 0, 1024, 2, "r-----", XENSTORED_UUID, "-")]
         for domid, domain in sorted(self.domains.items()):
-            ended = "---sc-" if domain.reason == 3 else "---s--"
+            ended = f"---s{'-' if domain.reason is None else '-rscw'[domain.reason]}-"
             flags = {"r": "-b----", "p": "--p---", "s": ended}[domain.flags]
             reason = "-" if domain.reason is None else f"{domain.reason:x}"
             rows.append(_row(domain.name, domid, domain.memory, domain.vcpus, flags, domain.uuid, reason))

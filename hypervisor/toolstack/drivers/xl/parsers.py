@@ -22,7 +22,7 @@ _LIST_HEADER = re.compile(
     r"Name {2,}ID {2,}Mem VCPUs\tState\tTime\(s\)(?P<verbose>\s+UUID\s+Reason-Code\s+Security Label)?"
 )
 _LIST_ROW = re.compile(
-    r"(?P<name>\S.*?)\s+(?P<id>\d+)\s+(?P<mem>\d+)\s+(?P<vcpus>\d+)\s+(?P<flags>[r-][b-][p-][s-][c-][d-])"
+    r"(?P<name>\S.*?)\s+(?P<id>\d+)\s+(?P<mem>\d+)\s+(?P<vcpus>\d+)\s+(?P<flags>[r-][b-][p-][s-][-rscwS?][d-])"
     r"\s+(?P<time>\d+\.\d)"
     rf"(?P<rest>\s+(?P<uuid>{_UUID})\s+(?P<reason>[0-9a-f]{{1,8}}|-)\s+(?P<label>\S+))?"
 )
@@ -57,7 +57,8 @@ class Row:
     :ivar name: as it is; other toolstacks may use spaces in it.
     :ivar memory_mib: what it has now.
     :ivar vcpus: online.
-    :ivar flags: the letters of ``rbpscd`` that are set.
+    :ivar flags: the letters of ``rbpscd`` that are set. ``xl`` has the reason's letter where the ``c`` is: of one that
+        crashed it is kept, any other is in `reason`.
     :ivar uuid: empty without ``-v``; ``reason``: why it ended, a number of SCHEDOP_shutdown, or None.
     """
 
@@ -121,7 +122,8 @@ def domain_rows(text: str) -> list[Row]:
         if bool(row["rest"]) is not bool(header["verbose"]):
             raise _unknown("list", line)
         reason = None if row["reason"] in (None, "-") else int(row["reason"], 16)
-        flags = row["flags"].replace("-", "")
+        letters = row["flags"]
+        flags = (letters if letters[4] == "c" else letters[:4] + letters[5:]).replace("-", "")
         numbers = (int(row["id"]), int(row["mem"]), int(row["vcpus"]))
         found.append(Row(row["name"], *numbers, flags, float(row["time"]), row["uuid"] or "", reason))
     domids = [row.domid for row in found]

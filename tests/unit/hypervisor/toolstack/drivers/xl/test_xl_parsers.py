@@ -38,6 +38,23 @@ def test_verbose_list_with_a_name_of_several_words() -> None:
     assert parsers.domain_rows(text) == [parsers.Row("my 1 guest", 7, 256, 1, "s", 6.7, UUID, 1)]
 
 
+def test_a_domain_that_is_being_saved() -> None:
+    """As a real Xen showed it: the reason's letter stands where the `c` of a crash is."""
+    dom0, saved = parsers.domain_rows(sample("list_-v_saving"))
+    assert (dom0.domid, dom0.uuid, dom0.reason) == (0, "00000000-0000-0000-0000-000000000000", None)
+    assert saved == parsers.Row("d56c28a", 9, 16, 2, "s", 28.5, "56c28a48-fb09-4f8b-b13c-f9e4668539d4", 2)
+
+
+@pytest.mark.parametrize(("letter", "flags"), [("-", "s"), ("r", "s"), ("s", "s"), ("c", "sc"), ("w", "s"), ("?", "s")])
+def test_letters_of_why_a_domain_ended(letter: str, flags: str) -> None:
+    text = sample("list_-v_saving").replace("---ss-", f"---s{letter}-")
+    assert parsers.domain_rows(text)[1].flags == flags
+
+
+def test_a_guest_that_has_no_cpu_shows_no_flag() -> None:
+    assert parsers.domain_rows(sample("list_-v_saving").replace("---ss-", "------"))[1].flags == ""
+
+
 def test_list_as_json() -> None:
     configs = parsers.domain_configs(sample("list_-l"))
     assert sorted(configs) == [0, 1]
