@@ -269,10 +269,14 @@ class FakeXen:
     def do_shutdown(self, fallback: str, domid: str) -> None:
         assert fallback == "-F"
         self.ask(self.domain(domid), 0)
+        self.changed.notify_all()
+        raise Complaint(f"Shutting down domain {domid}", 0)
 
     def do_reboot(self, fallback: str, domid: str) -> None:
         assert fallback == "-F"
         self.ask(self.domain(domid), 1)
+        self.changed.notify_all()
+        raise Complaint(f"Rebooting domain {domid}", 0)
 
     def do_vcpu_set(self, domid: str, vcpus: str) -> None:
         domain = self.domain(domid)

@@ -50,6 +50,7 @@ GRACE = 2.0
 HARMLESS = re.compile(
     r"Parsing config (from|file) |Saving to |Loading new save file |\s*Savefile contains xl domain config"
     r"|(xc|libxl): (info|debug|detail|progress): |xc: (Saving|Restoring|Frames|Suspending|End of stream)"
+    r"|Shutting down domain \d|Rebooting domain \d|PV control interface not available: sending ACPI "
     r"|Dumping core of domain|WARNING: |(xc|libxl): (warning|notice): |libxl: [^ ]*: (warning|notice|debug)"
 )
 """Beginnings of lines on stderr of commands that succeed (xl and libxl 4.17)."""

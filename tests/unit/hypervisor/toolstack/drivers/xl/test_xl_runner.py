@@ -69,6 +69,19 @@ def test_harmless_lines_are_no_failure() -> None:
     assert Output(("create",), 1, "", "Parsing config from /x.cfg\n").failure() is not None
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Rebooting domain 10",
+        "Shutting down domain 10",
+        "PV control interface not available: sending ACPI power button event.",
+    ],
+)
+def test_what_shutdown_and_reboot_say_is_no_complaint(line: str) -> None:
+    """They say it on stderr, and end with 0."""
+    assert Output(("reboot", "-F", "10"), 0, "", line + "\n").failure() is None
+
+
 def test_a_command_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     runner = program(tmp_path, f"sleep 600 & echo $! > {tmp_path}/child; wait")
     with pytest.raises(errors.OperationTimeout):
