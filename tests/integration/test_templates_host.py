@@ -77,7 +77,7 @@ def begin(toolstack: EmbeddedToolstack, name: str = "t") -> str:
 
 
 def answers(toolstack: EmbeddedToolstack, ident: str) -> None:
-    word = uuid.uuid4().hex
+    word = str(uuid.uuid4().int)  # digits: hexadecimal ones may spell "bad"
     console = toolstack.open_console(ident)
     try:
         console.write(f"{word}\n".encode())
