@@ -135,7 +135,9 @@ class GoOnStep(Step):
             ctx.host.toolstack.destroy(self.uuid)
 
 
-def going_on(spec: DomainSpec, host: Host, template: str, ident: str, mark: str) -> tuple[tuple[Step, ...], GoOnStep]:
+def going_on(
+    spec: DomainSpec, host: Host, template: str, ident: str, mark: str
+) -> tuple[tuple[OverlayStep, ...], GoOnStep]:
     """Steps that make new overlays for a domain, and the one that builds it on them.
 
     :param spec: says which images lie below. :param mark: makes the overlays' names new.

@@ -69,6 +69,7 @@ COMMANDS: dict[str, Any] = {
     "domain detach-nic": devices.DomainDetachNic,
     "domain resize": resize.DomainResize,
     "domain save": saving.DomainSave,
+    "domain clone": snapshot.DomainClone,
     "domain snapshot": snapshot.DomainSnapshot,
     "domain revert": snapshot.DomainRevert,
     "domain restore": saving.DomainRestore,
@@ -121,8 +122,9 @@ DESCRIPTION = """\
 Look after a Reeve node: its domains, its images and what it needs.
 
 `node`, `domain`, `block`, `network` and `migration` commands and `top` talk to the driver on this machine;
-`domain migrate`, `domain standby` and `host evacuate` ask the agent, since two hosts take part, `domain snapshot` and
-`domain revert` too; `instruct` sends any instruction through the message broker, as a cloud scheduler would.
+`domain migrate`, `domain standby` and `host evacuate` ask the agent, since two hosts take part, `domain snapshot`,
+`domain revert` and `domain clone` too; `instruct` sends any instruction through the message broker, as a cloud
+scheduler would.
 Start with `reeve doctor`."""
 
 

@@ -1,4 +1,4 @@
-"""`reeve domain snapshot` and `reeve domain revert`: the agent is asked, for it has the folder of guests' disks."""
+"""`reeve domain snapshot`, `revert` and `clone`: the agent is asked, for it has the folder of guests' disks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from agent.cli.asking import ask
-from agent.cli.base import Show, Table, find_domain, plain
+from agent.cli.base import List, Show, Table, find_domain, plain
 from agent.cli.values import seconds
 
 _ANSWER_S = 600.0
@@ -60,6 +60,33 @@ class DomainRevert(Show):
         if parsed_args.keep_as:
             args["keep_as"] = parsed_args.keep_as
         return _shown(ask(self.connection, "revert", args, parsed_args.wait + _ANSWER_S))
+
+
+class DomainClone(List):
+    """Begin new domains from a running one, which goes on; they share its memory and disks until they write to them."""
+
+    examples = (
+        ("reeve domain clone web web-2 web-3", "two more, with UUIDs, MACs and xenstores of their own"),
+        ("reeve domain clone web web-2 --paused", "`reeve domain unpause` lets it run"),
+    )
+    notes = (
+        "A guest with disks that it writes to goes on with overlays on them, as after `reeve domain snapshot`.\n"
+        "The guest is told by the xenstore node clone/generation: it should make new keys and numbers then."
+    )
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("domain", metavar="NAME|UUID", help="which domain")
+        parser.add_argument("names", nargs="+", metavar="NEW", help="name of a new domain")
+        parser.add_argument("--paused", action="store_true", help="do not let them run yet")
+        _add_wait(parser)
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+        with self.toolstack() as toolstack:
+            info = find_domain(toolstack, parsed_args.domain)
+        args = {"uuid": info.uuid, "names": parsed_args.names, "wait_seconds": parsed_args.wait}
+        result = ask(self.connection, "clone", args | {"start": not parsed_args.paused}, parsed_args.wait + _ANSWER_S)
+        columns = ("uuid", "name", "domid", "state")
+        return columns, [tuple(plain(domain[name]) for name in columns) for domain in result["domains"]]
 
 
 def _add_wait(parser: argparse.ArgumentParser) -> None:

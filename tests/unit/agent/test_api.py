@@ -48,6 +48,7 @@ def test_plans_of_every_verb_survive_json(rig: Rig, tmp_path: Path, monkeypatch:
         "template_create": {"uuid": uuid, "name": "base"},
         "template_list": {},
         "snapshot": {"uuid": rig.create("plain"), "name": "snap"},
+        "clone": {"uuid": resized, "names": ["another"]},
         "revert": {"uuid": kept, "name": "kept"},
         "template_remove": {"name": "kept"},
         "cancel_migration": {"ident": uuid},

@@ -38,6 +38,22 @@ def test_the_agent_is_asked(reeve: Any, asked: list[tuple[str, Mapping[str, Any]
     ]
 
 
+def test_clones_are_asked_for(reeve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[str, Mapping[str, Any]]] = []
+
+    def ask(_connection: object, verb: str, args: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+        assert timeout > args["wait_seconds"]
+        found.append((verb, args))
+        return {"domains": [domain.to_json() for domain in reeve.host.list_domains()], "downtime_ms": 2.0}
+
+    monkeypatch.setattr(snapshot, "ask", ask)
+    uuid = reeve.domain("web").uuid
+    (row,) = reeve("domain", "clone", "web", "two", "three", "--paused", "-f", "json").json
+    assert (row["uuid"], row["name"]) == (uuid, "web")
+    assert found == [("clone", {"uuid": uuid, "names": ["two", "three"], "wait_seconds": 60.0, "start": False})]
+    assert reeve("domain", "clone", "nobody", "two", "-f", "json").error["code"] == "domain.not_found"
+
+
 def test_what_is_not_there(reeve: Any, asked: list[tuple[str, Mapping[str, Any]]]) -> None:
     assert reeve("domain", "snapshot", "web", "one", "-f", "json").error["code"] == "domain.not_found"
     assert reeve("domain", "revert", "one", "-f", "json").error["code"] == "template.not_found"
