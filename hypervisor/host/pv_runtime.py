@@ -218,6 +218,9 @@ class PvRuntime:
         capabilities = CAPABILITIES + (DIRECT_CAPABILITIES if private else ())
         return RuntimeFacts("pv", MAX_VCPUS, capabilities, tuple(sorted(detail.items())))
 
+    def shed(self) -> None:
+        self._ready = None  # with it goes the buffer for translated code, which can be written and executed
+
     def build(
         self, request: BuildRequest, memory: mmap.mmap, notify_host: Callable[[int], None], seal: Callable[[], None]
     ) -> PvGuest:

@@ -230,6 +230,9 @@ class Template:
 class Runtime(Protocol):
     def facts(self) -> RuntimeFacts: ...
 
+    def shed(self) -> None:
+        """Give up what only a domain process needs: called in children that become something else."""
+
     def build(
         self, request: BuildRequest, memory: mmap.mmap, notify_host: Callable[[int], None], seal: Callable[[], None]
     ) -> Guest:

@@ -81,6 +81,8 @@ class Zygote:
         child = self._child(message, fds)
         pid = os.fork()
         if pid == 0:
+            if message.get("op") != "spawn":
+                self._runtime.shed()
             child()
         pidfd = os.pidfd_open(pid)
         self._children[pidfd] = pid

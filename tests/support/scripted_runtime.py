@@ -205,6 +205,9 @@ class ScriptedGuest:
 
 
 class ScriptedRuntime:
+    def shed(self) -> None:
+        pass
+
     def facts(self) -> RuntimeFacts:
         return RuntimeFacts("scripted", 4, CAPABILITIES, link="toy_device:NoLink")
 
