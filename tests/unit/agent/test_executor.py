@@ -188,7 +188,7 @@ def test_a_result_that_cannot_be_made_is_no_failure(build: Rig) -> None:
 
 def test_unknown_verbs_and_bad_arguments_are_refused(build: Rig) -> None:
     assert (
-        "build, cancel, cancel_migration, confirm_resize, console_log, create"
+        "build, cancel, cancel_migration, clone, confirm_resize, console_log, create"
         in build.refused("instruction.unknown_verb", "fly")["message"]
     )
     assert "arguments of 'build': final" in build.refused("instruction.bad_args", "build", {"x": 1})["message"]
