@@ -25,13 +25,22 @@ from agent.api import (
     own_domain,
 )
 from hypervisor.errors import (
+    HostUnavailable,
     MigrationNotFound,
     MigrationNotTransparent,
     MigrationUnresolved,
+    ToolstackError,
     Unsupported,
     WrongState,
 )
-from hypervisor.toolstack.api import MigrationPhase, MigrationRole, MigrationStatus, Toolstack
+from hypervisor.toolstack.api import (
+    MigrationOptions,
+    MigrationPhase,
+    MigrationRole,
+    MigrationStatus,
+    MigrationTicket,
+    Toolstack,
+)
 
 IDENT_SCHEMA: Mapping[str, Any] = {**UUID_SCHEMA, "description": "Of the migration: the id of the instruction migrate."}
 HOST_SCHEMA: Mapping[str, Any] = {**NAME_SCHEMA, "description": "The other host, as instructions address it."}
@@ -110,9 +119,38 @@ def ask(
     raise AssertionError("unreachable")
 
 
-def tell(ctx: Context, host: str, verb: str, args: JsonDict, *, step: str) -> None:
-    """What `ask` could not bring over because there was no broker: it is sent when there is one, and is the same."""
-    ctx.host.peers.tell(host, verb, args, ident=derived(ctx.instruction, f"{step}:0"))
+def ask_or_tell(ctx: Context, host: str, verb: str, args: JsonDict, *, step: str) -> JsonDict:
+    """As `ask`. What it could not bring over because there was no broker is sent when there is one, and is the same.
+
+    :raises BrokerError, ReplyTimeout: all the same; it lies in the other's queue, or will.
+    """
+    try:
+        return ask(ctx, host, verb, args, step=step)
+    except BrokerError:
+        ctx.host.peers.tell(host, verb, args, ident=derived(ctx.instruction, f"{step}:0"))
+        raise
+
+
+def begun(ctx: Context, uuid: str, token: str, target: str, options: MigrationOptions) -> bool:
+    """Have the driver begin what `PrepareStep` has prepared. False: it does not answer; nobody knows whether it did."""
+    ticket = MigrationTicket.from_json(ctx.outputs["prepare"]["ticket"])
+    try:
+        ctx.host.toolstack.migration_start(
+            uuid, ident=ctx.instruction, token=token, ticket=ticket, options=options, peer=target
+        )
+    except HostUnavailable:
+        return False
+    return True
+
+
+def status_now(ctx: Context) -> MigrationStatus | None:
+    """Of this instruction's migration; None: it cannot be told just now."""
+    try:
+        return ctx.host.toolstack.migration_status(ctx.instruction)
+    except ToolstackError as exc:
+        if exc.retryable:
+            return None
+        raise
 
 
 def find_status(toolstack: Toolstack, ident: str) -> MigrationStatus | None:
@@ -235,10 +273,8 @@ class PrepareStep(Step):
             raise MigrationUnresolved(f"the source is {status.phase.value}")
         args = settling(ctx, self.uuid, keep=False)
         try:
-            ask(ctx, self.target, "migrate_settle", args, step="drop")
+            ask_or_tell(ctx, self.target, "migrate_settle", args, step="drop")
         except (BrokerError, ReplyTimeout) as exc:
-            if isinstance(exc, BrokerError):
-                tell(ctx, self.target, "migrate_settle", args, step="drop")
             # It lies in the target's queue, or will: its agent will do it.
             raise MigrationUnresolved(
                 f"the domain runs here; {exc.message} What host {self.target} has set aside goes when it is told"

@@ -35,9 +35,11 @@ from agent.migrating import (
     CheckStep,
     PrepareStep,
     ask,
+    ask_or_tell,
+    begun,
     find_status,
     settling,
-    tell,
+    status_now,
     unresolved,
 )
 from hypervisor.errors import (
@@ -45,7 +47,6 @@ from hypervisor.errors import (
     MigrationFailed,
     MigrationUnresolved,
     OperationTimeout,
-    ToolstackError,
     Unsupported,
     WrongState,
     from_json,
@@ -56,7 +57,6 @@ from hypervisor.toolstack.api import (
     MigrationOptions,
     MigrationPhase,
     MigrationStatus,
-    MigrationTicket,
 )
 
 CANCEL_SECONDS = 60.0
@@ -79,7 +79,7 @@ class TransferStep(Step):
 
     def run(self, ctx: Context) -> JsonDict | None:
         options = MigrationOptions.from_json(self.options)
-        if not ctx.poll(lambda _left: self._begun(ctx, options), PREPARE_SECONDS):
+        if not ctx.poll(lambda _left: begun(ctx, self.uuid, self.token, self.target, options), PREPARE_SECONDS):
             raise HostUnavailable("the host process does not answer: the migration is not begun; try again")
         status = ctx.poll(lambda _left: self._over(ctx), options.timeout_s + MARGIN)
         if status is None:
@@ -108,25 +108,11 @@ class TransferStep(Step):
         if status.phase is MigrationPhase.UNRESOLVED:
             raise MigrationUnresolved("the guest is paused")
 
-    def _begun(self, ctx: Context, options: MigrationOptions) -> bool:
-        """False: the host does not answer, and nobody knows whether it was."""
-        ticket = MigrationTicket.from_json(ctx.outputs["prepare"]["ticket"])
-        try:
-            ctx.host.toolstack.migration_start(
-                self.uuid, ident=ctx.instruction, token=self.token, ticket=ticket, options=options, peer=self.target
-            )
-        except HostUnavailable:
-            return False
-        return True
-
     def _over(self, ctx: Context) -> MigrationStatus | None:
         """The status, once it is decided or an operator has to."""
-        try:
-            status = ctx.host.toolstack.migration_status(ctx.instruction)
-        except ToolstackError as exc:
-            if exc.retryable:
-                return None
-            raise
+        status = status_now(ctx)
+        if status is None:
+            return None
         decided = status.phase.ended or status.phase is MigrationPhase.UNRESOLVED
         total = max(1, status.pages_total)
         told = {name: value for name, value in status.to_json().items() if name in _TOLD}
@@ -157,10 +143,8 @@ class SettleStep(Step):
     def run(self, ctx: Context) -> JsonDict | None:
         args = settling(ctx, self.uuid, keep=True)
         try:
-            return ask(ctx, self.target, "migrate_settle", args, step="settle")
+            return ask_or_tell(ctx, self.target, "migrate_settle", args, step="settle")
         except (BrokerError, ReplyTimeout) as exc:
-            if isinstance(exc, BrokerError):
-                tell(ctx, self.target, "migrate_settle", args, step="settle")
             raise InstructionError(
                 MigrationUnresolved.code,
                 f"domain {self.uuid} has left this host and host {self.target} cannot be asked whether it runs there "

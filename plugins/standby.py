@@ -29,14 +29,15 @@ from agent.migrating import (
     PREPARE_SECONDS,
     CheckStep,
     PrepareStep,
+    begun,
     find_status,
+    status_now,
     unresolved,
 )
 from hypervisor.errors import (
     HostUnavailable,
     MigrationFailed,
     OperationTimeout,
-    ToolstackError,
     Unsupported,
     WrongState,
     from_json,
@@ -48,7 +49,6 @@ from hypervisor.toolstack.api import (
     MigrationOptions,
     MigrationPhase,
     MigrationStatus,
-    MigrationTicket,
 )
 
 CANCEL_SECONDS = 60.0
@@ -77,7 +77,7 @@ class BeginStep(Step):
 
     def run(self, ctx: Context) -> JsonDict | None:
         options = MigrationOptions.from_json(self.options)
-        if not ctx.poll(lambda _left: self._begun(ctx, options), PREPARE_SECONDS):
+        if not ctx.poll(lambda _left: begun(ctx, self.uuid, self.token, self.target, options), PREPARE_SECONDS):
             raise HostUnavailable("the host process does not answer: the standby is not begun; try again")
         status = ctx.poll(lambda _left: self._there(ctx), options.timeout_s + MARGIN)
         if status is None:
@@ -101,25 +101,11 @@ class BeginStep(Step):
         if not ctx.poll(lambda _left: toolstack.migration_status(ctx.instruction).phase.ended, CANCEL_SECONDS):
             raise OperationTimeout(f"standby {ctx.instruction} has neither ended nor been cancelled yet")
 
-    def _begun(self, ctx: Context, options: MigrationOptions) -> bool:
-        """False: the host does not answer, and nobody knows whether it was."""
-        ticket = MigrationTicket.from_json(ctx.outputs["prepare"]["ticket"])
-        try:
-            ctx.host.toolstack.migration_start(
-                self.uuid, ident=ctx.instruction, token=self.token, ticket=ticket, options=options, peer=self.target
-            )
-        except HostUnavailable:
-            return False
-        return True
-
     def _there(self, ctx: Context) -> MigrationStatus | None:
         """The status, once the target has an epoch or it is known that it gets none."""
-        try:
-            status = ctx.host.toolstack.migration_status(ctx.instruction)
-        except ToolstackError as exc:
-            if exc.retryable:
-                return None
-            raise
+        status = status_now(ctx)
+        if status is None:
+            return None
         whole = status.phase is MigrationPhase.STANDBY and status.epochs > 0
         total = max(1, status.pages_total)
         done = total if whole else min(total - status.dirty_pages, total - 1)

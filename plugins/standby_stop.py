@@ -20,7 +20,7 @@ from agent.api import (
     ReplyTimeout,
     Step,
 )
-from agent.migrating import ask, described, find_status, tell, unresolved
+from agent.migrating import ask_or_tell, described, find_status, unresolved
 from hypervisor.errors import MigrationNotFound, OperationTimeout, WrongState
 from hypervisor.toolstack.api import MigrationMode, MigrationPhase, MigrationRole, MigrationStatus
 
@@ -85,10 +85,8 @@ class ForgetStep(Step):
             return False
         args, step = {"ident": ident, "uuid": self.uuid, "keep": False}, f"drop-{ident}"
         try:
-            ask(ctx, peer, "migrate_settle", args, step=step)
-        except (BrokerError, ReplyTimeout) as exc:
-            if isinstance(exc, BrokerError):
-                tell(ctx, peer, "migrate_settle", args, step=step)
+            ask_or_tell(ctx, peer, "migrate_settle", args, step=step)
+        except (BrokerError, ReplyTimeout):
             return False
         return True
 

@@ -25,7 +25,7 @@ from agent.api import (
     TooLate,
     own_domain,
 )
-from agent.migrating import ask, find_status, tell
+from agent.migrating import ask_or_tell, find_status
 from hypervisor.errors import DomainNotFound, MigrationNotFound
 from hypervisor.toolstack.api import MigrationMode, MigrationPhase, MigrationRole, MigrationStatus
 
@@ -83,12 +83,8 @@ class TidyStep(Step):
     def _tidy_source(self, ctx: Context) -> JsonDict:
         args = {"ident": self.ident, "uuid": self.uuid, "keep": False}
         try:
-            ask(ctx, self.source, "migrate_settle", args, step="tidy")
-        except (BrokerError, ReplyTimeout) as exc:
-            if isinstance(exc, BrokerError):
-                tell(ctx, self.source, "migrate_settle", args, step="tidy")
-            return {"dropped": False, "error": exc.to_json()}
-        except InstructionError as exc:  # it has not stopped: only possible by force
+            ask_or_tell(ctx, self.source, "migrate_settle", args, step="tidy")
+        except (BrokerError, ReplyTimeout, InstructionError) as exc:  # the last: it has not stopped, by force only
             return {"dropped": False, "error": exc.to_json()}
         return {"dropped": True}
 
