@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import amqp
@@ -133,18 +133,9 @@ def declare(connection: kombu.Connection, channel: Any, sources: Sequence[Source
 
 def declare_native(connection: kombu.Connection, queue: kombu.Queue) -> None:
     """A host's queue for native instructions, made by whoever comes first: a sender or the agent."""
-    channel = connection.channel()  # of its own: a refusal closes it
-    try:
+    cure = "set [broker] queues to what it is, or delete it while it is empty"
+    with _used_as_it_is(connection, f"queue %s is used as it is (%s): {cure}", queue.name) as channel:
         queue(channel).queue_declare()
-    except amqp.exceptions.PreconditionFailed as exc:
-        LOG.warning(
-            "queue %s is used as it is (%s): set [broker] queues to what it is, or delete it while it is empty",
-            queue.name,
-            " ".join(str(exc).split())[:200],
-        )
-    finally:
-        with contextlib.suppress(*broker.broker_errors(connection)):
-            channel.close()
 
 
 def declare_notifications(connection: kombu.Connection, oslo_queues: OsloQueues, names: Sequence[str]) -> None:
@@ -154,9 +145,9 @@ def declare_notifications(connection: kombu.Connection, oslo_queues: OsloQueues,
     """
     exchange, arguments = oslo_queues.notifications()
     _declare_exchange(connection, exchange)
+    told = "queue %s is used as it is (%s): set [oslo] queues to what its listener has"
     for name in names:
-        channel = connection.channel()  # of its own: a refusal closes it
-        try:
+        with _used_as_it_is(connection, told, name) as channel:
             queue = kombu.Queue(
                 name,
                 exchange=exchange,
@@ -167,27 +158,25 @@ def declare_notifications(connection: kombu.Connection, oslo_queues: OsloQueues,
             )(channel)
             queue.queue_declare()
             queue.queue_bind()
-        except amqp.exceptions.PreconditionFailed as exc:
-            LOG.warning(
-                "queue %s is used as it is (%s): set [oslo] queues to what its listener has",
-                name,
-                " ".join(str(exc).split())[:200],
-            )
-        finally:
-            with contextlib.suppress(*broker.broker_errors(connection)):
-                channel.close()
 
 
 def _declare_exchange(connection: kombu.Connection, exchange: kombu.Exchange) -> None:
+    told = "exchange %s is used as it is (%s); clients made it otherwise: set [oslo] queues to what they have"
+    with _used_as_it_is(connection, told, exchange.name) as channel:
+        exchange(channel).declare()
+
+
+@contextlib.contextmanager
+def _used_as_it_is(connection: kombu.Connection, told: str, name: str) -> Iterator[Any]:
+    """A channel to declare on. What is there with other arguments stays so.
+
+    :param told: the warning then, with places for `name` and what the broker says.
+    """
     channel = connection.channel()  # of its own: a refusal closes it
     try:
-        exchange(channel).declare()
+        yield channel
     except amqp.exceptions.PreconditionFailed as exc:
-        LOG.warning(
-            "exchange %s is used as it is (%s); clients made it otherwise: set [oslo] queues to what they have",
-            exchange.name,
-            " ".join(str(exc).split())[:200],
-        )
+        LOG.warning(told, name, " ".join(str(exc).split())[:200])
     finally:
         with contextlib.suppress(*broker.broker_errors(connection)):
             channel.close()
