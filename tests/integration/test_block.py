@@ -339,22 +339,28 @@ def test_checksums_hold_while_drivers_are_killed(rig: HostRig, debian: Guest, ki
 
 
 @pytest.mark.timeout(300)
-def test_a_storage_daemon_that_is_killed_is_no_silent_loss(rig: HostRig, debian: Guest) -> None:
-    """It takes its cache with it: then a flush fails, and what was flushed before is there."""
+def test_a_storage_daemon_that_is_killed_costs_nothing(rig: HostRig, debian: Guest) -> None:
+    """It takes its cache with it; the driver has what was not flushed, and gives it to the next one."""
     path = make(rig, "qcow2", 32)
+    before = len(debian.log())
     attach(debian, path, "qcow2")
     try:
-        for _ in range(3):
+        for driver_too in (False, False, True):
             debian.start("blockload verify /dev/xvdb 10 2")
             debian.until(rb"FLUSHED 1 \d\d+")
-            os.kill(until(lambda: daemons(rig), "the storage daemon")[0], signal.SIGKILL)
+            for _ in range(4):
+                (pid,) = until(lambda: daemons(rig), "the storage daemon")
+                if driver_too:
+                    debian.kill_driver()
+                os.kill(pid, signal.SIGKILL)
+                until(lambda pid=pid: [found for found in daemons(rig) if found != pid], "the next storage daemon", 30)
             said = debian.result(90)
-            assert "expected" not in said and "BLOCK FAIL read" not in said, said[-2000:]
-            assert "BLOCK OK" in said or "BLOCK FAIL fdatasync" in said, said[-2000:]
-        assert "BLOCK OK" in debian.run("blockload verify /dev/xvdb 3 2", 60)
-        assert debian.device("xvdb").stats["restarts"] == 0
+            assert "BLOCK OK" in said, said[-2000:]
+        assert debian.device("xvdb").stats["errors"] == 0
     finally:
         detach(debian)
+    until(lambda: not daemons(rig), "the storage daemon to end")
+    assert b"flush op failed" not in debian.log()[before:]
     subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", str(path)], check=True)
 
 

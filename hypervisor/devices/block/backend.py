@@ -14,7 +14,7 @@ from hypervisor.devices.block.disk import About, DaemonDisk, DiskHold, RawDisk, 
 from hypervisor.devices.block.frontend import MAX_QUEUES, read_frontend
 from hypervisor.devices.block.image.daemon import StorageDaemon, find_program
 from hypervisor.devices.block.image.files import ImageFile, Opener
-from hypervisor.devices.block.journal import is_lost, note_lost
+from hypervisor.devices.block.journal import note_lost
 from hypervisor.devices.block.ring import MAX_INDIRECT, MAX_RING_ORDER, SECTOR
 from hypervisor.devices.driver import Opened
 from hypervisor.errors import HostFailure, ImageInUse, SpecInvalid, Unsupported, WrongState
@@ -217,7 +217,7 @@ class BlockBackend:
         opened.end = lambda: self._end(opened, folder, domain, identities)
         opened.flush = hold.flush
         # What the guest was told to be written, and was not: it hears of it when it flushes, wherever that is.
-        opened.leave = lambda: {"lost": is_lost(hold.journal)}
+        opened.leave = lambda: {"lost": hold.lost()}
         opened.arrive = lambda carried: note_lost(hold.journal, bool(carried.get("lost")))
         return opened
 

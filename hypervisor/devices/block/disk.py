@@ -23,8 +23,9 @@ from hypervisor.devices.block.image.handshake import ALLOCATION, ALLOCATION_DEPT
 from hypervisor.devices.block.image.nbd import NbdImage
 from hypervisor.devices.block.image.nbd_status import NbdStatus
 from hypervisor.devices.block.image.raw import RawImage
-from hypervisor.devices.block.journal import JOURNAL_BYTES, note_lost
+from hypervisor.devices.block.journal import JOURNAL_BYTES, is_lost, note_lost
 from hypervisor.devices.block.ring import SECTOR
+from hypervisor.devices.block.unflushed import Unflushed
 from hypervisor.devices.block.written import Written
 from hypervisor.errors import HostFailure, ImageInvalid, ToolstackError
 
@@ -83,6 +84,9 @@ class DiskHold(Protocol):
 
     async def flush(self) -> None:
         """What was written is on its disk. :raises HostFailure: it is not, and the guest's next flush will fail."""
+
+    def lost(self) -> bool:
+        """Something that the guest was told to be written may not be, and it was not told yet."""
 
     async def close(self) -> None: ...
 
@@ -168,6 +172,9 @@ class RawDisk:
             except OSError as exc:
                 raise _unflushed(self.journal, self._file.path, exc.errno or errno.EIO) from exc
 
+    def lost(self) -> bool:
+        return is_lost(self.journal)
+
     async def close(self) -> None:
         os.close(self._file.fd)
         os.close(self.journal)
@@ -189,11 +196,11 @@ class DaemonDisk:
         self._daemon: StorageDaemon | None = None
         self._control: socket.socket | None = None
         self.record: Written | None = None
-        # Its daemon ended with what it held, and no driver has been told of it yet.
-        self._fresh = False
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._restarting: asyncio.Task[None] | None = None
         self._closed = False
+        self._unflushed: Unflushed
 
     @classmethod
     async def open(cls, folder: Path, journal: int, open_chain: OpenChain, about: About) -> DaemonDisk:
@@ -203,19 +210,21 @@ class DaemonDisk:
         if found is not None and not about.matches(folder):
             await found.stop()
             found = None
-        if found is not None:
+        if found is not None and await disk._use(found):
             LOG.info("disk %s: its storage daemon is there", about.path)
-            disk._daemon = found
-            disk.size = await found.size()
+            # What a driver of before has written and not flushed, only that driver knew.
+            disk._unflushed = Unflushed.create(known=about.readonly)
             return disk
-        disk._fresh = about.matches(folder)  # the guest went on while its daemon did not
+        went_on = about.matches(folder)  # the guest, while its daemon did not
+        disk._unflushed = Unflushed.create(known=about.readonly or not went_on)
+        if went_on:
+            disk._unflushed.daemon_ended()
         try:
             await disk._start()
         except BaseException:
             disk._closed = True
-            if disk._daemon is not None:
-                await disk._daemon.stop()
             disk._close_chain()
+            disk._unflushed.close()
             raise
         about.save(folder)
         return disk
@@ -227,7 +236,7 @@ class DaemonDisk:
         self._control = ours
         ours.setblocking(False)
         self._task(self._supply(fence=True))
-        return [theirs.detach(), _duplicate(self.journal), *_record(self.record)]
+        return [theirs.detach(), _duplicate(self.journal), _duplicate(self._unflushed.fd), *_record(self.record)]
 
     async def view(self, *, writable: bool, top: bool = False) -> View:
         async with self._lock:
@@ -257,6 +266,10 @@ class DaemonDisk:
     async def flush(self) -> None:
         if self._about.readonly:
             return
+        if self._unflushed.stale and not self._unflushed.empty:
+            raise HostFailure(
+                f"what a storage daemon of {self._about.path} took along is being written again: try again"
+            )
         view, operation = await self.view(writable=True), Operation(Action.FLUSH)
         try:
             await asyncio.to_thread(view.image.run, [operation])
@@ -266,6 +279,9 @@ class DaemonDisk:
             view.close()
         if operation.error:
             raise _unflushed(self.journal, self._about.path, operation.error)
+
+    def lost(self) -> bool:
+        return is_lost(self.journal) or (self._unflushed.stale and not self._unflushed.known)
 
     async def close(self) -> None:
         self._closed = True
@@ -278,6 +294,7 @@ class DaemonDisk:
         if self._daemon is not None:
             await self._daemon.stop()
         self._close_chain()
+        self._unflushed.close()
         os.close(self.journal)
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -285,10 +302,24 @@ class DaemonDisk:
         if not self._chain:
             self._chain = self._open_chain()
         about = self._about
-        self._daemon = await StorageDaemon.start(
+        daemon = await StorageDaemon.start(
             self._folder, self._chain, readonly=about.readonly, direct=about.direct, on_exit=self._daemon_exited
         )
-        self.size = await self._daemon.size()
+        if not await self._use(daemon):
+            raise HostFailure(f"the storage daemon of {about.path} has ended at once: see {self._folder}")
+
+    async def _use(self, daemon: StorageDaemon) -> bool:
+        """Whether it is there to be used."""
+        try:
+            size = await daemon.size()
+        except BaseException as exc:
+            await daemon.stop()
+            if isinstance(exc, ToolstackError):
+                return False
+            raise
+        if not daemon.ended:
+            self._daemon, self.size = daemon, size
+        return not daemon.ended
 
     async def _supply(self, *, fence: bool) -> None:
         """Give the driver a connection, if there is a driver."""
@@ -307,36 +338,38 @@ class DaemonDisk:
             # The driver waits. A daemon that does not answer is of no use: the next one may be.
             daemon.kill()
             return
-        message = {"size": export.size, "flags": export.flags, "fresh": self._fresh}
+        message = {"size": export.size, "flags": export.flags}
         with contextlib.suppress(OSError):
             socket.send_fds(control, [json.dumps(message).encode()], [export.sock.fileno()])
-            self._fresh = False
         export.sock.close()
 
     def _daemon_exited(self) -> None:
+        if self._daemon is None or self._closed:
+            return  # it was not in use yet: who starts it finds out
         self._daemon = None
-        self._fresh = True
-        if not self._closed:
-            LOG.error("disk %s: its storage daemon has ended, the guest waits", self._about.path)
-            self._task(self._restart())
+        LOG.error("disk %s: its storage daemon has ended, the guest waits", self._about.path)
+        self._unflushed.daemon_ended()
+        if self._restarting is None or self._restarting.done():
+            self._restarting = self._task(self._restart())
 
     async def _restart(self) -> None:
+        """Until one is in use and the driver has it: it may be killed at any moment of that, too."""
         delay = RESTART_FIRST
-        while True:
+        while self._daemon is None:
             await asyncio.sleep(delay)
             delay = min(RESTART_MOST, 2 * delay)
             try:
                 async with self._lock:
                     await self._start()
-                break
+                    await self._give_connection(fence=False)
             except ToolstackError as exc:
                 LOG.error("disk %s: %s", self._about.path, exc)
-        await self._supply(fence=False)
 
-    def _task(self, work: Coroutine[Any, Any, None]) -> None:
+    def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _close_chain(self) -> None:
         for file in self._chain:

@@ -11,16 +11,18 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from hypervisor.devices.block.grants import Access, CopiedPages, MappedPages
-from hypervisor.devices.block.image.base import Image
+from hypervisor.devices.block.image.base import Image, ImageGone
 from hypervisor.devices.block.image.nbd import NbdImage
 from hypervisor.devices.block.image.raw import RawImage
 from hypervisor.devices.block.journal import Journal, connection_key, is_lost, note_lost
+from hypervisor.devices.block.kept import Kept
 from hypervisor.devices.block.limits import Throttle
 from hypervisor.devices.block.queue import Counters, Queue
 from hypervisor.devices.block.ring import LAYOUTS, MAX_INDIRECT, BlkRing
+from hypervisor.devices.block.unflushed import Unflushed
 from hypervisor.devices.block.written import Recorded, Written
 from hypervisor.devices.driver import DeviceBroken, EventPort, GuestLink, LinkClosed, LinkError, Loop, Page
 
@@ -31,7 +33,12 @@ MAX_MAPPED = 6144
 MAX_MAPPED_EACH = 2112
 """Of one disk: twice what Linux's front end uses with a ring of one page (32 requests of 32 segments and a page)."""
 MIN_MAPPED_EACH = MAX_INDIRECT + 64
+AGAIN_IN = 2.0
+"""Seconds until what a daemon took along is written again, after the host's disk was full."""
 _WARN_EVERY = 10.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+T = TypeVar("T")
 
 Report = Callable[[int, str, str], None]
 
@@ -43,7 +50,8 @@ class Disk:
         self.devid = devid
         self.image: Image | None = None
         self.counters = Counters()
-        self.unflushed: bool | None = None  # None: what a driver before this one left is not known
+        self.coming: Image | None = None  # it does not hold yet what is unflushed
+        self.unflushed: Unflushed | None = None
         self.lost = False
         self.queues: list[Queue] = []
         self.pages: list[Page] = []
@@ -70,7 +78,17 @@ class Disk:
 
     def use(self, image: Image) -> None:
         """Serve from this image from now on; what was served from before is not closed."""
-        self.image = image if self.written is None else Recorded(image, self.written)
+        self.image = self.recorded(image)
+
+    def recorded(self, image: Image) -> Image:
+        """It, or it with a record of what is written, if there is one."""
+        return image if self.written is None else Recorded(image, self.written)
+
+    def close_image(self) -> None:
+        for image in (self.image, self.coming):
+            if image is not None:
+                image.close()
+        self.image = self.coming = None
 
     def record(self, written: Written | None) -> None:
         """Record what is written from now on, or do not any more."""
@@ -83,10 +101,14 @@ class Disk:
     def image_gone(self, why: str) -> None:
         """The host process sends another connection, if it can."""
         LOG.warning("disk %d: image gone: %s", self.devid, why)
-        if self.image is not None:
-            self.image.close()
-            self.image = None
+        self.close_image()
         self._report(self.devid, "warning", f"the image's daemon has ended, requests wait for another: {why}")
+
+    def may_be_lost(self, error: int) -> None:
+        """Something that the guest was told to be written."""
+        self.lost = True
+        note_lost(self.journal_fd, True)
+        self.failed(f"what was written and not flushed may be lost: {errno.errorcode.get(error, str(error))}", error)
 
     def flush_failed(self) -> None:
         """The guest has been told: it knows that nothing since its last flush is sure."""
@@ -98,7 +120,7 @@ class Disk:
         now = time.monotonic()
         if now - self._warned >= _WARN_EVERY:
             self._warned = now
-            cure = ": make room on the host's disk" if error in (errno.ENOSPC, errno.EDQUOT) else ""
+            cure = ": make room on the host's disk" if error in _FULL else ""
             self._report(self.devid, "warning", f"{what}{cure}")
 
 
@@ -112,24 +134,29 @@ class BlockDriver:
         self._disks: dict[int, Disk] = {}
 
     def connect(self, devid: int, config: Mapping[str, Any], fds: Sequence[int]) -> None:
-        """``fds``: the image (kind raw) or a socket over which connections to its daemon come (nbd); the journal; if
-        it is being mirrored, the record of what is written."""
-        if devid in self._disks or len(fds) not in (2, 3):
-            _close(fds)
-            raise DeviceBroken(f"disk {devid} is served already, or came with {len(fds)} descriptors instead of 2 or 3")
+        """``fds``: the image (kind raw), or a socket over which connections to its daemon come (nbd); the journal; of
+        a daemon's disk what is unflushed; if it is being mirrored, the record of what is written."""
         device = config["device"]
+        raw = device["kind"] == "raw"
+        count = 2 if raw else 3
+        if devid in self._disks or len(fds) not in (count, count + 1):
+            _close(fds)
+            raise DeviceBroken(
+                f"disk {devid} is served already, or came with {len(fds)} descriptors, not {count} or one more"
+            )
         disk = Disk(devid, device, self._report)
         disk.journal_fd = fds[1]
         disk.lost = is_lost(fds[1])
         try:
-            if device["kind"] == "raw":
+            if raw:
                 disk.use(RawImage(fds[0], direct=bool(device["direct"])))
             else:
                 # All of it given: to find it out would take system calls that a driver has not.
                 disk.control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fds[0])
                 disk.control.setblocking(False)
-            if len(fds) == 3:
-                disk.record(_written(fds[2]))
+                disk.unflushed = _attached(Unflushed.attach, fds[2])
+            if len(fds) > count:
+                disk.record(_attached(Written.attach, fds[count]))
             self._open_rings(disk, config["frontend"])
         except BaseException:
             self._release(disk, in_order=False)
@@ -171,7 +198,7 @@ class BlockDriver:
 
     def track(self, devid: int, fd: int | None) -> None:
         """Begin to record what is written (`fd`: a `Written`), or end it. No effect if the disk is not served."""
-        written = _written(fd) if fd is not None else None
+        written = _attached(Written.attach, fd) if fd is not None else None
         disk = self._disks.get(devid)
         if disk is not None:
             disk.record(written)
@@ -184,7 +211,7 @@ class BlockDriver:
         Between two turns of the loop nothing is being written, or its request would still be without response and be
         done again. :returns: False: this disk was served without this record up to now.
         """
-        written = _written(fd)
+        written = _attached(Written.attach, fd)
         disk = self._disks.get(devid)
         if disk is None:
             # Served by nobody, since a domain has one driver process at a time.
@@ -293,13 +320,13 @@ class BlockDriver:
         finally:
             disk.queues.clear()
             disk.pages = []
-            if disk.image is not None:
-                disk.image.close()
+            disk.close_image()
             if disk.control is not None:
                 self._loop.remove_reader(disk.control.fileno())
                 disk.control.close()
-            if disk.written is not None:
-                disk.written.close()
+            for memory in (disk.written, disk.unflushed):
+                if memory is not None:
+                    memory.close()
             _close([disk.journal_fd])
 
     # -- connections to the daemon behind an image
@@ -326,21 +353,42 @@ class BlockDriver:
 
     def _new_connection(self, disk: Disk, message: Mapping[str, Any], fd: int) -> None:
         # Nothing is in flight on the old one: a batch is done whole.
-        if disk.image is not None:
-            disk.image.close()
-        disk.use(NbdImage(fd, flags=int(message["flags"])))
-        if message["fresh"] and disk.unflushed is not False:
-            # A daemon's write-back cache went with it. The guest must not be told that a flush was done.
-            disk.lost = True
-            note_lost(disk.journal_fd, True)
+        disk.close_image()
+        disk.coming = NbdImage(fd, flags=int(message["flags"]))
+        self._guard(disk, lambda: self._settle(disk))()
+
+    def _settle(self, disk: Disk) -> None:
+        """Serve from the image that has come, once it holds what the daemon before it took along."""
+        image, unflushed = disk.coming, disk.unflushed
+        if image is None or unflushed is None:
+            return
+        if unflushed.stale and not unflushed.known:
+            # Neither this driver nor one before it has kept it. The guest must not be told that a flush was done.
+            disk.may_be_lost(errno.EIO)
+        kept = Kept(image, unflushed, disk.may_be_lost)
+        try:
+            error = kept.settle(disk.recorded(image))
+        except ImageGone as exc:
+            disk.image_gone(str(exc))
+            return
+        if error in _FULL:
+            # To drop it would be to lose it: the guest waits until there is room.
+            disk.failed("what its storage daemon took along cannot be written again, requests wait", error)
+            self._later(AGAIN_IN, self._guard(disk, lambda: self._settle(disk)))
+            return
+        if error:
+            disk.may_be_lost(error)
+            unflushed.settle(unflushed.daemon)
+        disk.coming = None
+        disk.use(kept)
         LOG.info("disk %d: connection to its image", disk.devid)
         self._go_on(disk)
 
 
-def _written(fd: int) -> Written:
-    """:raises DeviceBroken: it is none."""
+def _attached(attach: Callable[[int], T], fd: int) -> T:
+    """:raises DeviceBroken: it is something else."""
     try:
-        return Written.attach(fd)
+        return attach(fd)
     except (ValueError, OSError) as exc:
         raise DeviceBroken(str(exc)) from exc
 

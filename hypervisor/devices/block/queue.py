@@ -56,8 +56,7 @@ class DiskView(Protocol):
 
     :ivar image: None: it is away, and everything waits.
     :ivar sectors: of 512 bytes.
-    :ivar unflushed: something was written since the last flush; None: perhaps.
-    :ivar lost: of that, something may be gone: the next flush fails.
+    :ivar lost: of what was written and not flushed something may be gone: the next flush fails.
     """
 
     image: Image | None
@@ -67,7 +66,6 @@ class DiskView(Protocol):
     throttle: Throttle
     counters: Counters
 
-    unflushed: bool | None
     lost: bool
 
     def image_gone(self, why: str) -> None: ...
@@ -273,13 +271,9 @@ class Queue:
     def _note_flushes(self, operations: list[Operation]) -> None:
         disk = self._disk
         for operation in operations:
-            if operation.action == Action.WRITE:
-                disk.unflushed = True
-            elif operation.action == Action.FLUSH and not operation.error:
-                if disk.lost:
-                    operation.error = errno.EIO
-                    disk.flush_failed()
-                disk.unflushed = False
+            if disk.lost and operation.action == Action.FLUSH and not operation.error:
+                operation.error = errno.EIO
+                disk.flush_failed()
 
     def _count(self, work: Work) -> None:
         counters, kind = self._disk.counters, work.request.kind

@@ -114,6 +114,10 @@ class StorageDaemon:
             return None
         return daemon
 
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
     async def connection(self, *, fence: bool, writable: bool) -> Export:
         """A connection for a driver. :param fence: end all there were before.
 

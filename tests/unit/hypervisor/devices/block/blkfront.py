@@ -22,6 +22,10 @@ RESPONSES = {"x86_64-abi": struct.Struct("<QBxh4x"), "x86_32-abi": struct.Struct
 Seg = tuple[int, int, int]
 
 
+def pattern(number: int, size: int = PAGE) -> bytes:
+    return bytes((number * 7 + at * 13) & 0xFF for at in range(size))
+
+
 class HandLoop:
     """A `hypervisor.devices.driver.Loop` whose time stands still between `run`s."""
 
@@ -209,10 +213,10 @@ class Rig:
         fd = os.open(path or self.path, os.O_RDONLY if self.device["readonly"] else os.O_RDWR)
         self.connect_fd(front, fd, devid)
 
-    def connect_fd(self, front: Front, fd: int, devid: int = 51712) -> None:
+    def connect_fd(self, front: Front, fd: int, devid: int = 51712, more: Sequence[int] = ()) -> None:
         journal = os.open(f"{self.journal}-{devid}", os.O_RDWR | os.O_CREAT, 0o600)
         config: Mapping[str, Any] = {"frontend": front.connection, "device": dict(self.device)}
-        self.driver.connect(devid, config, [fd, journal])
+        self.driver.connect(devid, config, [fd, journal, *more])
 
     def data(self) -> bytes:
         return self.path.read_bytes()

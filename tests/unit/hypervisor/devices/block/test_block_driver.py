@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
-from blkfront import PAGE, SECTOR, Front, Rig
+from blkfront import PAGE, SECTOR, Front, Rig, pattern
 
 from hypervisor.devices.block import queue as queues
 from hypervisor.devices.block.image.base import Action, ImageGone
@@ -18,15 +16,6 @@ from hypervisor.devices.driver import DeviceBroken, LinkClosed
 
 READ, WRITE, BARRIER, FLUSH, DISCARD, INDIRECT = 0, 1, 2, 3, 5, 6
 OKAY, ERROR, UNSUPPORTED = 0, -1, -2
-
-
-def pattern(number: int, size: int = PAGE) -> bytes:
-    return bytes((number * 7 + at * 13) & 0xFF for at in range(size))
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Rig:
-    return Rig(tmp_path)
 
 
 KINDS = [
@@ -320,60 +309,6 @@ def test_image_that_went_is_waited_for(rig: Rig) -> None:
     disk.image = OddImage()
     rig.driver.update(51712, rig.device)
     assert [ident for ident, _, _ in front.answers()] == ids
-
-
-class OddDaemon:
-    """The host's end of a disk behind a daemon: sends connections."""
-
-    def __init__(self, rig: Rig, front: Front) -> None:
-        self.rig = rig
-        rig.device["kind"] = "nbd"
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.control = ours
-        rig.connect_fd(front, theirs.detach())
-
-    def give(self, *, fresh: bool) -> OddImage:
-        near, far = socket.socketpair()
-        message = json.dumps({"size": 1 << 20, "flags": 5, "fresh": fresh}).encode()
-        socket.send_fds(self.control, [message], [near.fileno()])
-        near.close()
-        far.close()
-        disk = self.rig.driver._disks[51712]
-        self.rig.loop.remove_reader(disk.queues[0].event.fileno())
-        self.rig.loop.run()
-        assert disk.image is not None
-        disk.image.close()
-        disk.image = image = OddImage()
-        queue = disk.queues[0]
-        self.rig.loop.add_reader(queue.event.fileno(), lambda: (queue.event.answer(), queue.service()))
-        return image
-
-
-@pytest.mark.parametrize("driver_dies", [False, True])
-def test_flush_after_the_loss_of_a_daemon_fails_once(rig: Rig, driver_dies: bool) -> None:
-    front = Front(rig.guest)
-    daemon = OddDaemon(rig, front)
-    ref = rig.guest.grant()
-    daemon.give(fresh=False)
-    ids = [front.request(WRITE, 0, [(ref, 0, 7)]), front.request(FLUSH, 0)]
-    rig.loop.run()
-    assert [status for _, _, status in front.answers()] == [OKAY] * len(ids)
-    # Nothing is unflushed: its end is no loss.
-    daemon.give(fresh=True)
-    front.request(FLUSH, 0)
-    front.request(WRITE, 0, [(ref, 0, 7)])
-    rig.loop.run()
-    assert [status for _, _, status in front.answers()] == [OKAY, OKAY]
-    daemon.give(fresh=True)
-    if driver_dies:
-        rig.kill()
-        daemon = OddDaemon(rig, front)
-        daemon.give(fresh=False)
-    front.request(READ, 0, [(ref, 0, 7)])
-    front.request(FLUSH, 0)
-    front.request(FLUSH, 0)
-    rig.loop.run()
-    assert [status for _, _, status in front.answers()] == [OKAY, ERROR, OKAY]
 
 
 # -- restarts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from hypervisor.devices.block import disk as disks
 from hypervisor.devices.block.backend import BlockBackend
 from hypervisor.devices.block.image import daemon as daemons
 from hypervisor.devices.block.image import overlay
@@ -24,6 +26,7 @@ from hypervisor.devices.block.image.files import Opener
 from hypervisor.devices.block.image.locks import Use, acquire
 from hypervisor.devices.block.image.nbd import NbdImage
 from hypervisor.devices.block.image.nbd_status import NbdStatus
+from hypervisor.devices.block.image.qmp import Qmp
 from hypervisor.devices.block.image.raw import RawImage
 from hypervisor.errors import HostFailure, ImageInUse, ImageInvalid, SpecInvalid, Unsupported, WrongState
 from hypervisor.toolstack.devices import DiskFormat, DiskSpec, Limits
@@ -337,7 +340,8 @@ class Driver:
     def __init__(self, fds: list[int]) -> None:
         self.control = socket.socket(fileno=fds[0])
         self.control.setblocking(False)
-        os.close(fds[1])
+        for fd in fds[1:]:
+            os.close(fd)
 
     async def image(self) -> NbdImage:
         loop = asyncio.get_running_loop()
@@ -347,6 +351,62 @@ class Driver:
         loop.remove_reader(self.control.fileno())
         _, fds, _, _ = socket.recv_fds(self.control, 4096, 1)
         return NbdImage(fds[0], flags=0x24 | 1)
+
+
+@needs_qemu
+def test_daemons_that_are_killed_while_they_start(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each of the commands that make one ready. Each has one successor: two would write to the image both."""
+    pids: list[int] = []
+    commands: dict[Qmp, int] = {}
+    command = Qmp.command
+
+    def kill() -> None:
+        (pid,) = (int(path.read_text()) for path in (home / "disks").glob("*/pid"))
+        if pid not in pids:
+            os.kill(pid, 9)
+            pids.append(pid)
+
+    async def deadly(self: Qmp, *args: Any, **kw: Any) -> Any:
+        commands[self] = number = commands.get(self, 0) + 1
+        if number == len(pids) < 7:
+            kill()
+        return await command(self, *args, **kw)
+
+    async def work() -> None:
+        backend = BlockBackend(Settings(home))
+        path = home / "images" / "a.qcow2"
+        overlay.create(path, image(home), "raw")
+        made = await backend.open("d1", 3, DiskSpec("xvda", str(path), DiskFormat.QCOW2))
+        driver = Driver(made.fds())
+        await driver.image()
+        monkeypatch.setattr(Qmp, "command", deadly)
+        monkeypatch.setattr(disks, "RESTART_MOST", 0.2)
+        kill()
+        read = Operation(Action.READ, 0, 4096, [memoryview(bytearray(4096))])
+        done = False
+        while not done:
+            nbd = await driver.image()  # perhaps of one that was killed right afterwards
+            with contextlib.suppress(ImageGone):
+                nbd.run([read])
+                done = True
+            nbd.close()
+        assert read.error == 0 and len(set(pids)) == 7
+        made.close()
+        await closing(backend)
+        assert not children()
+
+    run(work())
+
+
+def children() -> list[str]:
+    """Storage daemons of this process."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = stat.read_text().rpartition(")")
+            if "qemu-storage" in name and int(rest.split()[1]) == os.getpid():
+                found.append(name)
+    return found
 
 
 @needs_qemu

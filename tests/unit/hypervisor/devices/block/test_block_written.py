@@ -98,11 +98,6 @@ def test_zeroes_leave_a_hole_and_the_size(tmp_path: Path) -> None:
 # -- in a driver
 
 
-@pytest.fixture
-def rig(tmp_path: Path) -> Rig:
-    return Rig(tmp_path)
-
-
 def write(rig: Rig, front: Front, sector: int) -> None:
     front.request(WRITE, sector, [(rig.guest.grant(rig.guest.new_frame(b"w" * PAGE)), 0, 7)])
 
