@@ -371,7 +371,8 @@ class FakeXen:
         self.devices.remove(self.domain(domid).domid, "vif", int(devid), force=True)
 
     def console(self, domid: str, files: list[int], link: socket.socket) -> None:
-        """Both directions, until the domain is gone or the program was ended."""
+        """Both directions, until the domain is gone or the program was ended. As Xen's, it reads a terminal only."""
+        assert os.isatty(files[0]) and os.isatty(files[1])
         with self.changed:
             domain = self.domain(domid)
             log = self.folder / f"guest-{domain.name}.log"
@@ -382,9 +383,12 @@ class FakeXen:
         def type_in() -> None:
             while not done.is_set():
                 ready = select.select([files[0], link], [], [])[0]
-                data = os.read(files[0], 4096) if files[0] in ready and link not in ready else b""
+                data = b""
+                if files[0] in ready and link not in ready:
+                    with contextlib.suppress(OSError):  # its terminal is gone
+                        data = os.read(files[0], 4096)
                 with self.changed:
-                    if not data:
+                    if data in (b"", b"\x1d"):
                         done.set()
                     domain.typed += data.decode()
                     self.go(domain)

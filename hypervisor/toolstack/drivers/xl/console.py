@@ -1,17 +1,22 @@
-"""Consoles: xenconsoled's log, and ``xl console`` attached by pipes."""
+"""Consoles: xenconsoled's log, and ``xl console`` on a terminal of ours: it takes what is typed from nothing else."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import subprocess
+import tty
 from pathlib import Path
 
 from hypervisor.errors import HostFailure, HostUnavailable
 from hypervisor.toolstack.drivers.xl.runner import Runner, kill
 
 DAY = 86400.0
+ESCAPE = b"\x1d"
+"""Read alone, this byte ends ``xl console``; Xen 4.17 has no option for another."""
+GONE = "the console has ended: its domain is gone, or another process has it open"
 
 
 def log(path: Path, start: int, max_bytes: int) -> bytes:
@@ -30,46 +35,53 @@ def log(path: Path, start: int, max_bytes: int) -> bytes:
 
 
 class XlConsole:
-    """A `hypervisor.toolstack.api.Console`."""
+    """A `hypervisor.toolstack.api.Console`. `ESCAPE` cannot be typed: it is left out."""
 
     def __init__(self, runner: Runner, domid: int) -> None:
+        self._terminal, theirs = os.openpty()
         try:
+            tty.setraw(theirs)  # before it is read by ``xl``: nothing is echoed, held back or translated
             self._process = subprocess.Popen(
                 runner.command(["console", str(domid)], DAY),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdin=theirs,
+                stdout=theirs,
                 stderr=subprocess.DEVNULL,
                 env=runner.variables(),
                 cwd="/",
                 start_new_session=True,
-                bufsize=0,
             )
         except OSError as exc:
+            os.close(self._terminal)
             raise HostUnavailable(f"xl console cannot be run: {exc.strerror}: install Xen's tools") from exc
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._in, self._out = self._process.stdin, self._process.stdout
+        finally:
+            os.close(theirs)
 
     def read(self, size: int = 65536, timeout: float | None = None) -> bytes:
-        if not select.select([self._out], [], [], timeout)[0]:
+        if not select.select([self._terminal], [], [], timeout)[0]:
             return b""
-        data = os.read(self._out.fileno(), size)
+        try:
+            data = os.read(self._terminal, size)
+        except OSError as exc:
+            if exc.errno != errno.EIO:  # nobody has the other end
+                raise
+            data = b""
         if not data:
-            raise EOFError("the domain is gone")
+            raise EOFError(GONE)
         return data
 
     def write(self, data: bytes) -> None:
+        data = data.replace(ESCAPE, b"")
         try:
             while data:
-                data = data[os.write(self._in.fileno(), data) :]
-        except BrokenPipeError:
-            raise EOFError("the domain is gone") from None
+                data = data[os.write(self._terminal, data) :]
+        except OSError as exc:
+            raise EOFError(GONE) from exc
 
     def fileno(self) -> int:
-        return self._out.fileno()
+        return self._terminal
 
     def close(self) -> None:
         if self._process.poll() is None:
             kill(self._process)
-        for pipe in (self._in, self._out):
-            with contextlib.suppress(OSError):
-                pipe.close()
+        with contextlib.suppress(OSError):
+            os.close(self._terminal)

@@ -251,6 +251,17 @@ def test_a_console_that_is_closed_leaves_no_process(rig: Rig) -> None:
     assert process.returncode in (-signal.SIGTERM, -signal.SIGKILL)
 
 
+def test_a_console_ends_by_no_byte_that_is_typed(rig: Rig) -> None:
+    info = rig.toolstack.create(rig.spec())
+    console = rig.toolstack.open_console(info.uuid)
+    try:
+        console.write(b"\x1d")
+        console.write(b"one\x1d two\r")
+        rig.until(lambda: rig.machine.find(info.uuid).typed == "one two\r", "it to be typed as it is, but for that")
+    finally:
+        console.close()
+
+
 def test_the_log_of_an_earlier_domain_of_that_name_is_not_shown(rig: Rig) -> None:
     Path(rig.machine.folder / "guest-same.log").write_text("another's secret\n")
     info = rig.toolstack.create(rig.spec(name="same"))
