@@ -27,6 +27,8 @@ import zstandard
 from hypervisor import domain_state
 from hypervisor.errors import HostFailure, MigrationFailed, WrongState
 from hypervisor.evtchn.core import ChannelState
+from hypervisor.evtchn.hostside import without_drivers
+from hypervisor.grants.peer import HOST_DOMID
 from hypervisor.hotcode import HotCode
 from hypervisor.machine import Machine
 from hypervisor.memory.tally import Tally
@@ -177,15 +179,18 @@ class MovingState:
 
     # -- on the source
 
-    def give(self, *, early: bool = False) -> bytes:
+    def give(self, *, early: bool = False, served: bool = False) -> bytes:
         """The state; of a frozen machine, whose memory is the caller's to carry.
 
         :param early: the frame table alone, of a machine that may run: what the target can make ready with.
+        :param served: drivers stay linked, and do nothing now; the state says that they are not.
         :raises WrongState: it cannot be taken now.
         """
         if not (early or self.frozen) or self.incoming:
             raise WrongState("the domain is not frozen: call migration_freeze first")
-        return self._give_early() if early else self.call(self._give)
+        if early:
+            return self._give_early()
+        return self.call(self._give_served if served else self._give)
 
     def _give_early(self) -> bytes:
         """The frame table, and which code is translated here."""
@@ -194,6 +199,11 @@ class MovingState:
         blocks, mode = ahead.known() if ahead is not None else (array.array("Q"), 0)
         said = json.dumps({"blocks": len(blocks), "mode": mode}).encode()
         return _pack(said, self.call(domain.frames.raw) + blocks.tobytes(), _EARLY)
+
+    def _give_served(self) -> bytes:
+        domain = self._machine.domain
+        with domain.grants.own.set_aside(HOST_DOMID), without_drivers(domain.events):
+            return self._give()
 
     def _give(self) -> bytes:
         machine, domain = self._machine, self._machine.domain

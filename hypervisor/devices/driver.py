@@ -185,6 +185,29 @@ class Recording(Protocol):
         """
 
 
+@runtime_checkable
+class Committing(Protocol):
+    """A driver whose guest is kept on a second host too: what it sends is seen when that has what led to it.
+
+    Whoever calls `boundary` sees to it that nothing is served until the state of the epoch is taken.
+    """
+
+    def hold(self) -> None:
+        """Keep back what guests send from now on. Harmless when repeated."""
+
+    def boundary(self, number: int) -> None:
+        """What was taken from guests until now belongs to epoch `number`, or to one before."""
+
+    def release(self, number: int) -> None:
+        """Epoch `number` is whole: what belongs to it goes out."""
+
+    def let_out(self) -> None:
+        """Keep nothing back any more; what was kept goes out. Harmless when repeated."""
+
+    def discard(self) -> None:
+        """Forget what was kept back; what comes is kept back still."""
+
+
 async def _nothing() -> None:
     """There is nothing to be done."""
 

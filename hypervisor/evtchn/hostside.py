@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 from hypervisor.abi import errno
 from hypervisor.errors import XenError
-from hypervisor.evtchn.core import Router
+from hypervisor.evtchn.core import ChannelState, EventChannels, Router
+
+FIRST_DRIVER_PORT = 1 << 16
+"""Ends of driver processes have numbers of their own, beyond those of the host process's."""
+
+
+@contextlib.contextmanager
+def without_drivers(events: EventChannels) -> Iterator[None]:
+    """Meanwhile all is as if driver processes had closed their ends. Nobody may use channels then."""
+    bound = [
+        (channel, channel.peer_port)
+        for channel in events.channels
+        if channel.state is ChannelState.INTERDOMAIN and not channel.peer and channel.peer_port >= FIRST_DRIVER_PORT
+    ]
+    for channel, _ in bound:
+        channel.state, channel.peer_port = ChannelState.UNBOUND, 0
+    try:
+        yield
+    finally:
+        for channel, peer_port in bound:
+            channel.state, channel.peer_port = ChannelState.INTERDOMAIN, peer_port
 
 
 class Nobody:

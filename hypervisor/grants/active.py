@@ -6,6 +6,7 @@ map what it granted to itself) and for whoever speaks for another domain.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -247,6 +248,28 @@ class ActiveGrants:
         if index < 0:
             raise HypervisorBug(f"frame {mfn:#x} is not the domain's")
         return memory.page(index)
+
+    @contextlib.contextmanager
+    def set_aside(self, mapper: int) -> Iterator[None]:
+        """Meanwhile all is as if domain `mapper` had given its mappings back, but for what the guest sees of them.
+
+        Nobody may use grants or frames then. :raises GrantError: a frame is not what it was when it was put aside.
+        """
+        mask = (1 << COUNTER_BITS) - 1
+        active, holds = self._active, list[tuple[int, bool]]()
+        for act in active.values():
+            if act.domid == mapper:
+                holds += [(act.mfn, True)] * (act.pin // HOST_WRITE & mask)
+                holds += [(act.mfn, False)] * (act.pin // HOST_READ & mask)
+        self._active = {ref: act for ref, act in active.items() if act.domid != mapper}
+        for mfn, writable in holds:
+            self.drop(mfn, writable=writable)
+        try:
+            yield
+        finally:
+            self._active = active
+            for mfn, writable in holds:
+                self.hold(mfn, writable=writable)
 
     # -- save and restore
 

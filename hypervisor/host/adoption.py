@@ -110,6 +110,14 @@ class Fate(enum.Enum):
     REMOVE = "remove"  # it is not, or no longer, this host's
 
 
+def serve(life: Lifecycle, domain: Domain) -> None:
+    """Look after the devices and the size of one that is adopted, and may run."""
+    assert domain.devices is not None
+    domain.held = False
+    domain.devices.adopt()
+    life.resizer.begin(domain)
+
+
 class Adoption:
     """:param life: with its table and ledger still empty.
 
@@ -247,8 +255,7 @@ class Adoption:
             LOG.error("domain %s: its rings cannot be reached: %s", domain.uuid, exc)
         assert domain.devices is not None
         if not domain.held:
-            domain.devices.adopt()
-            self._life.resizer.begin(domain)
+            serve(self._life, domain)
         if message.get("ended"):
             self._life.guest_ended(domain, message["ended"])
         elif not record.ended:

@@ -70,7 +70,7 @@ class Device:
         self.opened: Opened | None = None
         self.closed = asyncio.Event()
         self._bus = bus
-        self._driver = driver
+        self.driver = driver
         self._save = save
         self._gone = gone
         self._generation = 0  # of the driver that serves it; 0: none
@@ -81,6 +81,7 @@ class Device:
         self._bucket = Bucket(LOOKS_PER_SECOND, LOOKS_AT_ONCE, time.monotonic)
         self._unwatch: Callable[[], None] = lambda: None
         self._task: asyncio.Task[None] | None = None
+        self.looking = asyncio.Lock()  # whoever has it keeps driver, memory and nodes as they are
 
     @property
     def id(self) -> str:
@@ -149,7 +150,7 @@ class Device:
     async def quiesce(self) -> None:
         """The guest stands still: its driver lets go. `begin` takes it up again. :raises HostUnavailable."""
         await self._stop_task()
-        self.memory.count(await self._driver.leave(self.devid))
+        self.memory.count(await self.driver.leave(self.devid))
         self._generation = 0
 
     async def flush(self) -> None:
@@ -179,14 +180,14 @@ class Device:
 
     async def ask(self, op: str, fds: Sequence[int]) -> dict[str, Any] | None:
         """What its driver process answers; None: there is none, and needs none now. :raises HostUnavailable: ended."""
-        if self._driver.pid is None and self.memory.front is None:
+        if self.driver.pid is None and self.memory.front is None:
             return None
-        return await self._driver.request(op, {"devid": self.devid}, fds)
+        return await self.driver.request(op, {"devid": self.devid}, fds)
 
     async def info(self) -> DeviceInfo:
         stats = dict(self.memory.counted)
-        if self.memory.front is not None and self._generation == self._driver.generation:
-            for name, value in (await self._driver.counters(self.devid)).items():
+        if self.memory.front is not None and self._generation == self.driver.generation:
+            for name, value in (await self.driver.counters(self.devid)).items():
                 stats[name] = stats.get(name, 0) + value
         stats["restarts"] = self.memory.restarts
         return DeviceInfo(
@@ -208,7 +209,7 @@ class Device:
         if self._guest_ended:
             return DeviceState.CLOSED
         if self.memory.front is not None:
-            served = self._generation == self._driver.generation and self._driver.pid is not None
+            served = self._generation == self.driver.generation and self.driver.pid is not None
             return DeviceState.CONNECTED if served else DeviceState.RECOVERING
         return DeviceState.CLOSED if self._bus.state() is XenbusState.CLOSED else DeviceState.CONNECTING
 
@@ -219,7 +220,7 @@ class Device:
         try:
             if self.memory.front is None:
                 return
-            await self._driver.request("update", {"devid": self.devid, "device": self.opened.config})
+            await self.driver.request("update", {"devid": self.devid, "device": self.opened.config})
         except HostUnavailable:
             LOG.info("%s %s: the next driver is told", self.kind, self._bus.paths.backend)
         if self.memory.front is not None and self._bus.state() is XenbusState.CONNECTED:
@@ -234,20 +235,19 @@ class Device:
             if not self._force:
                 await asyncio.sleep(self._bucket.delay())
             self._bucket.take()
-            self._wake.clear()
             try:
-                await self._look()
+                async with self.looking:
+                    self._wake.clear()
+                    await self._look()
                 self._problem, retry = "", RETRY_AFTER
                 continue
             except (ToolstackError, XenstoreError, OSError) as exc:
-                again = self._problem == printable(str(exc))
-                self._problem = printable(str(exc))
-                level = logging.DEBUG if again else logging.WARNING
+                before, self._problem = self._problem, printable(str(exc))
+                level = logging.DEBUG if before == self._problem else logging.WARNING
                 LOG.log(level, "%s %s: %s; trying again", self.kind, self._bus.paths.backend, exc)
-                self._wake.set()
             except Exception:
                 LOG.exception("%s %s", self.kind, self._bus.paths.backend)
-                self._wake.set()
+            self._wake.set()
             await asyncio.sleep(retry)
             retry = min(LONGEST_RETRY, retry * 2)
 
@@ -304,13 +304,13 @@ class Device:
     async def _connect(self, config: dict[str, Any]) -> None:
         """No effect if the driver there is serves it."""
         memory = self.memory
-        if memory.front is not None and self._generation == await self._driver.ensure():
+        if memory.front is not None and self._generation == await self.driver.ensure():
             return
-        opened, generation = await self._open(), await self._driver.ensure()
+        opened, generation = await self._open(), await self.driver.ensure()
         fds = list(opened.fds())
         try:
             message = {"devid": self.devid, "config": {"frontend": config, "device": opened.config}}
-            answer = await self._driver.request("connect", message, fds)
+            answer = await self.driver.request("connect", message, fds)
         finally:
             channels.close_all(fds)
         if "broken" in answer:
@@ -328,7 +328,7 @@ class Device:
 
     async def _open(self) -> Opened:
         if self.opened is None:
-            self.opened = await self.backend.open(self._driver.order.uuid, self._bus.paths.domid, self.spec)
+            self.opened = await self.backend.open(self.driver.order.uuid, self._bus.paths.domid, self.spec)
         if self.memory.carried is not None:
             self.opened.arrive(self.memory.carried)
             self.memory.carried = None
@@ -339,9 +339,9 @@ class Device:
         """No effect if it is not connected."""
         if self.memory.front is None:
             return
-        if self._generation and self._generation == self._driver.generation:
+        if self._generation and self._generation == self.driver.generation:
             try:
-                answer = await self._driver.request("disconnect", {"devid": self.devid})
+                answer = await self.driver.request("disconnect", {"devid": self.devid})
                 self.memory.count(numbers(answer.get("stats")))
             except HostUnavailable:
                 LOG.info("%s %s: its driver is gone", self.kind, self._bus.paths.backend)
@@ -380,7 +380,7 @@ class Device:
         if self._force or (config := self.memory.front) is None:
             return None
         await self._connect(config)
-        return await self._driver.finish(self.devid)
+        return await self.driver.finish(self.devid)
 
     def _close(self) -> None:
         opened, self.opened = self.opened, None

@@ -173,8 +173,8 @@ class DomainDevices:
         await self._stop_adopting()
         await all_of(device.quiesce() for device in self._devices.values())
 
-    def disks(self) -> list[Device]:
-        return [device for device in self._devices.values() if device.kind == "disk"]
+    def all(self, *kinds: str) -> list[Device]:
+        return [device for device in self._devices.values() if not kinds or device.kind in kinds]
 
     def disk_backend(self) -> Backend:
         """Of all disks of this host."""

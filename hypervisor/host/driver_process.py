@@ -7,8 +7,10 @@ rings. It outlives the host process, so that a guest's disks go on; the next hos
 (``<state>/domains/<uuid>/driver-<kind>.sock``, which it never answers) and replaces it. It ends with its guest.
 
 Messages from the host: ``{"id", "op"}`` with op ``connect`` (``devid``, ``config``, descriptors), ``update``
-(``devid``, ``device``), ``finish``, ``disconnect`` and ``leave`` (``devid``), ``stats``, ``quit``, and to drivers that
-record what is written ``track`` (``devid``, a descriptor or none) and ``written`` (``devid``, a descriptor). Answers:
+(``devid``, ``device``), ``finish``, ``disconnect`` and ``leave`` (``devid``), ``stats``, ``quit``, to drivers that
+record what is written ``track`` (``devid``, a descriptor or none) and ``written`` (``devid``, a descriptor), and, for a
+guest with a standby, ``hold``, ``boundary`` (``epoch``; ``still``: serve nothing from now on), ``go_on`` after it,
+``release`` (``epoch``), ``let_out`` and ``discard`` (`hypervisor.devices.driver.Committing`). Answers:
 ``{"id", "result"}``, in which ``broken`` says why a device cannot be served, or ``{"id", "error"}``. Events: ``ready``
 and ``report`` (``devid``, ``what``, ``detail``).
 """
@@ -21,6 +23,7 @@ import io
 import json
 import logging
 import os
+import select
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +32,7 @@ from typing import Any, NoReturn
 
 from hypervisor.devices import registry
 from hypervisor.devices.driver import (
+    Committing,
     DeviceBroken,
     Driver,
     Finishing,
@@ -51,6 +55,8 @@ MAX_OPEN_FILES = 1024
 STATS_EVERY = 1.0
 """Seconds between two notes of the counters, while there is something to note."""
 STATS_BYTES = 16384
+_AT_ONCE = ("go_on", "quit")
+"""Ops that a driver which stands still does not put off."""
 OWN_FDS = 3
 """Channel, log, counters; the link's descriptors come after them."""
 
@@ -101,6 +107,7 @@ class DriverProcess:
         self._stats_fd = stats_fd
         self._noting = False
         self._driver: Driver | None = None
+        self._still = False
 
     def serve(self, factory: Callable[..., Driver], report: sandbox.Report) -> None:
         """Until the guest is gone or the host says so."""
@@ -135,6 +142,35 @@ class DriverProcess:
             self._detach()
             return
         self._send({"id": message.get("id"), **self._answer(message, fds)})
+        if self._still:
+            self._stand_still()
+
+    def _stand_still(self) -> None:
+        """Nothing of the guest is touched; what the host asks for meanwhile is done afterwards."""
+        later: list[tuple[Message, list[int]]] = []
+        while self._still and (channel := self._channel) is not None:
+            poll = select.poll()
+            poll.register(channel.fileno(), select.POLLIN)
+            poll.register(self._link.fileno(), select.POLLIN)
+            ready = dict(poll.poll())
+            if self._link.fileno() in ready and not self._link.alive():
+                break
+            if channel.fileno() not in ready:
+                continue
+            try:
+                message, fds = channel.receive()
+            except (BlockingIOError, BadMessage) as exc:
+                LOG.warning("host: %s", exc)
+            except ChannelClosed:
+                self._detach()
+            else:
+                if message.get("op") in _AT_ONCE:
+                    self._send({"id": message.get("id"), **self._answer(message, fds)})
+                else:
+                    later.append((message, fds))
+        self._still = False
+        for message, fds in later:
+            self._send({"id": message.get("id"), **self._answer(message, fds)})
 
     def _answer(self, message: Message, fds: list[int]) -> Message:
         """Descriptors belong to the driver as soon as it is told of them."""
@@ -149,6 +185,12 @@ class DriverProcess:
             "written": lambda: self._written(int(message["devid"]), fds),
             "stats": self._stats,
             "quit": self._quit,
+            "boundary": lambda: self._boundary(int(message["epoch"]), still=bool(message.get("still"))),
+            "go_on": self._go_on,
+            "hold": lambda: self._commit(lambda driver: driver.hold()),
+            "release": lambda: self._commit(lambda driver: driver.release(int(message["epoch"]))),
+            "let_out": lambda: self._commit(lambda driver: driver.let_out()),
+            "discard": lambda: self._commit(lambda driver: driver.discard()),
         }
         verb = verbs.get(op)
         if verb is None:
@@ -207,10 +249,28 @@ class DriverProcess:
             raise DeviceBroken("this driver does not record what is written")
         return driver
 
+    def _boundary(self, epoch: int, *, still: bool) -> dict[str, Any]:
+        """The answer has all counters."""
+        self._commit(lambda driver: driver.boundary(epoch))
+        self._still = still
+        return self._stats()
+
+    def _go_on(self) -> dict[str, Any]:
+        self._still = False
+        return {}
+
+    def _commit(self, what: Callable[[Committing], None]) -> dict[str, Any]:
+        """No effect on a driver that sends nothing out."""
+        driver = self._the_driver()
+        if isinstance(driver, Committing):
+            what(driver)
+        return {}
+
     def _stats(self) -> dict[str, Any]:
         return {"stats": {str(devid): counters for devid, counters in self._the_driver().stats().items()}}
 
     def _quit(self) -> dict[str, Any]:
+        self._still = False
         self._loop.stop()
         return {}
 

@@ -89,6 +89,7 @@ class DriverHold:
     :ivar generation: counts the processes there were; a device is served by the one that it was connected to.
     :ivar on_death: called when a process ended that was not asked to; with what it had counted last.
     :ivar on_report: called with devid, ``broken`` or ``warning``, and detail.
+    :ivar holding: what its guest sends is kept back (`hypervisor.devices.driver.Committing`), by the next process too.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class DriverHold:
         self._running: _Running | None = None
         self._backoff = Backoff()
         self._stopping = False
+        self.holding = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -176,6 +178,21 @@ class DriverHold:
         answer = await self.request("leave", {"devid": devid}, timeout=LEAVE_TIMEOUT)
         return numbers(answer.get("stats"))
 
+    async def commit(self, op: str, **fields: Any) -> dict[str, Any]:
+        """An op for guests with a standby; {} of a process that is gone: it serves nothing, and what it kept is lost.
+
+        :raises HostUnavailable: it does not answer.
+        """
+        running = self._running
+        if running is None:
+            return {}
+        try:
+            return await running.link.request(op, LEAVE_TIMEOUT, fields)
+        except HostUnavailable:
+            if running.link.closed:
+                return {}
+            raise
+
     async def clear(self) -> Counters:
         """End a driver process that an earlier host process left; its counters. :raises HostFailure: it does not go."""
         async with self._lock:
@@ -223,6 +240,8 @@ class DriverHold:
             await within(asyncio.shield(running.ready), START_TIMEOUT)
         except TimeoutError:
             raise HostFailure(f"driver process {pid} did not start: see {log_name(self.order.kind)}") from None
+        if self.holding:
+            await running.link.request("hold", LEAVE_TIMEOUT)
 
     def _hold(self, pid: int, pidfd: int, channel: Channel) -> _Running:
         loop = asyncio.get_running_loop()

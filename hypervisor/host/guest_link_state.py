@@ -17,7 +17,7 @@ from hypervisor.devices.link_window import SLOTS
 from hypervisor.domain import Domain
 from hypervisor.errors import XenError
 from hypervisor.evtchn.core import ChannelState, EventChannels
-from hypervisor.evtchn.hostside import HostRouter
+from hypervisor.evtchn.hostside import FIRST_DRIVER_PORT, HostRouter
 from hypervisor.grants.active import ActiveGrants
 from hypervisor.grants.peer import HOST_DOMID, HOST_READ, HOST_WRITE, GrantError
 from hypervisor.host.guest_link_guard import Guard
@@ -29,9 +29,7 @@ LOG = logging.getLogger(__name__)
 
 MAX_PORTS = 64
 """Of one link."""
-_FIRST_PEER_PORT = 1 << 16
-"""The driver's ends have numbers of their own, beyond those of the host process's."""
-_peer_ports = itertools.count(_FIRST_PEER_PORT)
+_peer_ports = itertools.count(FIRST_DRIVER_PORT)
 
 
 class Refused(Exception):

@@ -4,8 +4,9 @@ Ops from the host: ``migration_facts``; ``migration_log`` (``on``; a descriptor 
 understands) begins and ends the log of writes; ``migration_dirty`` puts into that file what was written since the last
 call, or since the log began; ``migration_freeze`` (``on``; ``dirty``: with the last look at what was written) stops the
 run loop dead, and lets it go on;
-``migration_export`` (``early``; a file) writes the state of a frozen guest, ``migration_import`` (a file, and that of
-`Receiver.marks`) takes it. The early part tells of a guest that runs on; with it the target makes ready.
+``migration_export`` (``early`` or ``served``; a file) writes the state of a frozen guest, ``migration_import`` (a file,
+and that of `Receiver.marks`) takes it. The early part tells of a guest that runs on; with it the target makes ready. A
+guest that is ``served`` keeps its drivers, which do nothing meanwhile (`hypervisor.devices.driver.Committing`).
 
 The order of a switch: freeze, then export and the last ``migration_dirty`` in any order, then the pages. A frozen guest
 stays frozen when the host's connection ends: only who knows which copy may run says what becomes of it.
@@ -189,7 +190,7 @@ class MigrationPart:
             self._look_for_obstacles()
         if len(fds) != 1:
             raise HostFailure(f"op migration_export with {len(fds)} descriptors")
-        data = memoryview(self._guest.give(early=early))
+        data = memoryview(self._guest.give(early=early, served=bool(message.get("served"))))
         at = 0
         while at < len(data):
             at += os.pwrite(fds[0], data[at:], at)

@@ -12,11 +12,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "guests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 from build import available, build_guest
-from host_rig import kill_process, until
-from moving_pair import Move, Pair, Phase, is_whole, kill_all, moving_pair, processes
+from host_rig import until
+from moving_pair import Pair, Phase, Standby, dies, is_whole, kill_all, moving_pair, processes
 
 from hypervisor.errors import WrongState
-from hypervisor.toolstack.api import DomainSpec, DomainState, KernelBoot, MigrationMode, OnEvent
+from hypervisor.toolstack.api import DomainSpec, DomainState, KernelBoot, OnEvent
 
 if why := available():
     pytest.skip(why, allow_module_level=True)
@@ -36,21 +36,6 @@ def pair(shared: Pair) -> Iterator[Pair]:
     shared.clear()
 
 
-class Standby(Move):
-    """A domain of the first host with a copy on the second."""
-
-    mode = MigrationMode.STANDBY
-
-    def epochs(self, more: int = 3) -> int:
-        """Wait for so many further ones."""
-        before = self.there.migration_status(self.ident).epochs
-        until(lambda: self.there.migration_status(self.ident).epochs >= before + more, "epochs", 60)
-        return before + more
-
-    def complete(self) -> None:
-        until(lambda: self.there.migration_status(self.ident).phase is Phase.COMPLETE, "the target to be alone", 60)
-
-
 def started(pair: Pair, kernel: str, cmdline: str, line: bytes) -> str:
     ident = str(uuid.uuid4())
     boot = KernelBoot(kernel=str(build_guest(kernel)), cmdline=cmdline)
@@ -66,13 +51,6 @@ def started(pair: Pair, kernel: str, cmdline: str, line: bytes) -> str:
 def restless(pair: Pair) -> str:
     """A guest that writes all its memory over and over, and looks whether it is there."""
     return started(pair, "memtouch", "forever", b"memtouch:")
-
-
-def dies(move: Standby) -> None:
-    """The source's machine, as far as a test can do that."""
-    pid = move.source.process_of(move.domain)
-    move.source.kill()
-    kill_process(pid)
 
 
 def test_the_source_dies_and_its_last_epoch_runs(pair: Pair) -> None:
@@ -121,13 +99,18 @@ def test_an_ordered_takeover_loses_nothing(pair: Pair) -> None:
 
 
 def test_a_source_that_hears_of_a_forced_takeover_does_not_run_on(pair: Pair) -> None:
+    """Nor does it when its host process is replaced; unless somebody says so."""
     domain = restless(pair)
     move = Standby(pair, domain, 0, interval_ms=20).start()
     move.epochs()
     move.there.migration_takeover(move.ident, force=True)
     until(lambda: move.here.migration_status(move.ident).phase is Phase.UNRESOLVED, "the source to know")
+    move.source.kill()
+    move.source.start()
+    assert move.here.migration_status(move.ident).phase is Phase.UNRESOLVED
     assert pair.places(domain) == {0: DomainState.PAUSED, 1: DomainState.RUNNING}
-    move.here.migration_resolve(move.ident, keep=False)
+    move.there.destroy(domain)
+    move.here.migration_resolve(move.ident, keep=True)
     is_whole(pair, domain)
 
 

@@ -77,6 +77,9 @@ class HostRig:
         state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
         return state in "TtZ"
 
+    def suspend(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+
     def go_on(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
 

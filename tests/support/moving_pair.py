@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from authority import Authority
-from host_rig import HostRig, alive, until
+from host_rig import HostRig, alive, kill_process, until
 
 from hypervisor.errors import MigrationNotFound, ToolstackError, WrongState
 from hypervisor.host.settings import REAL_RUNTIME
@@ -99,6 +99,28 @@ class Move:
     def forget(self) -> None:
         for toolstack in (self.here, self.there):
             toolstack.migration_forget(self.ident)
+
+
+class Standby(Move):
+    """A domain of one host with a copy on the other."""
+
+    mode = MigrationMode.STANDBY
+
+    def epochs(self, more: int = 3) -> int:
+        """Wait for so many further ones."""
+        before = self.there.migration_status(self.ident).epochs
+        until(lambda: self.there.migration_status(self.ident).epochs >= before + more, "epochs", 60)
+        return before + more
+
+    def complete(self) -> None:
+        until(lambda: self.there.migration_status(self.ident).phase is Phase.COMPLETE, "the target to be alone", 60)
+
+
+def dies(move: Standby) -> None:
+    """The source's machine, as far as a test can do that."""
+    pid = move.source.process_of(move.domain)
+    move.source.kill()
+    kill_process(pid)
 
 
 class Pair:

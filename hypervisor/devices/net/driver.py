@@ -11,11 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hypervisor.devices.driver import DeviceBroken, GuestLink, LinkClosed, Loop
+from hypervisor.devices.net.outbox import Outbox
 from hypervisor.devices.net.vif import Vif
 
 LOG = logging.getLogger(__name__)
 
 Report = Callable[[int, str, str], None]
+MAX_PARTED = 16
+"""Nics that are not served any more and of which something is kept back still."""
 
 
 class NetDriver:
@@ -27,11 +30,14 @@ class NetDriver:
         self._report = report
         self._vifs: dict[int, Vif] = {}
         self._broken: set[int] = set()
+        self._holding = False
+        self._parted: list[Outbox] = []  # of nics that are not served any more
 
     def connect(self, devid: int, config: Mapping[str, Any], fds: Sequence[int]) -> None:
         """:param fds: as `hypervisor.devices.net.backend.NetBackend` gives them: socket, journal."""
         self._broken.discard(devid)
-        self._vifs[devid] = Vif(self._link, self._loop, config["frontend"], fds, functools.partial(self._guard, devid))
+        guard = functools.partial(self._guard, devid)
+        self._vifs[devid] = Vif(self._link, self._loop, config["frontend"], fds, guard, holding=self._holding)
 
     def update(self, devid: int, device: Mapping[str, Any]) -> None:
         """Limits are the switch's: nothing of the device matters here."""
@@ -40,15 +46,50 @@ class NetDriver:
         vif = self._vifs.pop(devid, None)
         if vif is not None:
             vif.close()
+            self._part(vif.outbox)
 
     def leave(self, devid: int) -> None:
         """The rings stay: what is in them is for the next driver, on another host."""
         vif = self._vifs.pop(devid, None)
         if vif is not None:
             vif.leave()
+            self._part(vif.outbox)
 
     def stats(self) -> dict[int, dict[str, int]]:
         return {devid: vif.stats() for devid, vif in self._vifs.items()}
+
+    # -- of a guest that is kept on a second host too (`hypervisor.devices.driver.Committing`)
+
+    def hold(self) -> None:
+        self._holding = True
+        for outbox in self._outboxes():
+            outbox.hold()
+
+    def boundary(self, number: int) -> None:
+        for outbox in self._outboxes():
+            outbox.boundary(number)
+
+    def release(self, number: int) -> None:
+        for outbox in self._outboxes():
+            outbox.release(number)
+
+    def let_out(self) -> None:
+        self._holding = False
+        for outbox in self._outboxes():
+            outbox.let_out()
+
+    def discard(self) -> None:
+        for outbox in self._outboxes():
+            outbox.discard()
+
+    def _outboxes(self) -> list[Outbox]:
+        return [*self._parted, *(vif.outbox for vif in self._vifs.values())]
+
+    def _part(self, outbox: Outbox) -> None:
+        """Who is not served any more has said what it has said."""
+        parted = self._parted = [*(other for other in self._parted if not other.closed), outbox]
+        while len(parted) > MAX_PARTED:
+            parted.pop(0).close()
 
     def _guard(self, devid: int, work: Callable[[], None]) -> Callable[[], None]:
         """`work` so that nothing it raises reaches the loop."""
@@ -72,6 +113,4 @@ class NetDriver:
 
     def _give_up(self, devid: int) -> None:
         self._broken.add(devid)
-        vif = self._vifs.pop(devid, None)
-        if vif is not None:
-            vif.close()
+        self.disconnect(devid)

@@ -7,8 +7,6 @@ what may be an honest front end's mistake costs the frame: NETIF_RSP_ERROR.
 from __future__ import annotations
 
 import dataclasses
-import os
-import socket
 from collections import deque
 from collections.abc import Callable
 
@@ -26,6 +24,7 @@ from hypervisor.devices.net.message import (
     NO_OFFLOAD,
     Header,
 )
+from hypervisor.devices.net.outbox import RETRY_SECONDS, Outbox
 from hypervisor.devices.net.rings import RSP_OKAY, Extra, TxRequest, TxRing
 
 PAGE = 4096
@@ -35,7 +34,6 @@ FATAL_SLOTS = 20
 BATCH_FRAMES = 64
 BATCHES = 8
 """So many batches before the other devices of this process have their turn."""
-RETRY_SECONDS = 0.001
 
 _GSO = {abi.XEN_NETIF_GSO_TYPE_TCPV4: GSO_TCPV4, abi.XEN_NETIF_GSO_TYPE_TCPV6: GSO_TCPV6}
 _MULTICAST = (abi.XEN_NETIF_EXTRA_TYPE_MCAST_ADD, abi.XEN_NETIF_EXTRA_TYPE_MCAST_DEL)
@@ -83,7 +81,7 @@ class TransmitCounters:
 class Transmitter:
     """:param multicast: told of addresses that the guest adds (True) or removes.
 
-    Nothing is taken from the ring while the socket to the switch is full: the guest waits, nothing is lost.
+    Nothing is taken from the ring while the outbox is full: the guest waits, nothing is lost.
     """
 
     def __init__(
@@ -92,7 +90,7 @@ class Transmitter:
         loop: Loop,
         ring: TxRing,
         event: EventPort,
-        sock: socket.socket,
+        outbox: Outbox,
         multicast: Callable[[bytes, bool], None],
         guard: Callable[[Callable[[], None]], Callable[[], None]],
     ) -> None:
@@ -101,7 +99,7 @@ class Transmitter:
         self._loop = loop
         self._ring = ring
         self.event = event
-        self._sock = sock
+        self._outbox = outbox
         self._multicast = multicast
         self._work = guard(self.work)
         self._waiting: deque[tuple[Outgoing, bytes, bytes]] = deque()
@@ -208,7 +206,7 @@ class Transmitter:
                 header = self._header(frame, data)
                 if header is None:
                     frame.status = abi.NETIF_RSP_ERROR
-                elif self._waiting or not self._send(header, data):
+                elif self._waiting or not self._outbox.put(header, data):
                     self._waiting.append((frame, header, bytes(data)))
                     continue
                 else:
@@ -219,6 +217,11 @@ class Transmitter:
                 sent += self._answer(frame)
         self._publish(sent)
         if self._waiting:
+            self._wait()
+
+    def _wait(self) -> None:
+        """Try again when there may be room."""
+        if not self._outbox.holding:  # else it says when
             self._cancel = self._loop.call_later(RETRY_SECONDS, self._work)
 
     def _fetch(self, batch: list[Outgoing]) -> None:
@@ -270,15 +273,6 @@ class Transmitter:
         length = layers.l4 + (data[layers.l4 + 12] >> 4) * 4
         return Header(NEEDS_CSUM, frame.gso_type, length, frame.gso_size, layers.l4, offset).pack()
 
-    def _send(self, header: bytes, data: memoryview | bytes) -> bool:
-        """False: the switch has no room now."""
-        try:
-            # writev() and not sendmsg(), which is refused to a driver process.
-            os.writev(self._sock.fileno(), (header, data))
-        except (BlockingIOError, ConnectionError, BrokenPipeError):
-            return False  # of a switch that is gone: it comes back, or this device is closed
-        return True
-
     def _sent(self, frame: Outgoing) -> None:
         self._ring.mark(frame.index)
         frame.status = RSP_OKAY
@@ -289,14 +283,14 @@ class Transmitter:
         while self._waiting:
             frame, header, data = self._waiting[0]
             if frame.status is None:
-                if not self._send(header, data):
+                if not self._outbox.put(header, data):
                     break
                 self._sent(frame)
             answered += self._answer(frame)
             self._waiting.popleft()
         self._publish(answered)
         if self._waiting:
-            self._cancel = self._loop.call_later(RETRY_SECONDS, self._work)
+            self._wait()
             return False
         return True
 

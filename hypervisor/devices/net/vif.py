@@ -11,6 +11,7 @@ from typing import Any
 
 from hypervisor.devices.driver import DeviceBroken, EventPort, GuestLink, LinkClosed, LinkError, Loop, Page
 from hypervisor.devices.net.headers import Frame
+from hypervisor.devices.net.outbox import Outbox
 from hypervisor.devices.net.receive import Offloads, Queue, Receiver
 from hypervisor.devices.net.rings import Journal, RxRing, TxRing
 from hypervisor.devices.net.transmit import Transmitter
@@ -51,18 +52,28 @@ class Vif:
     """:param frontend: of `hypervisor.devices.net.frontend.read`.
 
     :param fds: the socket to the switch and the journals' memory; owned from here on.
+    :param holding: what the guest sends is kept back (`outbox`), even when this is closed.
     :raises DeviceBroken: rings or event channels cannot be had.
     """
 
     def __init__(
-        self, link: GuestLink, loop: Loop, frontend: Mapping[str, Any], fds: Sequence[int], guard: Guard
+        self,
+        link: GuestLink,
+        loop: Loop,
+        frontend: Mapping[str, Any],
+        fds: Sequence[int],
+        guard: Guard,
+        *,
+        holding: bool = False,
     ) -> None:
         self._link = link
         self._loop = loop
         self._undo = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:
-            sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fds[0]))
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fds[0])
             sock.setblocking(False)
+            self.outbox = Outbox(sock, loop, holding=holding)
+            undo.callback(self.outbox.part)
             undo.callback(os.close, fds[1])
             memory = undo.enter_context(mmap.mmap(fds[1], len(frontend["queues"]) * Journal.BYTES))
             try:
@@ -101,7 +112,7 @@ class Vif:
             rx_event = tx_event if nodes["rx_port"] == nodes["tx_port"] else self._bind(undo, nodes["rx_port"])
             queues.append(Queue(rx_ring, rx_event))
             self._transmitters.append(
-                Transmitter(self._link, self._loop, tx_ring, tx_event, sock, self._multicast.change, guard)
+                Transmitter(self._link, self._loop, tx_ring, tx_event, self.outbox, self._multicast.change, guard)
             )
             undo.callback(self._transmitters[-1].close)
         self._receiver = Receiver(
@@ -113,7 +124,12 @@ class Vif:
             self._listen(undo, transmitter.event, guard, [transmitter.work, *([] if split else [self._receiver.work])])
             if split:
                 self._listen(undo, queue.event, guard, [self._receiver.work])
+        self.outbox.on_room = guard(self._send_on)
         self._loop.call_soon(guard(self._start))
+
+    def _send_on(self) -> None:
+        for transmitter in self._transmitters:
+            transmitter.work()
 
     def _start(self) -> None:
         """What lies in the rings already; requests that a driver before this one had taken, too.

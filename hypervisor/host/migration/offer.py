@@ -107,7 +107,7 @@ async def make(domain: Domain, settings: HostSettings, facts: RuntimeFacts) -> M
         facts=about,
         linear_page_tables=settings.linear_page_tables,
         disks=sizes,
-        images=await disk_mirror.offers(domain.devices.disks()),
+        images=await disk_mirror.offers(domain.devices.all("disk")),
     )
     return MigrationOffer(
         driver=DRIVER,
@@ -152,11 +152,10 @@ def check_disks(detail: Detail, sizes: Mapping[str, int], elsewhere: frozenset[s
 
 def check_standby(spec: DomainSpec) -> None:
     """:raises Unsupported: it has what a standby does not carry."""
-    devices = [f"disk {disk.id}" for disk in spec.disks] + [f"nic {nic.id}" for nic in spec.nics]
-    if devices:
+    if spec.disks:
+        disks = ", ".join(f"disk {disk.id}" for disk in spec.disks)
         raise Unsupported(
-            f"domain {spec.uuid} has {', '.join(devices)[:200]}: a standby carries memory, state and xenstore only; "
-            "detach them, or move the domain live"
+            f"domain {spec.uuid} has {disks[:200]}: a standby carries no disks; detach them, or move the domain live"
         )
 
 

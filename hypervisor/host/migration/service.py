@@ -81,6 +81,8 @@ class Migrations:
             return Fate.HOLD
         if move.phase is Phase.MOVED:
             return Fate.REMOVE
+        if move.mode is MigrationMode.STANDBY and move.phase is Phase.UNRESOLVED:
+            return Fate.HOLD  # taken over elsewhere: what lies in its rings must not be seen
         if move.role is Role.SOURCE or move.phase is Phase.RUNNING:
             return Fate.ADOPT
         return Fate.HOLD if move.phase is Phase.COMPLETE else Fate.REMOVE

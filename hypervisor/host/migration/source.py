@@ -19,6 +19,7 @@ from hypervisor.errors import (
     WrongState,
     from_json,
 )
+from hypervisor.host.adoption import serve
 from hypervisor.host.migration import bitmap
 from hypervisor.host.migration.clock import Steps
 from hypervisor.host.migration.disks import OutgoingDisks, Talk
@@ -218,7 +219,7 @@ class Outgoing:
         self._sender.on_progress = self._sent.progress
         self._talk = Talk(self._sender)
         assert self.domain.devices is not None
-        disks, link = self.domain.devices.disks(), self._talk.link
+        disks, link = self.domain.devices.all("disk"), self._talk.link
         self._disks = await OutgoingDisks.of(disks, ticket, self._options, link, self._sent.disks)
         self._host.write(self.move, Phase.COPYING)
 
@@ -363,7 +364,7 @@ class Outgoing:
             await process.request("set_cap", fields={"percent": record.spec.cap})
         if self.move.phase in (Phase.SWITCHING, Phase.UNRESOLVED):
             assert domain.devices is not None
-            domain.devices.resume()
+            serve(self._host.life, domain) if domain.held else domain.devices.resume()
         record.detail = ""
         if self.move.running:
             await process.request("unpause")

@@ -1,8 +1,8 @@
 """A domain that is kept on a second host too: epoch after epoch its state goes there, while it runs here.
 
-An epoch: the guest stands still; what it has written since the one before is copied, its state is taken; it runs on,
-and all that is sent. When the target has said that it holds the epoch whole, and the interval has passed, the next
-begins.
+An epoch: the guest and its drivers stand still; what it has written since the one before is copied, its state is
+taken; it runs on, and all that is sent. When the target has said that it holds the epoch whole, what the guest had sent
+by then leaves its nics (`OutputCommit`), and when the interval has passed, the next begins.
 Whatever goes wrong ends the standby, and the guest runs on here: this host's record decides, as in every migration.
 Only a target that says that it runs the domain itself (`TakenOver`) leaves it paused.
 """
@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Awaitable
 from typing import Any
 
 from hypervisor.errors import HostUnavailable, MigrationFailed, ToolstackError
@@ -36,8 +37,10 @@ from hypervisor.host.migration.words import (
     TAKEOVER,
     TakenOver,
 )
+from hypervisor.host.output_commit import OutputCommit
 from hypervisor.host.process import ProcessHold
 from hypervisor.host.table import Domain
+from hypervisor.host.together import all_of
 from hypervisor.toolstack.api import DomainState, MigrationOptions, MigrationPhase, MigrationTicket
 from hypervisor.xenstore import moving
 
@@ -81,6 +84,7 @@ class Standby(Outgoing):
         self._idle = True  # no epoch is under way
         self._ending: ToolstackError | None = None
         self._told = 0.0
+        self._output: OutputCommit | None = None
 
     async def cancel(self, why: ToolstackError) -> None:
         """Between two epochs, so that the target can be told; a connection that just ends means something else."""
@@ -101,6 +105,7 @@ class Standby(Outgoing):
             ) from None
         assert self._sender is not None
         await self._sender.commit(0)
+        await self._held_back().hold()
         while not self._asked:
             began = time.monotonic()
             self._idle = False
@@ -127,6 +132,7 @@ class Standby(Outgoing):
     async def _epoch(self) -> None:
         async with self.domain.lock:
             self._check_there()
+            await self._held_back().steady()
             steps = Steps()
             epoch, sent = await self._take(steps)
             try:
@@ -143,29 +149,37 @@ class Standby(Outgoing):
             self._told = time.monotonic()
             self._host.tell(self.move)
 
-    async def _take(self, steps: Steps) -> tuple[Epoch, asyncio.Task[Any]]:
-        """Stop the guest and take its state, its memory copied. :returns: and the task that sends the pages."""
-        domain, process, sender = self.domain, self._there(), self._sender
+    async def _take(self, steps: Steps, *, last: bool = False) -> tuple[Epoch, asyncio.Task[Any]]:
+        """Stop the guest and take its state, its memory copied. :returns: and the task that sends the pages.
+
+        :param last: it does not go on here; its drivers let go of it.
+        """
+        domain, process, sender, held_back = self.domain, self._there(), self._sender, self._held_back()
         assert sender is not None and domain.devices is not None and domain.attachment is not None
-        if self.move.running:
-            await process.request("pause")
+        stops: list[Awaitable[Any]] = [process.request("pause")] if self.move.running else []
+        if not last:
+            stops.append(held_back.boundary(self.move.epochs + 1))
+        await all_of(stops)
         domain.console.hold()
         attachment, domain.attachment = domain.attachment, None
         attachment.let_go()
+        if last:
+            await domain.devices.quiesce()
+            await held_back.boundary(self.move.epochs + 1, still=False)
         state = os.memfd_create("reeve-epoch", os.MFD_CLOEXEC)
         copied: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sender.on_copied = lambda: None if copied.done() else copied.set_result(None)
         pages: asyncio.Task[Any] | None = None
         # Asked one after the other without waiting: the domain process does them in this order.
         frozen = asyncio.ensure_future(process.request("migration_freeze", STATE_TIMEOUT, {"on": True, "dirty": True}))
-        export = asyncio.ensure_future(process.request("migration_export", STATE_TIMEOUT, {}, [state]))
+        export = asyncio.ensure_future(process.request("migration_export", STATE_TIMEOUT, {"served": True}, [state]))
         try:
             await frozen
             taken = time.monotonic()
             pages = asyncio.ensure_future(sender.epoch(self._bitmap))
             store = moving.give(self._host.backends.server, domain.record.domid, domain.uuid, self._given)
             printed, upto = domain.console.since(self._printed, PRINTED_BYTES), domain.console.printed
-            belongings = Belongings.of(domain.record, store, printed, {}).pack()
+            belongings = Belongings.of(domain.record, store, printed, held_back.told()).pack()
             self._printed = upto
             await export
             await asyncio.wait({pages, copied}, return_when=asyncio.FIRST_COMPLETED)
@@ -185,7 +199,7 @@ class Standby(Outgoing):
         asked = [process.request("migration_freeze", STATE_TIMEOUT, {"on": False})]
         if self.move.running:
             asked.append(process.request("unpause"))
-        await asyncio.gather(*asked)
+        await asyncio.gather(*asked, self._held_back().go_on())
 
     async def _send(self, epoch: Epoch, pages: asyncio.Task[Any]) -> None:
         """Until the target has it whole."""
@@ -203,6 +217,7 @@ class Standby(Outgoing):
         number = self.move.epochs + 1
         await sender.commit(number)
         await self._acknowledged(number)
+        await self._held_back().release(number)
         self.move.epochs = number
 
     async def _acknowledged(self, number: int) -> None:
@@ -230,7 +245,7 @@ class Standby(Outgoing):
             self._check_there()
             self._host.write(self.move, Phase.SWITCHING)
             steps = Steps()
-            epoch, pages = await self._take(steps)
+            epoch, pages = await self._take(steps, last=True)
             domain.record.state = DomainState.PAUSED
             domain.record.detail = f"on its way to {self.move.peer or 'another host'} (migration {self.move.ident})"
             await self._send(epoch, pages)
@@ -254,11 +269,31 @@ class Standby(Outgoing):
         process: ProcessHold | None = domain.process
         if process is not None and process.alive and not domain.record.ended:
             await process.request("pause")
+        if self._output is not None and domain.devices is not None:
+            await self._output.go_on()
+            try:
+                await domain.devices.quiesce()
+            except ToolstackError as exc:  # what it sends is kept back still
+                LOG.error("migration %s: %s", move.ident, exc)
+            await self._output.discard()
         detail = f"paused, {why}: {move.commands()}"
         domain.record.state, domain.record.detail = DomainState.PAUSED, detail
         self._host.life.records.save(domain.record)
         move.error = why.to_json()
         self._host.write(move, Phase.UNRESOLVED, detail)
+
+    async def keep(self, why: ToolstackError) -> None:
+        if self._output is not None:
+            await self._output.go_on()
+        await super().keep(why)
+        if self._output is not None and self.move.phase is Phase.KEPT:
+            await self._output.let_out()
+
+    def _held_back(self) -> OutputCommit:
+        if self._output is None:
+            assert self.domain.devices is not None
+            self._output = OutputCommit(self.domain.devices.all())
+        return self._output
 
     async def _close(self) -> None:
         self.domain.console.unhold()

@@ -18,6 +18,8 @@ from hypervisor.devices import link_wire as wire
 from hypervisor.devices.driver import Copy, LinkClosed, LinkError
 from hypervisor.errors import HostFailure, WrongState
 from hypervisor.evtchn.core import ChannelState
+from hypervisor.evtchn.hostside import without_drivers
+from hypervisor.grants.peer import HOST_READ
 from hypervisor.host.guest_link import MAX_LINKS
 from hypervisor.host.guest_link_ends import LinkEnds
 
@@ -125,6 +127,40 @@ def test_copies_keep_to_the_granted_part_of_a_page(rig):
     assert link.copy([inside, before, behind]) == [0, abi.GNTST_general_error, abi.GNTST_general_error]
     with pytest.raises(LinkError):
         link.map([9])
+    link.close()
+
+
+def test_a_state_is_taken_as_if_there_were_no_driver(rig):
+    """Of a guest that is kept on a second host too, and served on by the drivers here."""
+    _, link = rig.link()
+    rig.grant(9, 20, domid=0)
+    rig.grant(10, 21, PERMIT | READONLY, domid=0)
+    rig.grant(11, 22, domid=7)
+    port, other = rig.unbound(), rig.unbound()
+    domain = rig.domain
+    rig.in_run_loop(lambda: (domain.events.accept(other, 0, 5), domain.grants.own.pin(11, 7, HOST_READ, readonly=True)))
+
+    def state():
+        return domain.frames.raw(), domain.grants.own.save(), domain.events.save()["channels"]
+
+    def aside():
+        with domain.grants.own.set_aside(0), without_drivers(domain.events):
+            return state()
+
+    before = rig.in_run_loop(state)
+    pages = [*link.map([9, 9]), *link.map([9, 10], readonly=True)]
+    event = link.bind(port)
+    during = rig.in_run_loop(state)
+    assert all(one != two for one, two in zip(before, during, strict=True))
+    assert rig.in_run_loop(aside) == before, "a neighbour's use and the host process's end stay"
+    assert rig.in_run_loop(state) == during
+    assert rig.flags(9) == READING | WRITING
+    event.answer()
+    rig.in_run_loop(lambda: domain.events.send(port))
+    assert readable(event), "its channel leads to the driver still"
+    link.unmap(pages)
+    assert rig.in_run_loop(state)[:2] == before[:2] and rig.flags(9) == 0
+    rig.in_run_loop(lambda: domain.grants.own.unpin(11, HOST_READ, readonly=True))
     link.close()
 
 

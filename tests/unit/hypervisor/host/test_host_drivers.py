@@ -198,3 +198,107 @@ def test_what_was_written_is_asked_over_the_channel(tmp_path: Path) -> None:
     loop.close()
     near.close()
     far.close()
+
+
+class CommittingDriver:
+    """What `hypervisor.devices.driver.Committing` asks for. :ivar said: what it was told."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[object, ...]] = []
+
+    def stats(self) -> dict[int, dict[str, int]]:
+        return {3: {"tx_packets": 4}}
+
+    def update(self, devid: int, device: object) -> None:
+        self.said.append(("update", devid))
+
+    def hold(self) -> None:
+        self.said.append(("hold",))
+
+    def boundary(self, number: int) -> None:
+        self.said.append(("boundary", number))
+
+    def release(self, number: int) -> None:
+        self.said.append(("release", number))
+
+    def let_out(self) -> None:
+        self.said.append(("let_out",))
+
+    def discard(self) -> None:
+        self.said.append(("discard",))
+
+
+class Still:
+    """A driver process whose loop is run by the test, and the host's end of its channel."""
+
+    def __init__(self) -> None:
+        self.host, theirs = channels.pair()
+        theirs.setblocking(False)
+        self.loop, self.link = EventLoop(), toy_device.NoLink()
+        self.process = DriverProcess(theirs, self.link, self.loop, os.memfd_create("stats"))
+        self.driver = CommittingDriver()
+        self.process._driver = self.driver  # type: ignore[assignment]
+        self.loop.add_reader(theirs.fileno(), self.process._one_message)
+        self.rung, self.bell = os.pipe()
+        self.loop.add_reader(self.rung, lambda: self.driver.said.append(("rung", os.read(self.rung, 1))))
+
+    def tell(self, *ops: str, **fields: object) -> None:
+        for number, op in enumerate(ops):
+            self.host.send({"id": number, "op": op, **fields})
+
+    def answers(self, count: int) -> list[tuple[object, object]]:
+        said = [self.host.receive()[0] for _ in range(count)]
+        return [(one["id"], one["result"]) for one in said]
+
+
+def test_a_driver_that_stands_still_serves_nothing_until_it_goes_on() -> None:
+    still = Still()
+    os.write(still.bell, b"x")
+    still.tell("hold")
+    still.tell("boundary", epoch=4, still=True)
+    still.tell("update", devid=3, device={})
+    still.tell("go_on")
+    seen = still.driver.said
+    while len(seen) < 4:
+        still.loop.run_once(1.0)
+    assert sorted(map(str, seen[:2])) == sorted(map(str, [("hold",), ("rung", b"x")]))
+    assert seen[2:] == [("boundary", 4), ("update", 3)]
+    stats = {"stats": {"3": {"tx_packets": 4}}}
+    assert still.answers(4) == [(0, {}), (0, stats), (0, {}), (0, {})], "what was put off is answered"
+
+
+@pytest.mark.parametrize("end", ["host", "quit", "guest"])
+def test_a_driver_does_not_stand_still_for_ever(end: str) -> None:
+    still = Still()
+    still.tell("boundary", epoch=1, still=True)
+    if end == "quit":
+        still.tell("quit")
+    elif end == "host":
+        still.host.close()
+    else:
+        still.link.alive = lambda: False  # type: ignore[method-assign]
+        still.link._far.close()
+    still.loop.run_once(1.0)
+    assert still.driver.said == [("boundary", 1)]
+    os.write(still.bell, b"x")
+    still.loop.run_once(1.0)
+    assert still.driver.said[1:] == [("rung", b"x")]
+
+
+def test_what_is_kept_back_is_given_away_over_the_channel() -> None:
+    still = Still()
+    still.tell("hold")
+    still.tell("boundary", epoch=1, still=False)
+    still.tell("release", epoch=1)
+    still.tell("discard", "let_out")
+    for _ in range(5):
+        still.loop.run_once(1.0)
+    wanted = [("hold",), ("boundary", 1), ("release", 1), ("discard",), ("let_out",)]
+    assert still.driver.said == wanted
+    still.process._driver = toy_device.ToyDriver(still.link, still.loop, lambda *_: None)
+    still.tell("hold", "boundary", "release", epoch=1)
+    for _ in range(3):
+        still.loop.run_once(1.0)
+    assert still.answers(8)[5:] == [(0, {}), (1, {"stats": {}}), (2, {})], (
+        "a driver that sends nothing out has no part in it"
+    )

@@ -51,8 +51,8 @@ class Guest:
     def thaw(self) -> None:
         self.frozen = False
 
-    def give(self, *, early: bool = False) -> bytes:
-        return b"early" if early else b"x" * 300_000
+    def give(self, *, early: bool = False, served: bool = False) -> bytes:
+        return b"early" if early else b"served" if served else b"x" * 300_000
 
     def take(self, data: bytes, marks: int | None = None) -> None:
         self.taken.append(data)
@@ -191,6 +191,9 @@ def test_the_state_goes_out_and_in(rig: Rig) -> None:
     assert rig.ask("export", rig.bitmap)["bytes"] == 300_000
     rig.ask("import", rig.bitmap)
     assert rig.guest.taken == [b"x" * 300_000]
+    os.ftruncate(rig.bitmap, 0)
+    assert rig.ask("export", rig.bitmap, served=True)["bytes"] == len(b"served")
+    assert os.pread(rig.bitmap, 100, 0) == b"served"
     rig.ask("freeze", on=False)
     assert not rig.guest.frozen
     rig.guest.incoming = True
