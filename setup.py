@@ -7,7 +7,7 @@ setup(
         Extension(
             "hypervisor.native._fastpath",
             ["hypervisor/native/fastpath.c"],
-            depends=["hypervisor/native/tables.h"],
+            depends=["hypervisor/native/tables.h", "hypervisor/native/updates.h"],
             extra_compile_args=["-O2", "-std=c11", "-fvisibility=hidden", "-Wall", "-Wextra"],
             optional=True,
         )

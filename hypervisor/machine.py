@@ -122,7 +122,7 @@ class Machine(Trapping, Posting):
         """Set the engine's handler, with the native fast path before it."""
         domain, traps = self.domain, self._traps
         code, why = native.library() if mode != "off" else (None, "it is off")
-        fast = native.FastPath(domain.memory, *domain.area.windows()) if code is not None else None
+        fast = native.FastPath(domain.tables, *domain.area.windows()) if code is not None else None
         if self.engine.set_handler(self, fast):
             self._native = traps.native = fast
             traps.set_vcpu(traps.vcpu)

@@ -1,8 +1,9 @@
 """The native fast path: the plainest traps in C (``fastpath.c``), everything else in Python as without it.
 
-The C code is compiled when the package is built, if a compiler is there, and left out otherwise. It knows no types, no
-counts and no hypercall but iret; it changes registers, `VcpuState`, a stack and the event mask, and nothing before it
-is certain that all of a step can be done. Its structures are compared with Python's when it is loaded.
+The C code is compiled when the package is built, if a compiler is there, and left out otherwise. It knows iret and the
+plainest updates of page tables; it changes registers, `VcpuState`, a stack, the event mask, L1 entries and the frame
+table's counts, and nothing before it is certain that all of a step can be done. Its structures are compared with
+Python's when it is loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from hypervisor.cpu.state import VcpuState
 from hypervisor.engines.base import NativeView, Translations
-from hypervisor.memory.physical import DomainMemory
+from hypervisor.memory.pagetables import PageTables
 
 LOG = logging.getLogger(__name__)
 
@@ -80,6 +81,15 @@ class Context(ctypes.Structure):
         ("faults", _U64),
         ("events", _U64),
         ("ports", _U64),
+        ("updates", _U64),
+        ("kind", _PTR),
+        ("executed", _PTR),
+        ("count", _PTR),
+        ("refs", _PTR),
+        ("stamp", _PTR),
+        ("frames", _U64),
+        ("epoch", _U64),
+        ("lazy_nx", _U64),
     )
 
 
@@ -92,7 +102,7 @@ def _layout() -> tuple[int, ...]:
         ctypes.sizeof(Context),
         context.state.offset,
         context.old_exception.offset,
-        context.ports.offset,
+        context.lazy_nx.offset,
         ctypes.sizeof(VcpuState),
         state.iopl.offset,
         state.syscall_masks.offset,
@@ -126,19 +136,24 @@ def library() -> tuple[ctypes.CDLL | None, str]:
 class FastPath:
     """The C code in the service of one 64-bit domain; a `hypervisor.engines.base.NativeHooks`.
 
+    :param tables: of the domain; its frame table stays the one it is.
     :param windows: word offset in the memory of the L1 entries of vCPU 0's descriptor windows; `pages` of them each.
     :raises Unavailable: see `library`.
     """
 
-    def __init__(self, memory: DomainMemory, windows: int, pages: int) -> None:
+    def __init__(self, tables: PageTables, windows: int, pages: int) -> None:
         code, why = library()
         if code is None:
             raise Unavailable(why)
-        self._memory = memory  # keeps the mapping
+        memory, frames = tables.memory, tables.frames
+        self._memory, self._frames = memory, frames  # keeps the mappings
         self._windows, self._pages = windows, pages
         self._state: VcpuState | None = None
         self.context = Context(size=ctypes.sizeof(Context), memory=memory.address)
         self.context.base, self.context.limit = memory.base_mpa, memory.frames * 4096
+        self.context.frames, self.context.lazy_nx = frames.size, tables.lazy_nx
+        for name in ("kind", "executed", "count", "refs", "stamp"):
+            setattr(self.context, name, getattr(frames, f"{name}_np").ctypes.data)
         self.syscall = ctypes.cast(code.reeve_syscall, _PTR).value or 0
         self.interrupt = ctypes.cast(code.reeve_interrupt, _PTR).value or 0
         self.port_in = ctypes.cast(code.reeve_port_in, _PTR).value or 0
@@ -188,9 +203,13 @@ class FastPath:
     def flush_page(self, va: int) -> None:
         self._flush_page(self.tables_data, va)
 
-    def forget_other(self) -> None:
-        """The set that is not in use is stale; the caller sees to the other one."""
+    def forget_other(self, epoch: int) -> None:
+        """The set that is not in use is stale; the caller sees to the other one.
+
+        :param epoch: as `flush_epoch` of the engine is from now on.
+        """
         self.tables.stale = 1
+        self.context.epoch = epoch
 
     def use(self, number: int, state: VcpuState, *, plain: bool) -> None:
         """That vCPU runs now. :param plain: nothing is on that only Python knows of."""
@@ -208,4 +227,4 @@ class FastPath:
     def counts(self) -> dict[str, int]:
         """What was done here, by kind."""
         context = self.context
-        return {name: getattr(context, name) for name in ("syscalls", "irets", "faults", "events", "ports")}
+        return {name: getattr(context, name) for name in ("syscalls", "irets", "faults", "events", "ports", "updates")}

@@ -1,6 +1,6 @@
 /*
  * The plainest traps of 64-bit PV guests without Python: a program's system call, the return to it, a page fault that
- * is the guest's own affair, and the event callback behind them.
+ * is the guest's own affair, the plainest updates of page tables, and the event callback behind them.
  *
  * It does what hypervisor/cpu/traps.py does, step for step, on the same memory: the engine's registers, the vCPU's
  * `VcpuState`, the guest's frames. Whatever is not plain is left untouched for the Python callback; so nothing is
@@ -47,7 +47,11 @@ struct context {
     u64 windows;              /* its descriptor windows: word offset of their L1 entries in the memory */
     u32 leaving;              /* the run is being left: no event is delivered any more */
     u32 regs, eip, eflags, cc_src, cc_op, df, hflags, segs, cr, error_code, is_int, old_exception;
-    u64 syscalls, irets, faults, events, ports; /* done here, for statistics */
+    u64 syscalls, irets, faults, events, ports, updates; /* done here, for statistics */
+    /* hypervisor.memory.frames.FrameTable, and what PageTables knows besides */
+    u8 *kind, *executed;
+    u32 *count, *refs;
+    u64 *stamp, frames, epoch, lazy_nx;
 };
 
 enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11 };
@@ -275,6 +279,8 @@ static int iret(struct context *c)
     return 1;
 }
 
+#include "updates.h"
+
 /* Trapping.exception of a page fault that cannot be a write to a page table or a fetch that is to be allowed */
 static int page_fault(struct context *c)
 {
@@ -302,6 +308,10 @@ EXPORTED void reeve_syscall(void *engine, void *data)
         if (c->state->kernel_mode) {
             if (GPR(c, RAX) == IRET && iret(c)) {
                 c->irets++;
+                goto done;
+            }
+            if (GPR(c, RAX) != IRET && hypercall(c)) {
+                c->updates++;
                 goto done;
             }
         } else if (user_syscall(c)) {
@@ -360,7 +370,7 @@ EXPORTED void reeve_port_out(void *engine, u32 port, int size, u32 value, void *
 /* What Python's structures are compared with: sizes, then offsets of the last fields. */
 EXPORTED const u32 reeve_layout[] = {
     sizeof(struct context), offsetof(struct context, state), offsetof(struct context, old_exception),
-    offsetof(struct context, ports), sizeof(struct vcpu_state), offsetof(struct vcpu_state, iopl),
+    offsetof(struct context, lazy_nx), sizeof(struct vcpu_state), offsetof(struct vcpu_state, iopl),
     offsetof(struct vcpu_state, syscall_masks), offsetof(struct vcpu_state, trap_address),
     offsetof(struct vcpu_state, trap_flags), sizeof(struct tables), offsetof(struct tables, blocks),
 };

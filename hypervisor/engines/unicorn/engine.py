@@ -136,6 +136,7 @@ class UnicornEngine(Segments, Intercepts, Flushing):
                 self._hooks.append((interrupt, syscall, native))
                 interrupt, syscall, data = _INTR_CB(native.interrupt), _INSN_CB(native.syscall), native.data
                 self._native = native
+                self._forgotten()
                 self._add_hook(uc_const.UC_HOOK_EDGE_GENERATED, _PTR(native.translated), data=native.tables_data)
             self._add_hook(unicorn.UC_HOOK_INTR, interrupt, data=data)
             self._add_hook(unicorn.UC_HOOK_INSN_INVALID, _INVALID_CB(self._direct_invalid))
@@ -187,7 +188,7 @@ class UnicornEngine(Segments, Intercepts, Flushing):
             self._public.remember_clean()
         if self._direct:
             self._direct.watch_instructions()
-        self._epoch += 1
+        self._forgotten()
 
     @property
     def runs_32_bit(self) -> bool:
@@ -371,6 +372,4 @@ class UnicornEngine(Segments, Intercepts, Flushing):
         if self._direct:
             assert self.layout is not None
             self._f_cr3(self._env, self._direct.cr3)
-        if self._native is not None:
-            self._native.forget_other()
-        self._epoch += 1
+        self._forgotten()

@@ -31,6 +31,12 @@ class Flushing:
     def flush_epoch(self) -> int:
         return self._epoch
 
+    def _forgotten(self) -> None:
+        """All translations of addresses are, or are about to be."""
+        self._epoch += 1
+        if self._native is not None:
+            self._native.forget_other(self._epoch)
+
     def switch_tables(self, mpa: int, kernel: bool) -> None:
         if self._native is not None:
             self._native.switch(mpa, kernel)
@@ -38,18 +44,14 @@ class Flushing:
             self.load_cr3(mpa)
 
     def load_cr3(self, mpa: int) -> None:
-        self._epoch += 1
-        if self._native is not None:
-            self._native.forget_other()
+        self._forgotten()
         if self._direct:
             self._f_cr3(self._env, mpa)
         else:
             self._uc.reg_write(uc_x86.UC_X86_REG_CR3, mpa)
 
     def flush_all(self) -> None:
-        self._epoch += 1
-        if self._native is not None:
-            self._native.forget_other()
+        self._forgotten()
         if self._direct:
             self._f_flush(self._cpu)
         else:
