@@ -24,8 +24,8 @@ class StandbyStart(Show):
         ("reeve domain standby start web node2 --interval 1000", "one a second: less traffic, more to lose"),
     )
     notes = (
-        "The domain must have no disks. What it sends to a network leaves when the other host holds what led to it:\n"
-        "up to an interval later. It goes on until `reeve domain standby stop` here or\n"
+        "What the domain sends to a network leaves when the other host holds what led to it: up to an interval later.\n"
+        "The other host gets disks of its own, copied first. It goes on until `reeve domain standby stop` here or\n"
         "`reeve domain standby takeover` there; verbs that would change the domain are refused meanwhile."
     )
 

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from hypervisor.devices.block.backend import BlockBackend, folders
+from hypervisor.devices.block.mirror.copied import SourceDisk
 from hypervisor.devices.block.mirror.images import (
     Copy,
     DiskAnswer,
@@ -27,7 +28,7 @@ from hypervisor.devices.block.mirror.images import (
     survey,
 )
 from hypervisor.devices.block.mirror.link import MirrorLink
-from hypervisor.devices.block.mirror.source import WINDOW, MirrorSource, SourceDisk
+from hypervisor.devices.block.mirror.source import WINDOW, MirrorSource
 from hypervisor.devices.block.mirror.target import Candidate, MirrorTarget
 from hypervisor.devices.driver import Backend
 from hypervisor.errors import HostUnavailable, MigrationFailed, MigrationRefused, ToolstackError, Unsupported

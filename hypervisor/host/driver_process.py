@@ -55,7 +55,7 @@ MAX_OPEN_FILES = 1024
 STATS_EVERY = 1.0
 """Seconds between two notes of the counters, while there is something to note."""
 STATS_BYTES = 16384
-_AT_ONCE = ("go_on", "quit")
+_AT_ONCE = ("go_on", "quit", "written")
 """Ops that a driver which stands still does not put off."""
 OWN_FDS = 3
 """Channel, log, counters; the link's descriptors come after them."""

@@ -6,15 +6,16 @@ import asyncio
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from hypervisor.devices.block.disk import About, DaemonDisk, DiskHold, RawDisk, open_journal, whole_sectors
+from hypervisor.devices.block.about import About
+from hypervisor.devices.block.disk import DaemonDisk, DiskHold, RawDisk, open_journal, whole_sectors
 from hypervisor.devices.block.frontend import MAX_QUEUES, read_frontend
 from hypervisor.devices.block.image.daemon import StorageDaemon, find_program
 from hypervisor.devices.block.image.files import ImageFile, Opener
-from hypervisor.devices.block.journal import note_lost
+from hypervisor.devices.block.journal import load_ring, note_lost, ring_text
 from hypervisor.devices.block.ring import MAX_INDIRECT, MAX_RING_ORDER, SECTOR
 from hypervisor.devices.driver import Opened
 from hypervisor.errors import HostFailure, ImageInUse, SpecInvalid, Unsupported, WrongState
@@ -216,9 +217,10 @@ class BlockBackend:
         opened.close = lambda: self._close(opened, folder, domain, identities)
         opened.end = lambda: self._end(opened, folder, domain, identities)
         opened.flush = hold.flush
-        # What the guest was told to be written, and was not: it hears of it when it flushes, wherever that is.
-        opened.leave = lambda: {"lost": hold.lost()}
-        opened.arrive = lambda carried: note_lost(hold.journal, bool(carried.get("lost")))
+        # What the guest was told to be written, and was not: it hears of it when it flushes, wherever that is. And
+        # responses that a driver which was killed has not shown to it.
+        opened.leave = lambda: {"lost": hold.lost(), "ring": ring_text(hold.journal)}
+        opened.arrive = lambda carried: _arrive(hold.journal, carried)
         return opened
 
     async def _end(self, opened: Opened, folder: Path, domain: str, identities: list[tuple[int, int]]) -> None:
@@ -284,3 +286,8 @@ def _features(*, discard: bool) -> dict[str, str]:
     if discard:
         nodes |= {"discard-granularity": str(GRANULARITY), "discard-alignment": "0", "discard-secure": "0"}
     return nodes
+
+
+def _arrive(journal: int, carried: Mapping[str, Any]) -> None:
+    note_lost(journal, bool(carried.get("lost")))
+    load_ring(journal, str(carried.get("ring", "")))

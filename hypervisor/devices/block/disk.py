@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Protocol
 
+from hypervisor.devices.block.about import About
 from hypervisor.devices.block.image.base import Action, Image, ImageGone, Operation
 from hypervisor.devices.block.image.daemon import StorageDaemon
 from hypervisor.devices.block.image.files import ImageFile
@@ -31,31 +32,11 @@ from hypervisor.errors import HostFailure, ImageInvalid, ToolstackError
 
 LOG = logging.getLogger(__name__)
 
-JOURNAL_NAME, ABOUT_NAME = "ring", "disk.json"
+JOURNAL_NAME = "ring"
 RESTART_FIRST, RESTART_MOST = 0.2, 30.0
 """Seconds to wait before a daemon that ended is started again, doubled each time."""
 
 OpenChain = Callable[[], list[ImageFile]]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class About:
-    """What makes a disk the same disk over a restart of the host process."""
-
-    domid: int
-    path: str
-    format: str
-    readonly: bool
-    direct: bool
-
-    def save(self, folder: Path) -> None:
-        (folder / ABOUT_NAME).write_text(json.dumps(dataclasses.asdict(self)))
-
-    def matches(self, folder: Path) -> bool:
-        try:
-            return bool(json.loads((folder / ABOUT_NAME).read_text()) == dataclasses.asdict(self))
-        except (OSError, ValueError):
-            return False
 
 
 class DiskHold(Protocol):
@@ -87,6 +68,9 @@ class DiskHold(Protocol):
 
     def lost(self) -> bool:
         """Something that the guest was told to be written may not be, and it was not told yet."""
+
+    def behind(self) -> bool:
+        """Not all that the driver has written is seen in a `view`."""
 
     async def close(self) -> None: ...
 
@@ -174,6 +158,9 @@ class RawDisk:
 
     def lost(self) -> bool:
         return is_lost(self.journal)
+
+    def behind(self) -> bool:
+        return False
 
     async def close(self) -> None:
         os.close(self._file.fd)
@@ -279,6 +266,9 @@ class DaemonDisk:
             view.close()
         if operation.error:
             raise _unflushed(self.journal, self._about.path, operation.error)
+
+    def behind(self) -> bool:
+        return self._daemon is None or (self._unflushed.stale and not self._unflushed.empty)
 
     def lost(self) -> bool:
         return is_lost(self.journal) or (self._unflushed.stale and not self._unflushed.known)

@@ -11,6 +11,8 @@ The file is no protection against the end of the machine, for that ends the gues
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import hashlib
 import os
 import struct
@@ -37,6 +39,17 @@ def note_lost(fd: int, lost: bool) -> None:
 def is_lost(fd: int) -> bool:
     """What `note_lost` said."""
     return os.pread(fd, 1, _LOST_AT) == b"L"
+
+
+def ring_text(fd: int) -> str:
+    """All records, as text for another host's journal of the same device."""
+    return base64.b64encode(zlib.compress(os.pread(fd, _LOST_AT, 0), 1)).decode()
+
+
+def load_ring(fd: int, text: str) -> None:
+    """What `ring_text` gave; what is none is left out, as a record that is torn."""
+    with contextlib.suppress(ValueError, zlib.error):
+        os.pwrite(fd, zlib.decompressobj().decompress(base64.b64decode(text), _LOST_AT), 0)
 
 
 def connection_key(*parts: object) -> bytes:

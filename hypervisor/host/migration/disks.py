@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hypervisor.devices.block.mirror import images
-from hypervisor.devices.block.mirror.source import MirrorSource
+from hypervisor.devices.block.mirror.source import Batch, MirrorSource
 from hypervisor.devices.block.mirror.target import MirrorTarget
 from hypervisor.devices.driver import Backend, Opened
 from hypervisor.errors import MigrationFailed, ToolstackError
@@ -141,6 +141,23 @@ class OutgoingDisks:
             await self._mirror.finish()
             self._now()
 
+    # -- epoch by epoch
+
+    async def aside(self) -> None:
+        """From now on the target keeps what comes until an epoch is whole. :raises ToolstackError."""
+        if self._mirror is not None:
+            await self._mirror.aside()
+
+    async def gather(self) -> Batch:
+        """What was written since the last epoch; guest and drivers stand still. :raises ToolstackError."""
+        return await self._mirror.gather() if self._mirror is not None else Batch()
+
+    async def deliver(self, batch: Batch) -> None:
+        """Until the target has it. :raises ToolstackError."""
+        if self._mirror is not None:
+            await self._mirror.deliver(batch)
+            self._now()
+
     async def abort(self) -> None:
         """Harmless when repeated, and after `last`."""
         if self._mirror is not None:
@@ -203,6 +220,11 @@ class IncomingDisks:
             raise MigrationFailed("the source sends disks that it has not offered: are both hosts of one release?")
         self._link.heard(data)
 
+    async def apply(self) -> None:
+        """What came since the last epoch belongs to one that is whole. :raises ToolstackError: the disks are no use."""
+        if self._mirror is not None:
+            await self._mirror.apply()
+
     async def take(self, spec: DomainSpec) -> DomainSpec:
         """After the source's last word on disks. :returns: the spec, with the paths that its disks have here.
 
@@ -210,7 +232,7 @@ class IncomingDisks:
         """
         if self._mirror is None or self._task is None:
             return spec
-        if self._task.done():
+        if self._task.done() and not self._mirror.keeps_aside:
             self._task.result()
         await self.end()
         taken = await self._mirror.take()

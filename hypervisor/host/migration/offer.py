@@ -13,7 +13,6 @@ from hypervisor.errors import (
     MigrationNotTransparent,
     MigrationRefused,
     SpecInvalid,
-    Unsupported,
     WrongState,
 )
 from hypervisor.host import disk_mirror, protocol
@@ -148,15 +147,6 @@ def check_disks(detail: Detail, sizes: Mapping[str, int], elsewhere: frozenset[s
                 f"{key.replace('/', ' ')} has {size} bytes on the source and {sizes.get(key, 0)} here: "
                 "is it the same image, on storage that both hosts share?"
             )
-
-
-def check_standby(spec: DomainSpec) -> None:
-    """:raises Unsupported: it has what a standby does not carry."""
-    if spec.disks:
-        disks = ", ".join(f"disk {disk.id}" for disk in spec.disks)
-        raise Unsupported(
-            f"domain {spec.uuid} has {disks[:200]}: a standby carries no disks; detach them, or move the domain live"
-        )
 
 
 def check_ours(domain: Domain, verb: str) -> None:

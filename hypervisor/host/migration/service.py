@@ -168,8 +168,6 @@ class Migrations:
         life.ledger.check_free(offer.memory_mib * PAGES_PER_MIB)
         if mode is MigrationMode.IMAGE:
             raise Unsupported("this host takes no images over the network: save the domain and restore it here")
-        if mode is MigrationMode.STANDBY:
-            offers.check_standby(record.spec)
         taken = life.table.domids() | frozenset(self._host.backends.server.domains)
         if self._host.backends.handle.exists(domain_path(offer.domid)):
             taken |= {offer.domid}
@@ -239,8 +237,6 @@ class Migrations:
         self._host.life.check_alive(domain, "move")
         self._host.tls()
         record = domain.record
-        if ticket.mode is MigrationMode.STANDBY:
-            offers.check_standby(record.spec)
         assert record.claim is not None
         move = Move(
             ident=ident,

@@ -19,6 +19,7 @@ import time
 from collections.abc import Awaitable
 from typing import Any
 
+from hypervisor.devices.block.mirror.source import Batch
 from hypervisor.errors import HostUnavailable, MigrationFailed, ToolstackError
 from hypervisor.host.migration.belongings import Belongings
 from hypervisor.host.migration.clock import Steps
@@ -59,11 +60,22 @@ TELL_EVERY = 1.0
 
 @dataclasses.dataclass(slots=True)
 class Epoch:
-    """What was taken of a guest that stood still. :ivar state: descriptor. :ivar taken: `time.monotonic` of it."""
+    """What was taken of a guest that stood still. :ivar state: descriptor. :ivar taken: `time.monotonic` of it.
+
+    :ivar disks: what was written to them since the one before.
+    """
 
     state: int
     belongings: bytes
     taken: float
+    disks: Batch
+
+    def close(self) -> None:
+        """Harmless when repeated."""
+        self.disks.close()
+        if self.state >= 0:
+            os.close(self.state)
+            self.state = -1
 
 
 class Standby(Outgoing):
@@ -78,7 +90,13 @@ class Standby(Outgoing):
         ticket: MigrationTicket,
         options: MigrationOptions,
     ) -> None:
-        copying = dataclasses.replace(options, throttle=False, max_rounds=min(options.max_rounds, ROUNDS_BEFORE))
+        copying = dataclasses.replace(
+            options,
+            throttle=False,
+            max_rounds=min(options.max_rounds, ROUNDS_BEFORE),
+            # What both hosts write to would be ahead of the last epoch after a takeover by force.
+            copy_disks=options.copy_disks or any(not disk.readonly for disk in domain.record.spec.disks),
+        )
         super().__init__(host, move, domain, token, ticket, copying)
         self._asked = False
         self._idle = True  # no epoch is under way
@@ -99,6 +117,8 @@ class Standby(Outgoing):
             async with asyncio.timeout(self._options.timeout_s):
                 await self._connect()
                 await self._copy()
+                assert self._disks is not None
+                await self._disks.aside()
         except TimeoutError:
             raise MigrationFailed(
                 f"the domain was not copied within {self._options.timeout_s:g} s: give more time or bandwidth"
@@ -138,7 +158,7 @@ class Standby(Outgoing):
             try:
                 await self._run_on()
             except BaseException:
-                os.close(epoch.state)
+                epoch.close()
                 sent.cancel()
                 raise
             self.move.pause_ms = steps.total_ms
@@ -155,7 +175,8 @@ class Standby(Outgoing):
         :param last: it does not go on here; its drivers let go of it.
         """
         domain, process, sender, held_back = self.domain, self._there(), self._sender, self._held_back()
-        assert sender is not None and domain.devices is not None and domain.attachment is not None
+        assert sender is not None and self._disks is not None
+        assert domain.devices is not None and domain.attachment is not None
         stops: list[Awaitable[Any]] = [process.request("pause")] if self.move.running else []
         if not last:
             stops.append(held_back.boundary(self.move.epochs + 1))
@@ -172,6 +193,7 @@ class Standby(Outgoing):
         pages: asyncio.Task[Any] | None = None
         # Asked one after the other without waiting: the domain process does them in this order.
         frozen = asyncio.ensure_future(process.request("migration_freeze", STATE_TIMEOUT, {"on": True, "dirty": True}))
+        disks = asyncio.ensure_future(self._disks.gather())
         export = asyncio.ensure_future(process.request("migration_export", STATE_TIMEOUT, {"served": True}, [state]))
         try:
             await frozen
@@ -181,6 +203,7 @@ class Standby(Outgoing):
             printed, upto = domain.console.since(self._printed, PRINTED_BYTES), domain.console.printed
             belongings = Belongings.of(domain.record, store, printed, held_back.told()).pack()
             self._printed = upto
+            batch = await disks
             await export
             await asyncio.wait({pages, copied}, return_when=asyncio.FIRST_COMPLETED)
             if not copied.done():
@@ -188,10 +211,11 @@ class Standby(Outgoing):
             steps.done("taken")
         except BaseException:
             # The pages, too: the target can be told nothing meanwhile.
-            await asyncio.gather(frozen, export, *([pages] if pages is not None else []), return_exceptions=True)
+            disks.add_done_callback(_close)
+            await asyncio.gather(frozen, export, disks, *([pages] if pages is not None else []), return_exceptions=True)
             os.close(state)
             raise
-        return Epoch(state, belongings, taken), pages
+        return Epoch(state, belongings, taken, batch), pages
 
     async def _run_on(self) -> None:
         domain, process = self.domain, self._there()
@@ -208,10 +232,12 @@ class Standby(Outgoing):
         try:
             self.move.rounds += 1
             self._sent.round(await pages)
+            assert self._disks is not None
+            await self._disks.deliver(epoch.disks)
             await sender.blob(HOST, epoch.belongings)
             await sender.blob(STATE, epoch.state)
         finally:
-            os.close(epoch.state)
+            epoch.close()
         age = round((time.monotonic() - epoch.taken) * 1000, 1)
         await sender.blob(AGE, json.dumps({"ms": age}).encode())
         number = self.move.epochs + 1
@@ -298,3 +324,8 @@ class Standby(Outgoing):
     async def _close(self) -> None:
         self.domain.console.unhold()
         await super()._close()
+
+
+def _close(gathered: asyncio.Task[Batch]) -> None:
+    if not gathered.cancelled() and gathered.exception() is None:
+        gathered.result().close()

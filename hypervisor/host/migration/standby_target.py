@@ -15,6 +15,7 @@ import logging
 import time
 
 from hypervisor.errors import MigrationFailed, ToolstackError, WrongState
+from hypervisor.host.disk_mirror import KIND
 from hypervisor.host.migration.belongings import Belongings
 from hypervisor.host.migration.target import Incoming
 from hypervisor.host.migration.words import (
@@ -110,6 +111,8 @@ class StandbyTarget(Incoming):
             if kind == EPOCH:
                 await self._whole(receiver, waiting, data)
                 waiting = {}
+            elif kind == KIND and self.move.phase is Phase.STANDBY and self._disks is not None:
+                self._disks.heard(data)
             elif kind in _KEPT_FOR_LATER and self.move.phase in (Phase.RECEIVING, Phase.STANDBY):
                 waiting[kind] = data
             elif kind == LAST and self._epoch is not None and self.move.phase is Phase.STANDBY:
@@ -128,6 +131,8 @@ class StandbyTarget(Incoming):
             raise MigrationFailed(f"the source sent an epoch that is not whole ({exc!r})") from exc
         record = self.domain.record
         self._check_same(record, said)
+        if self._disks is not None:
+            await self._disks.apply()
         try:
             store = moving.take_changes(self._host.backends.server, record.domid, record.spec.uuid, dict(said.store))
         except XenstoreError as exc:

@@ -5,23 +5,17 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
-import functools
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
 
-from hypervisor.devices.block.disk import DiskHold, View
-from hypervisor.devices.block.image.base import ImageGone
 from hypervisor.devices.block.mirror import wire
+from hypervisor.devices.block.mirror.copied import CopiedDisk, Ready, SourceDisk
 from hypervisor.devices.block.mirror.link import MirrorLink
-from hypervisor.devices.block.mirror.reading import DiskReader
 from hypervisor.devices.block.mirror.wire import BadMessage, Kind
-from hypervisor.devices.block.written import Written
 from hypervisor.devices.rate import Bucket
-from hypervisor.errors import HostFailure, HostUnavailable, MigrationFailed, ToolstackError, from_json
+from hypervisor.errors import MigrationFailed, ToolstackError, from_json
 from hypervisor.waiting import within
 
 LOG = logging.getLogger(__name__)
@@ -32,35 +26,7 @@ SILENCE = 60.0
 """Seconds in which the target must have written, or flushed, something."""
 GREETING = 1800.0
 """Seconds in which it must have made its images, and looked at its backing files if need be."""
-REPLACED_WITHIN, TRY_EVERY = 60.0, 0.05
-"""How long a driver or daemon that died is waited for."""
-ATTEMPTS = 5
-"""So many daemons in a row may end before they have told what their image holds."""
 BURST_SECONDS = 0.1
-
-Ask = Callable[[str, Sequence[int]], Awaitable[dict[str, Any] | None]]
-"""Asks the disk's driver process: op and descriptors. None: the disk has none and needs none. It raises
-`HostUnavailable` while a driver that ended is being replaced."""
-
-_Ready = tuple[int, int, int]
-"""A message: its number, the file of memory that holds it, bytes of data."""
-_T = TypeVar("_T")
-
-
-@dataclasses.dataclass(slots=True)
-class SourceDisk:
-    """A disk to be copied.
-
-    :ivar id: as in its spec. :ivar readonly: nobody writes to it. :ivar top: the target has its backing files.
-    :ivar digest: gives `images.digest` of these, in a thread; None: the target knows that they are the same.
-    """
-
-    id: str
-    hold: DiskHold
-    ask: Ask
-    readonly: bool = False
-    top: bool = False
-    digest: Callable[[], str] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,6 +35,23 @@ class Round:
 
     bytes: int
     seconds: float
+
+
+class Batch:
+    """Messages that were read and are not sent yet. :ivar bytes: of data."""
+
+    def __init__(self) -> None:
+        self.messages: list[Ready] = []
+        self.bytes = 0
+
+    def add(self, message: Ready) -> None:
+        self.messages.append(message)
+        self.bytes += message[2]
+
+    def close(self) -> None:
+        """Harmless when repeated."""
+        while self.messages:
+            os.close(self.messages.pop()[1])
 
 
 class MirrorSource:
@@ -82,7 +65,7 @@ class MirrorSource:
 
     def __init__(self, disks: Sequence[SourceDisk], link: MirrorLink, *, rate: int = 0) -> None:
         self._link = link
-        self._disks = [_Disk(disk, index) for index, disk in enumerate(disks)]
+        self._disks = [CopiedDisk(disk, index) for index, disk in enumerate(disks)]
         self._bucket: Bucket | None = None
         self._listener: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
@@ -132,6 +115,52 @@ class MirrorSource:
         await self._end()
         return done
 
+    # -- of a disk that is to be as it was when an epoch of its guest was taken
+
+    async def aside(self) -> None:
+        """After `begin` and as many `round` as help: the target keeps what comes until it is told to apply it."""
+        await self._note(Kind.ASIDE, "say that it keeps apart what comes")
+
+    async def gather(self, most: int = wire.MAX_ASIDE) -> Batch:
+        """What was written since the last time, as it is now; nobody writes until this is done. `deliver` it.
+
+        :param most: bytes. :raises MigrationFailed: it is more. :raises HostUnavailable: it cannot be read now.
+        """
+        batch = Batch()
+        try:
+            for disk in self._disks:
+                await disk.collect(still=True)
+            for disk in self._disks:
+                while (message := await self._next(disk, still=True)) is not None:
+                    batch.add(message)
+                    if batch.bytes > most:
+                        raise MigrationFailed(
+                            f"the guest writes more than {most >> 20} MiB to its disks from one epoch to the next: "
+                            "give a shorter interval, or more bandwidth"
+                        )
+        except BaseException:
+            batch.close()
+            raise
+        return batch
+
+    async def deliver(self, batch: Batch) -> None:
+        """Until the target has all of it. :raises ToolstackError."""
+        try:
+            for number, fd, size in batch.messages:
+                await self._until(lambda: len(self._flying) < WINDOW, "take what was written")
+                self._flying.append(number)
+                await self._link.send(fd)
+                self._bytes += size
+        finally:
+            batch.close()
+        await self._note(Kind.SYNC, "take what was written")
+
+    async def _note(self, kind: Kind, what: str) -> None:
+        self._number += 1
+        number = self._number
+        await self._link.send(wire.note(kind, number))
+        await self._until(lambda: self._synced >= number, what)
+
     async def abort(self) -> None:
         """Leave it; harmless when repeated, and after `finish`. The target finds the end of the connection."""
         self._failed(MigrationFailed("the mirror of the disks was ended: try again"))
@@ -145,13 +174,10 @@ class MirrorSource:
             await disk.collect()
         for disk in self._disks:
             await self._copy(disk, last=last)
-        self._number += 1
-        number = self._number
-        await self._link.send(wire.note(Kind.SYNC, number))
-        await self._until(lambda: self._synced >= number, "flush its disks")
+        await self._note(Kind.SYNC, "flush its disks")
         return Round(self._bytes - before, time.monotonic() - started)
 
-    async def _copy(self, disk: _Disk, *, last: bool) -> None:
+    async def _copy(self, disk: CopiedDisk, *, last: bool) -> None:
         """One message is read while the one before is sent."""
         upcoming = self._next(disk)
         try:
@@ -172,9 +198,9 @@ class MirrorSource:
             upcoming.add_done_callback(_drop)
             raise
 
-    def _next(self, disk: _Disk) -> asyncio.Task[_Ready | None]:
+    def _next(self, disk: CopiedDisk, *, still: bool = False) -> asyncio.Task[Ready | None]:
         self._number += 1
-        return asyncio.get_running_loop().create_task(disk.message(self._number))
+        return asyncio.get_running_loop().create_task(disk.message(self._number, still=still))
 
     async def _pause(self, size: int) -> None:
         if self._bucket is not None:
@@ -235,126 +261,6 @@ class MirrorSource:
             await disk.end()
 
 
-class _Disk:
-    """One disk under way: its reader in a thread of its own, its record of what is written."""
-
-    def __init__(self, source: SourceDisk, index: int) -> None:
-        self.source = source
-        self._written = Written.create(source.hold.size)
-        self._reader = DiskReader(source.id, index, source.hold.size, self._written.cluster, top=source.top)
-        self._view: View | None = None
-        self._thread = ThreadPoolExecutor(1, f"mirror-{source.id}")
-        self._ended = False
-
-    def left(self) -> int:
-        recorded = 0 if self._ended else self._written.recorded() * self._written.cluster
-        return self._reader.left() + recorded
-
-    async def run(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-    async def begin(self) -> None:
-        if not self.source.readonly:
-            self.source.hold.record = self._written
-            await self._take()
-        await self._survey()
-
-    async def collect(self) -> None:
-        """What was written since the last time is to be sent."""
-        if self.source.readonly:
-            return
-        bits = await self._take()
-        if bits is None:
-            LOG.warning("disk %s: what was written is not known, all of it is looked at again", self.source.id)
-            await self._survey()
-        else:
-            self._reader.add(bits)
-
-    async def message(self, number: int) -> _Ready | None:
-        """:raises ToolstackError."""
-        while True:
-            view = await self._open()
-            try:
-                found = await self.run(functools.partial(self._reader.message, view, number))
-                return None if found is None else (number, *found)
-            except ImageGone as exc:
-                # With its daemon went what was not flushed: the disk may be older now than what was sent.
-                LOG.warning("disk %s: %s; reading all of it again", self.source.id, exc)
-                self._drop_view()
-                await self._survey()
-
-    async def end(self) -> None:
-        """Harmless when repeated."""
-        if self._ended:
-            return
-        self._ended = True
-        if self.source.hold.record is self._written:
-            self.source.hold.record = None
-            try:
-                await self.source.ask("track", [])
-            except ToolstackError as exc:
-                LOG.info("disk %s: %s; the next driver records nothing", self.source.id, exc)
-        view, self._view = self._view, None
-        # In the thread, behind what it is doing still.
-        self._thread.submit(_close, view, self._written)
-        self._thread.shutdown(wait=False)
-
-    async def _take(self) -> bytes | None:
-        """Clusters that were written; None: nobody knows. :raises HostUnavailable: its driver was not replaced."""
-        deadline = time.monotonic() + REPLACED_WITHIN
-        while True:
-            try:
-                answer = await self.source.ask("written", [self._written.fd])
-            except HostUnavailable as exc:
-                if time.monotonic() > deadline:
-                    raise HostUnavailable(f"disk {self.source.id} is not served: {exc.message}") from exc
-                await asyncio.sleep(TRY_EVERY)
-                continue
-            if answer is None:
-                return self._written.peek()
-            if "broken" in answer:
-                raise HostFailure(f"disk {self.source.id} cannot be mirrored: {answer['broken']}")
-            bits = self._written.collect()
-            return bits if answer.get("known") is True else None
-
-    async def _survey(self) -> None:
-        """:raises ToolstackError: it cannot be read."""
-        for attempt in range(ATTEMPTS):
-            view = await self._open()
-            try:
-                await self.run(functools.partial(self._reader.everything, view))
-                return
-            except ImageGone as exc:
-                LOG.warning("disk %s: %s", self.source.id, exc)
-                self._drop_view()
-                if attempt + 1 == ATTEMPTS:
-                    raise MigrationFailed(f"disk {self.source.id} cannot be read: {exc}: look at its image") from exc
-
-    async def _open(self) -> View:
-        deadline = time.monotonic() + REPLACED_WITHIN
-        while self._view is None:
-            if self._ended:
-                raise MigrationFailed("the mirror of the disks was ended: try again")
-            try:
-                self._view = await self.source.hold.view(writable=False, top=self.source.top)
-            except HostFailure as exc:
-                if time.monotonic() > deadline:
-                    raise MigrationFailed(f"disk {self.source.id} cannot be read: {exc.message}") from exc
-                await asyncio.sleep(TRY_EVERY)
-        return self._view
-
-    def _drop_view(self) -> None:
-        view, self._view = self._view, None
-        if view is not None:
-            view.close()
-
-
-def _close(view: View | None, written: Written) -> None:
-    if view is not None:
-        view.close()
-    written.close()
-
-
-def _drop(upcoming: asyncio.Task[_Ready | None]) -> None:
+def _drop(upcoming: asyncio.Task[Ready | None]) -> None:
     if not upcoming.cancelled() and upcoming.exception() is None and (message := upcoming.result()) is not None:
         os.close(message[1])

@@ -69,6 +69,22 @@ class MirrorTarget:
         self._thread = ThreadPoolExecutor(1, "mirror")
         self._busy: asyncio.Future[Any] | None = None
         self._ended = False
+        self._aside: list[Message] | None = None
+        self._waiting = 0
+
+    @property
+    def keeps_aside(self) -> bool:
+        """Its images are what `apply` made of them, however `serve` ended; what came since is of no account."""
+        return self._aside is not None
+
+    async def apply(self) -> None:
+        """Write what was put aside (`wire.Kind.ASIDE`). :raises ToolstackError: the images are of no use then."""
+        messages, self._aside, self._waiting = self._aside or [], [], 0
+        try:
+            for message in messages:
+                await self._run(self._disks[message.disk].write, message)
+        except ImageGone as exc:
+            raise HostFailure(f"the storage daemon of an image has ended while it was written: {exc}") from exc
 
     async def serve(self, link: MirrorLink) -> None:
         """Do what the source says. :raises ToolstackError: it went wrong, and why; or the connection is over."""
@@ -97,6 +113,8 @@ class MirrorTarget:
             found: dict[str, tuple[Any, Opened]] = {}
             for disk in self._disks:
                 assert disk.opened is not None
+                if self._aside is not None:
+                    await self._run(disk.flush)
                 disk.close_view()
                 if disk.spec.readonly:
                     disk.opened.close()
@@ -138,14 +156,26 @@ class MirrorTarget:
         if message.kind is Kind.HELLO:
             await self._hello(wire.parse_hello(message.document))
             return wire.note(Kind.READY)
-        if message.kind is Kind.SYNC:
-            for disk in self._disks:
+        if message.kind is Kind.ASIDE:
+            self._aside = self._aside or []
+        if message.kind in (Kind.SYNC, Kind.ASIDE):
+            for disk in self._disks if self._aside is None else ():
                 await self._run(disk.flush)
             return wire.note(Kind.SYNCED, message.number)
         if message.disk >= len(self._disks):
             raise BadMessage(f"disk {message.disk} of {len(self._disks)}")
-        await self._run(self._disks[message.disk].write, message)
+        if self._aside is not None:
+            self._put_aside(self._aside, message)
+        else:
+            await self._run(self._disks[message.disk].write, message)
         return wire.note(Kind.ACK, message.number)
+
+    def _put_aside(self, aside: list[Message], message: Message) -> None:
+        self._waiting += len(message.data) + wire.EXTENT.size * len(message.extents)
+        if self._waiting > 2 * wire.MAX_ASIDE:
+            raise BadMessage("more at once than may wait")
+        self._disks[message.disk].check(message)
+        aside.append(message)
 
     async def _hello(self, told: Sequence[HelloDisk]) -> None:
         """Make the images and open them as the domain's disks."""
@@ -210,13 +240,18 @@ class _Disk:
         if view is not None:
             view.close()
 
-    def write(self, message: Message) -> None:
-        """In the thread. :raises BadMessage: out of bounds. :raises ToolstackError: it cannot be written."""
-        operations: list[Operation] = []
-        data, at = memoryview(message.data), 0
+    def check(self, message: Message) -> None:
+        """:raises BadMessage: out of bounds."""
         for extent in message.extents:
             if extent.offset + extent.length > self.plan.size:
                 raise BadMessage(f"an extent at {extent.offset} behind the end of disk {self.plan.id}")
+
+    def write(self, message: Message) -> None:
+        """In the thread. :raises BadMessage: out of bounds. :raises ToolstackError: it cannot be written."""
+        self.check(message)
+        operations: list[Operation] = []
+        data, at = memoryview(message.data), 0
+        for extent in message.extents:
             if extent.zero:
                 operations.append(Operation(Action.ZERO, extent.offset, extent.length))
             else:

@@ -7,6 +7,7 @@ A message is a head of `HEAD` (kind, zero, disk, number, count, checksum; little
     source: EXTENTS  `count` extents (`EXTENT`: offset, length, zero) and the data of those that are not zeroes
     target: ACK      message `number` and all before it are written
     source: SYNC     with a number; answered by SYNCED when all before it is on stable storage
+    source: ASIDE    with a number; answered likewise: what comes from now on waits, in memory, for `MirrorTarget.apply`
     target: FAILED   JSON of an error, and the end
 
 Pure: no socket, no file.
@@ -32,6 +33,8 @@ MAX_DATA = 1 << 20
 MAX_ZERO = 1 << 30
 """Bytes of one extent of zeroes."""
 MAX_JSON = 1 << 16
+MAX_ASIDE = 1 << 28
+"""Bytes of messages that wait at once, with either end."""
 MAX_MESSAGE = HEAD.size + MAX_EXTENTS * EXTENT.size + MAX_DATA
 
 
@@ -43,9 +46,10 @@ class Kind(enum.IntEnum):
     SYNC = 5
     SYNCED = 6
     FAILED = 7
+    ASIDE = 8
 
 
-FROM_SOURCE = frozenset({Kind.HELLO, Kind.EXTENTS, Kind.SYNC})
+FROM_SOURCE = frozenset({Kind.HELLO, Kind.EXTENTS, Kind.SYNC, Kind.ASIDE})
 FROM_TARGET = frozenset({Kind.READY, Kind.ACK, Kind.SYNCED, Kind.FAILED})
 _JSON = frozenset({Kind.HELLO, Kind.FAILED})
 

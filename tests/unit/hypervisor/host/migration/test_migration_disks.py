@@ -253,6 +253,53 @@ def test_what_was_not_copied_is_missed(tmp_path: Path) -> None:
     run(work())
 
 
+def test_disks_epoch_by_epoch(tmp_path: Path) -> None:
+    """What came of an epoch that was not whole is left out, however the connection ended."""
+
+    async def work() -> None:
+        rig = Rig(tmp_path)
+        guest = await guest_of(rig)
+        way = Way(rig)
+        await way.begin()
+        await way.outgoing.copy()
+        await way.outgoing.aside()
+        guest.write(0, 1, 11)
+        batch = await way.outgoing.gather()
+        guest.write(0, 2, 11)
+        await way.outgoing.deliver(batch)
+        await way.incoming.apply()
+        then = bytes([1]) * 11 * 4096 + Path(rig.specs[0].path).read_bytes()[11 * 4096 :]
+        await way.outgoing.deliver(await way.outgoing.gather())
+        way.incoming.heard(b"nonsense")
+        with pytest.raises(MigrationFailed, match="makes no sense"):
+            await way.outgoing.deliver(await way.outgoing.gather())
+        guest.disconnect()
+        spec = await way.incoming.take(way.record.spec)
+        for one in way.incoming.use().values():
+            one.close()
+        assert Path(spec.disks[0].path).read_bytes() == then
+        assert sum(sent for sent, _ in way.told) == 8 * MIB + 2 * 11 * 4096
+        await way.outgoing.abort()
+        await way.end()
+
+    run(work())
+
+
+def test_epochs_of_a_domain_without_disks(tmp_path: Path) -> None:
+    async def work() -> None:
+        way = Way(Rig(tmp_path))
+        await way.begin()
+        await way.outgoing.aside()
+        batch = await way.outgoing.gather()
+        assert not batch.bytes
+        await way.outgoing.deliver(batch)
+        await way.incoming.apply()
+        await way.outgoing.abort()
+        await way.end()
+
+    run(work())
+
+
 def test_a_failed_half_leaves_nothing(tmp_path: Path) -> None:
     async def work() -> None:
         rig = Rig(tmp_path)

@@ -21,8 +21,9 @@ from fake_link import FakeGuest
 
 from hypervisor.devices.block.backend import BlockBackend
 from hypervisor.devices.block.driver import BlockDriver
+from hypervisor.devices.block.mirror.copied import SourceDisk
 from hypervisor.devices.block.mirror.images import Copy, DiskAnswer, DiskOffer, choose, describe, digest, survey
-from hypervisor.devices.block.mirror.source import MirrorSource, SourceDisk
+from hypervisor.devices.block.mirror.source import MirrorSource
 from hypervisor.devices.block.mirror.target import Candidate, MirrorTarget
 from hypervisor.devices.driver import Opened
 from hypervisor.errors import HostUnavailable, MigrationFailed
