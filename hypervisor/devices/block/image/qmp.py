@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import socket
@@ -14,6 +15,8 @@ from hypervisor.socket_path import short_path
 _MAX_LINE = 1 << 20
 TIMEOUT = 30.0
 """Seconds for one answer: a daemon waits for its disk here and there."""
+HELLO_TIMEOUT, CONNECTIONS = 2.0, 15
+"""One in some thousands of QEMU 7.2's daemons greets and never answers on that connection, on a later one it does."""
 
 
 class QmpError(Exception):
@@ -32,38 +35,45 @@ class Qmp:
     @classmethod
     async def connect(cls, directory: str, name: str) -> Qmp:
         """:raises OSError: nobody listens. :raises QmpError: it is no storage daemon."""
+        for _ in range(CONNECTIONS - 1):
+            with contextlib.suppress(QmpError, ConnectionError):
+                return await cls._connect(directory, name)
+        return await cls._connect(directory, name)
+
+    @classmethod
+    async def _connect(cls, directory: str, name: str) -> Qmp:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         qmp = cls(sock)
         try:
             with short_path(Path(directory, name)) as address:
                 await asyncio.get_running_loop().sock_connect(sock, address)
-            async with asyncio.timeout(TIMEOUT):
+            async with asyncio.timeout(HELLO_TIMEOUT):
                 if "QMP" not in await qmp._line():
                     raise QmpError("it does not greet as QMP does")
-            await qmp.command("qmp_capabilities")
+            await qmp.command("qmp_capabilities", seconds=HELLO_TIMEOUT)
         except TimeoutError:
             sock.close()
-            raise QmpError(f"no greeting within {TIMEOUT:g} s") from None
+            raise QmpError(f"no greeting within {HELLO_TIMEOUT:g} s") from None
         except BaseException:
             sock.close()
             raise
         return qmp
 
-    async def command(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
+    async def command(self, name: str, arguments: dict[str, Any] | None = None, *, seconds: float = TIMEOUT) -> Any:
         """:raises QmpError: refused, too late, or the daemon has gone."""
         async with self._lock:
             number = next(self._numbers)
             message = {"execute": name, "id": number, **({"arguments": arguments} if arguments else {})}
             data = json.dumps(message).encode() + b"\n"
             try:
-                async with asyncio.timeout(TIMEOUT):
+                async with asyncio.timeout(seconds):
                     await asyncio.get_running_loop().sock_sendall(self._sock, data)
                     while True:
                         answer = await self._line()
                         if answer.get("id") == number:
                             break
             except TimeoutError:
-                raise QmpError(f"{name}: no answer within {TIMEOUT:g} s") from None
+                raise QmpError(f"{name}: no answer within {seconds:g} s") from None
             except OSError as exc:
                 raise QmpError(f"{name}: {exc}") from exc
         if "error" in answer:
