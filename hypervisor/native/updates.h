@@ -173,12 +173,10 @@ static int plain_call(struct context *c, u64 number, u64 *args)
     return 0;
 }
 
-/* Where an entry of a multicall may be read and written without anybody's knowing of it; -1: nowhere. */
-static i64 entry_at(const struct context *c, u64 va)
+/* May hold translated code: who writes there has to tell the engine. */
+static int is_code(const struct context *c, i64 at)
 {
-    i64 at = (va & 0xfff) + ENTRY > 4096 ? -1 : translate(c, Q(c, c->cr + 24), va, PTE_P | PTE_US | PTE_RW);
-
-    return at < 0 || (u64)at >> 12 >= c->frames || c->executed[at >> 12] ? -1 : at;
+    return (u64)at >> 12 >= c->frames || c->executed[at >> 12];
 }
 
 /* multicall.multicall */
@@ -190,8 +188,8 @@ static int multicall(struct context *c, u64 *args, i64 *result)
     if (count > UPDATES_MOST)
         return 0;
     for (; count; args[1] = --count, args[0] += ENTRY) {
-        at = entry_at(c, args[0]);
-        if (at < 0)
+        at = translate(c, Q(c, c->cr + 24), args[0], PTE_P | PTE_US | PTE_RW);
+        if (at < 0 || (args[0] & 0xfff) + ENTRY > 4096 || is_code(c, at))
             return 0;
         memcpy(entry, c->memory + at, ENTRY);
         memcpy(before, entry + 2, sizeof(before));
@@ -205,7 +203,7 @@ static int multicall(struct context *c, u64 *args, i64 *result)
             *result = -EFAULT;
             return 1;
         }
-        if (entry_at(c, args[0]) != at)
+        if (is_code(c, at))
             return 0; /* likewise, to code: once more, in Python */
         memset(c->memory + at + 8, 0, sizeof(u64));
     }

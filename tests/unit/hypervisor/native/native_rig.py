@@ -13,7 +13,7 @@ import harness
 import numpy as np
 import pytest
 
-from hypervisor import abi
+from hypervisor import abi, native
 from hypervisor.cpu.state import VcpuState
 from hypervisor.domain import MachineConfig
 from hypervisor.engines import x86
@@ -25,6 +25,13 @@ from hypervisor.types import Mfn
 
 PAGES, BASE = 1024, 0x20000
 EPOCH = 1000
+SYSCALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
+
+_CODE, _WHY = native.library()
+COMPILED = [
+    pytest.mark.skipif(_CODE is None, reason=_WHY),
+    pytest.mark.skipif(harness.build.available() is not None, reason=str(harness.build.available())),
+]
 
 
 @dataclasses.dataclass(frozen=True)

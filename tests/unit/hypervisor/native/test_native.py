@@ -8,22 +8,17 @@ from collections.abc import Iterator
 
 import harness
 import pytest
-from native_rig import BASE, PAGES, Rig, compare
+from native_rig import BASE, COMPILED, PAGES, SYSCALL, Rig, compare
 
 from hypervisor import abi, native
 from hypervisor.domain import MachineConfig
 from hypervisor.engines.tsc import measure_khz
 from hypervisor.machine import Machine
 
-CODE, WHY = native.library()
-pytestmark = [
-    pytest.mark.skipif(CODE is None, reason=WHY),
-    pytest.mark.skipif(harness.build.available() is not None, reason=str(harness.build.available())),
-]
+pytestmark = COMPILED
 
 STATES = 400
 _PF_CODES = (0, 1, 2, 3, 4, 5, 6, 7, 0x10, 0x11, 0x14, 0x15)
-_SYSCALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
 _INTERRUPT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
 
 
@@ -34,7 +29,7 @@ def rig() -> Iterator[Rig]:
 
 def test_system_calls_and_returns(rig: Rig) -> None:
     clean = rig.snapshot()
-    call = _SYSCALL(rig.fast.syscall)
+    call = SYSCALL(rig.fast.syscall)
     alone = 0
     for seed in range(STATES):
         rig.put(clean)
@@ -73,7 +68,7 @@ def test_no_event_once_the_run_is_being_left(rig: Rig) -> None:
     memory.bytes[state.vcpu_info + abi.VCPU_INFO_EVTCHN_UPCALL_PENDING] = 1
     memory.bytes[state.vcpu_info + abi.VCPU_INFO_EVTCHN_UPCALL_MASK] = 0
     rig.fast.leaving(True)
-    _SYSCALL(rig.fast.syscall)(rig.engine._handle, rig.fast.data)
+    SYSCALL(rig.fast.syscall)(rig.engine._handle, rig.fast.data)
     rig.fast.leaving(False)
     assert memory.bytes[state.vcpu_info + abi.VCPU_INFO_EVTCHN_UPCALL_MASK] == 0
     rig.put(clean)

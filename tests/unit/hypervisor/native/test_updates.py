@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import struct
 from collections.abc import Iterator
 
-import harness
 import pytest
-from native_rig import EPOCH, Rig, compare
+from native_rig import COMPILED, EPOCH, SYSCALL, Rig, compare
 
-from hypervisor import abi, native
+from hypervisor import abi
 from hypervisor.engines import x86
 from hypervisor.engines.x86 import PTE_NX, PTE_P, PTE_RW, PTE_US
 from hypervisor.memory.frames import L1, NONE, WRITABLE
 
-CODE, WHY = native.library()
-pytestmark = [
-    pytest.mark.skipif(CODE is None, reason=WHY),
-    pytest.mark.skipif(harness.build.available() is not None, reason=str(harness.build.available())),
-]
+pytestmark = COMPILED
 
 STATES = int(os.environ.get("REEVE_NATIVE_STATES") or 300)
-_SYSCALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
 INVALIDATIONS = (abi.MMUEXT_INVLPG_LOCAL, abi.MMUEXT_INVLPG_MULTI, abi.MMUEXT_INVLPG_ALL)
 
 
@@ -149,7 +142,7 @@ class Guest:
 
 def test_updates_of_page_tables(rig: Rig) -> None:
     clean = rig.snapshot()
-    call = _SYSCALL(rig.fast.syscall)
+    call = SYSCALL(rig.fast.syscall)
     alone = 0
     for seed in range(STATES):
         rig.put(clean)
@@ -188,7 +181,7 @@ def test_the_epoch_of_a_lost_mapping(rig: Rig) -> None:
     gpr = rig.regs.gpr
     gpr[x86.RAX], gpr[x86.RDI], gpr[x86.RSI], gpr[x86.RDX], gpr[x86.R10] = 1, rig.stack, 1, 0, abi.DOMID_SELF
     done = rig.fast.context.updates
-    _SYSCALL(rig.fast.syscall)(rig.engine._handle, rig.fast.data)
+    SYSCALL(rig.fast.syscall)(rig.engine._handle, rig.fast.data)
     assert (rig.fast.context.updates, gpr[x86.RAX], words[at]) == (done + 1, 0, 0)
     assert frames.count[frame] == 0
     assert guest.frames.stamp[frame] == rig.engine.flush_epoch == EPOCH + 3
