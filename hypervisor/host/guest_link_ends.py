@@ -8,6 +8,7 @@ import os
 import socket
 
 from hypervisor.host.channel import close_all
+from hypervisor.sealed_memory import sealed_memory
 
 BUFFER_BYTES = 4 << 20
 
@@ -26,10 +27,8 @@ class LinkEnds:
         try:
             near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             fds += [near.detach(), far.detach()]
-            buffer = os.memfd_create("guest-link", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            buffer = sealed_memory("guest-link", buffer_bytes)
             fds.append(buffer)
-            os.ftruncate(buffer, buffer_bytes)
-            fcntl.fcntl(buffer, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             fds.append(fcntl.fcntl(buffer, fcntl.F_DUPFD_CLOEXEC, 0))
             fds.append(fcntl.fcntl(memory, fcntl.F_DUPFD_CLOEXEC, 0))
             # A description of its own: what is mapped by it can never be made writable.

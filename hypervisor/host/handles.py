@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from hypervisor.host.channel import close_all
 from hypervisor.host.runtime import HOST_PORTS
+from hypervisor.sealed_memory import sealed_memory
 from hypervisor.types import PAGE_SIZE
 
 
@@ -36,10 +37,7 @@ class Handles:
         """Nothing is allocated yet: the memfd is sparse. Its size is sealed, so no mapping of it can be cut off."""
         fds: list[int] = []
         try:
-            memory = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            fds.append(memory)
-            os.ftruncate(memory, frames * PAGE_SIZE)
-            fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            fds.append(sealed_memory(name, frames * PAGE_SIZE))
             for _ in range(2 * len(HOST_PORTS)):
                 fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         except BaseException:

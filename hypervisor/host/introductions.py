@@ -12,6 +12,7 @@ from hypervisor.host.channel import close_all
 from hypervisor.host.peer_limits import SLOTS
 from hypervisor.host.records import Phase
 from hypervisor.host.table import Domain, DomainTable
+from hypervisor.sealed_memory import sealed_memory
 from hypervisor.types import PAGE_SIZE
 
 LOG = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def _ends() -> tuple[list[int], list[int]]:
         one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fds += [one.detach(), two.detach()]
         for _ in range(4):
-            fds.append(_memory())
+            fds.append(sealed_memory("shared-frames", SLOTS * PAGE_SIZE))
         writable_one, readable_one, writable_two, readable_two = fds[2:6]
         for fd in (writable_one, writable_two):
             fds.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0))
@@ -80,15 +81,3 @@ def _ends() -> tuple[list[int], list[int]]:
         [fds[0], writable_one, readable_one, write_of_two, read_of_two],
         [fds[1], writable_two, readable_two, write_of_one, read_of_one],
     )
-
-
-def _memory() -> int:
-    """Sparse: it costs what is shared."""
-    fd = os.memfd_create("shared-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, SLOTS * PAGE_SIZE)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Sequence
 
-from hypervisor.devices.block.image.base import Action, Image, Operation
-from hypervisor.devices.block.unflushed import CHANGES, Unflushed
+from hypervisor.devices.block.image.base import CHANGES, Action, Image, Operation
+from hypervisor.devices.block.unflushed import Unflushed
 
 MANY = 16
 """Operations that are written again at once: as many as a daemon works on."""

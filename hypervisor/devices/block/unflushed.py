@@ -17,25 +17,23 @@ A word is one store, so a driver that is killed leaves the word of before or the
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import struct
 from collections.abc import Iterator
 
 from hypervisor.devices.block.image.base import Action, Operation
+from hypervisor.sealed_memory import sealed_memory
 
 ROOM = 1 << 25
 """Bytes; a full one costs a flush. Above what one request can carry by far (`ring.MAX_INDIRECT` pages)."""
 KEPT = 1 << 21
 """Bytes of memory that stay with a disk whose guest writes little."""
-CHANGES = (Action.WRITE, Action.DISCARD, Action.ZERO)
 
 _MAGIC = b"reeveunf"
 _PAGE = mmap.PAGESIZE
 _RECORD = struct.Struct("<Q4xIQ")  # offset, action, length; a write's bytes follow, up to a multiple of 8
 _FIRST, _END, _KNOWN, _DAEMON, _SERVED = range(1, 6)
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class Unflushed:
@@ -54,11 +52,8 @@ class Unflushed:
     @classmethod
     def create(cls, *, known: bool) -> Unflushed:
         """:param known: nothing that is not in it can be unflushed."""
-        fd = os.memfd_create("reeve-unflushed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = sealed_memory("reeve-unflushed", _PAGE + ROOM)
         try:
-            os.ftruncate(fd, _PAGE + ROOM)
-            # Whoever else holds it cannot cut it off under our mapping.
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             os.pwrite(fd, _MAGIC, 0)
             made = cls(fd)
         except BaseException:

@@ -15,7 +15,6 @@ never not at all.
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import re
@@ -23,7 +22,8 @@ import secrets
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 
-from hypervisor.devices.block.image.base import Action, Image, Operation
+from hypervisor.devices.block.image.base import CHANGES, Image, Operation
+from hypervisor.sealed_memory import sealed_memory
 
 SMALLEST, LARGEST = 1 << 12, 1 << 16
 """Bytes of a cluster: small ones make the last round of a mirror short, large ones the record of a large disk small."""
@@ -35,10 +35,7 @@ _PAGE = mmap.PAGESIZE
 _MANY = 1 << 25
 _BLOCK = 1 << 16
 _NO_BITS = bytes(_BLOCK)
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _SOME = re.compile(rb"[^\0]{1,512}")
-
-_CHANGES = (Action.WRITE, Action.DISCARD, Action.ZERO)
 
 
 def cluster_of(size: int) -> int:
@@ -72,11 +69,8 @@ class Written:
         """For a disk of `size` bytes; nothing is written yet."""
         cluster = cluster_of(size)
         count = -(-size // cluster)
-        fd = os.memfd_create("reeve-written", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = sealed_memory("reeve-written", _PAGE + 2 * _room((count + 7) // 8))
         try:
-            os.ftruncate(fd, _PAGE + 2 * _room((count + 7) // 8))
-            # Whoever else holds it cannot cut it off under our mapping.
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             ident = secrets.token_bytes(16)
             os.pwrite(fd, _HEAD.pack(_MAGIC, ident, cluster, count), 0)
             return cls(fd, ident, cluster, count)
@@ -151,7 +145,7 @@ class Recorded:
 
     def run(self, operations: Sequence[Operation]) -> None:
         for operation in operations:
-            if operation.action in _CHANGES:
+            if operation.action in CHANGES:
                 self._written.mark(operation.offset, operation.length)
         self.image.run(operations)
 

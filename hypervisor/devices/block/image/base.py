@@ -17,6 +17,10 @@ class Action(enum.IntEnum):
     ZERO = 4  # reads as zeroes afterwards, and takes no room if that is possible; a mirror asks for it
 
 
+CHANGES = (Action.WRITE, Action.DISCARD, Action.ZERO)
+"""After these the image holds something else."""
+
+
 @dataclasses.dataclass(slots=True)
 class Operation:
     """One piece of work.
